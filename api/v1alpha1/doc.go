@@ -1,0 +1,29 @@
+// Package v1alpha1 holds Bulkhead's Kubernetes types, API group
+// mesh.bulkhead.dev. It is a contract: no logic, no imports of ours.
+//
+// +kubebuilder:object:generate=true
+// +groupName=mesh.bulkhead.dev
+package v1alpha1
+
+import (
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"sigs.k8s.io/controller-runtime/pkg/scheme"
+)
+
+var (
+	// GroupVersion is the API group and version of this package.
+	GroupVersion = schema.GroupVersion{Group: "mesh.bulkhead.dev", Version: "v1alpha1"}
+
+	schemeBuilder = &scheme.Builder{GroupVersion: GroupVersion}
+
+	// AddToScheme adds this package's types to a scheme.
+	AddToScheme = schemeBuilder.AddToScheme
+)
+
+// Reasons and types of conditions that more than one kind uses.
+const (
+	// ConditionAccepted tells whether the object is valid and in force.
+	ConditionAccepted = "Accepted"
+	// ConditionReady tells whether what the object asks for runs.
+	ConditionReady = "Ready"
+)

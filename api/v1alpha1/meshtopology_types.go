@@ -1,0 +1,133 @@
+package v1alpha1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// Isolation is what a tenant, the unit that gets a proxy of its own on each
+// node, is made of.
+//
+// +kubebuilder:validation:Enum=Namespace
+type Isolation string
+
+// IsolationNamespace makes each namespace a tenant.
+const IsolationNamespace Isolation = "Namespace"
+
+// AccessLog says which connections a tenant proxy writes to its log.
+//
+// +kubebuilder:validation:Enum=None;Connections
+type AccessLog string
+
+// The values of AccessLog.
+const (
+	AccessLogNone        AccessLog = "None"
+	AccessLogConnections AccessLog = "Connections"
+)
+
+// MeshTopologySpec says who is in the mesh and where its proxies sit.
+type MeshTopologySpec struct {
+	// TrustDomain is the first part of every SPIFFE ID. It can't be changed: all
+	// identities would.
+	// +kubebuilder:default="cluster.local"
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`
+	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="trustDomain can't be changed: delete the MeshTopology and create another"
+	// +optional
+	TrustDomain string `json:"trustDomain,omitempty"`
+
+	// Rules put namespaces into the mesh; the first that matches a namespace
+	// counts. The operator's own namespace and kube-system never match.
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=atomic
+	Rules []TenancyRule `json:"rules"`
+
+	// Proxy is what the tenant proxies run.
+	// +optional
+	// +kubebuilder:default={}
+	Proxy ProxySpec `json:"proxy,omitempty"`
+}
+
+// TenancyRule puts the pods of some namespaces into tenants.
+type TenancyRule struct {
+	// NamespaceSelector picks namespaces by their labels. An empty selector picks
+	// all of them.
+	NamespaceSelector metav1.LabelSelector `json:"namespaceSelector"`
+
+	// Isolation is what a tenant is made of.
+	// +kubebuilder:default=Namespace
+	// +optional
+	Isolation Isolation `json:"isolation,omitempty"`
+}
+
+// ProxySpec says which Envoy runs as tenant proxy, and how.
+type ProxySpec struct {
+	// Version of Envoy. The agents must have it: see status.conditions.
+	// +kubebuilder:default="1.40.0"
+	// +kubebuilder:validation:Pattern=`^[0-9]+\.[0-9]+\.[0-9]+$`
+	// +kubebuilder:validation:MaxLength=20
+	// +optional
+	Version string `json:"version,omitempty"`
+
+	// AccessLog writes a line for each connection that a proxy took for its pods
+	// to the proxy's log on the node. It costs CPU for each connection.
+	// +kubebuilder:default=None
+	// +optional
+	AccessLog AccessLog `json:"accessLog,omitempty"`
+}
+
+// MeshTopologyStatus tells what the topology came to.
+type MeshTopologyStatus struct {
+	// ObservedGeneration of the spec that this status is about.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// Conditions: Accepted (reasons Accepted, NothingSelected, Overlaps,
+	// UnknownProxyVersion, InvalidSelector), Ready (reasons Ready, Progressing, NodesNotReady).
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// Namespaces that are in the mesh by this topology.
+	// +optional
+	Namespaces int32 `json:"namespaces,omitempty"`
+	// Pods that are in the mesh by this topology.
+	// +optional
+	Pods int32 `json:"pods,omitempty"`
+	// Proxies wanted: one per tenant and node that hosts pods of it.
+	// +optional
+	Proxies int32 `json:"proxies,omitempty"`
+	// ReadyProxies that serve now.
+	// +optional
+	ReadyProxies int32 `json:"readyProxies,omitempty"`
+}
+
+// MeshTopology says which namespaces are in the mesh and how their proxies are
+// cut. Where two of them pick the same namespace, the older one counts.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=mtopo,categories=bulkhead
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].reason`
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Namespaces",type=integer,JSONPath=`.status.namespaces`
+// +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
+// +kubebuilder:printcolumn:name="Proxies",type=integer,JSONPath=`.status.proxies`
+// +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.spec.proxy.version`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type MeshTopology struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec   MeshTopologySpec   `json:"spec"`
+	Status MeshTopologyStatus `json:"status,omitempty"`
+}
+
+// MeshTopologyList is a list of MeshTopology.
+//
+// +kubebuilder:object:root=true
+type MeshTopologyList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []MeshTopology `json:"items"`
+}
+
+func init() { schemeBuilder.Register(&MeshTopology{}, &MeshTopologyList{}) }

@@ -1,0 +1,166 @@
+package v1alpha1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// NodeProxySpec is the plan of one node: which tenant proxies it runs for which
+// pods. The operator writes it; people read it.
+type NodeProxySpec struct {
+	// TrustDomain of the mesh.
+	// +optional
+	TrustDomain string `json:"trustDomain,omitempty"`
+	// Tenants that have pods on the node, by name.
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=500
+	// +optional
+	Tenants []NodeTenant `json:"tenants,omitempty"`
+	// Pods of the mesh that are bound to the node, by UID. Their addresses aren't
+	// here: the node knows them first.
+	// +listType=map
+	// +listMapKey=uid
+	// +kubebuilder:validation:MaxItems=1000
+	// +optional
+	Pods []NodePod `json:"pods,omitempty"`
+}
+
+// NodeTenant is one tenant proxy of a node.
+type NodeTenant struct {
+	// Name of the tenant: of the namespace, or with what else the tenant is made
+	// of ("team-a.sa.reviews").
+	Name string `json:"name"`
+	// Version of Envoy.
+	Version string `json:"version"`
+	// Limits of the proxy.
+	// +optional
+	Limits Limits `json:"limits,omitempty"`
+	// Canary is a second generation of this proxy that runs beside the first and
+	// takes a share of the new connections. A rollout owns this field, by
+	// server-side apply under its own name; without one there is no canary.
+	// +optional
+	Canary *CanaryGeneration `json:"canary,omitempty"`
+}
+
+// CanaryGeneration is the second generation of a proxy.
+type CanaryGeneration struct {
+	// Version of Envoy.
+	Version string `json:"version"`
+	// Weight is the percentage of new connections that it takes; the others go to
+	// the first generation, as do all while it isn't ready.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=100
+	Weight int32 `json:"weight"`
+}
+
+// NodePod is a pod of the mesh.
+type NodePod struct {
+	// UID of the pod.
+	UID string `json:"uid"`
+	// Namespace of the pod.
+	Namespace string `json:"namespace"`
+	// Name of the pod.
+	Name string `json:"name"`
+	// ServiceAccount of the pod; with the namespace, its identity.
+	ServiceAccount string `json:"serviceAccount"`
+	// Tenant that it belongs to: a name in tenants.
+	Tenant string `json:"tenant"`
+}
+
+// NodeProxyStatus is what the node's agent sees.
+type NodeProxyStatus struct {
+	// ObservedGeneration of the spec that this status is about.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady,
+	// KernelUnsupported).
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// AgentVersion that runs on the node.
+	// +optional
+	AgentVersion string `json:"agentVersion,omitempty"`
+	// ProxyVersions of Envoy that the node can run.
+	// +listType=set
+	// +optional
+	ProxyVersions []string `json:"proxyVersions,omitempty"`
+	// Tenants whose proxies run, or should.
+	// +listType=map
+	// +listMapKey=name
+	// +optional
+	Tenants []NodeTenantStatus `json:"tenants,omitempty"`
+}
+
+// NodeTenantStatus is one tenant's proxy as it runs on one node.
+type NodeTenantStatus struct {
+	// Name of the tenant.
+	Name string `json:"name"`
+	// Ready to serve the tenant's pods.
+	Ready bool `json:"ready"`
+	// Reason why it isn't ready, for people.
+	// +optional
+	Reason string `json:"reason,omitempty"`
+	// Pods that are steered to it.
+	// +optional
+	Pods int32 `json:"pods,omitempty"`
+	// Limits that the kernel enforces, read back from it.
+	// +optional
+	Limits Limits `json:"limits,omitempty"`
+	// Weight is the percentage of new connections that the canary takes.
+	// +optional
+	Weight int32 `json:"weight,omitempty"`
+	// Generations that run: the first, and the canary if there is one.
+	// +listType=map
+	// +listMapKey=generation
+	// +optional
+	Generations []GenerationStatus `json:"generations,omitempty"`
+}
+
+// GenerationStatus is one Envoy process of a tenant.
+type GenerationStatus struct {
+	// Generation: 0 or 1.
+	Generation int32 `json:"generation"`
+	// Version of Envoy.
+	Version string `json:"version"`
+	// PID in the node's process namespace.
+	// +optional
+	PID int32 `json:"pid,omitempty"`
+	// Ready to take connections.
+	Ready bool `json:"ready"`
+	// Since when this process runs.
+	// +optional
+	StartedAt *metav1.Time `json:"startedAt,omitempty"`
+	// Restarts since the tenant came to the node.
+	// +optional
+	Restarts int32 `json:"restarts,omitempty"`
+	// LastExit says how the process before this one ended.
+	// +optional
+	LastExit string `json:"lastExit,omitempty"`
+}
+
+// NodeProxy is one node's share of the mesh; it has the node's name.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=nproxy,categories=bulkhead
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`
+// +kubebuilder:printcolumn:name="Agent",type=string,JSONPath=`.status.agentVersion`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type NodeProxy struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec   NodeProxySpec   `json:"spec,omitempty"`
+	Status NodeProxyStatus `json:"status,omitempty"`
+}
+
+// NodeProxyList is a list of NodeProxy.
+//
+// +kubebuilder:object:root=true
+type NodeProxyList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []NodeProxy `json:"items"`
+}
+
+func init() { schemeBuilder.Register(&NodeProxy{}, &NodeProxyList{}) }

@@ -1,0 +1,84 @@
+package v1alpha1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// TenantProxyStatus is what the owner of a namespace sees of its proxies.
+type TenantProxyStatus struct {
+	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady).
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// Tenant is the tenant's name in metrics and in NodeProxy objects.
+	// +optional
+	Tenant string `json:"tenant,omitempty"`
+	// Version of Envoy that is wanted.
+	// +optional
+	Version string `json:"version,omitempty"`
+	// Pods that the proxies serve.
+	// +optional
+	Pods int32 `json:"pods,omitempty"`
+	// Proxies wanted: one per node that hosts pods of the tenant.
+	// +optional
+	Proxies int32 `json:"proxies,omitempty"`
+	// ReadyProxies that serve now.
+	// +optional
+	ReadyProxies int32 `json:"readyProxies,omitempty"`
+	// Nodes where the tenant has pods.
+	// +listType=map
+	// +listMapKey=node
+	// +optional
+	Nodes []TenantNodeStatus `json:"nodes,omitempty"`
+}
+
+// TenantNodeStatus is a tenant's proxy on one node.
+type TenantNodeStatus struct {
+	// Node that the proxy runs on.
+	Node string `json:"node"`
+	// Ready to serve.
+	Ready bool `json:"ready"`
+	// Reason why it isn't ready, for people.
+	// +optional
+	Reason string `json:"reason,omitempty"`
+	// Pods of the tenant there.
+	// +optional
+	Pods int32 `json:"pods,omitempty"`
+	// Weight is the percentage of new connections that the canary takes.
+	// +optional
+	Weight int32 `json:"weight,omitempty"`
+	// Generations that run: the first, and the canary if there is one.
+	// +listType=map
+	// +listMapKey=generation
+	// +optional
+	Generations []GenerationStatus `json:"generations,omitempty"`
+}
+
+// TenantProxy shows the owner of a namespace the proxies that serve it. The
+// operator makes one for each tenant and writes its status; it has no spec.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Namespaced,shortName=tproxy,categories=bulkhead
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Proxies",type=integer,JSONPath=`.status.proxies`
+// +kubebuilder:printcolumn:name="Serving",type=integer,JSONPath=`.status.readyProxies`
+// +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
+// +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.version`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type TenantProxy struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Status TenantProxyStatus `json:"status,omitempty"`
+}
+
+// TenantProxyList is a list of TenantProxy.
+//
+// +kubebuilder:object:root=true
+type TenantProxyList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []TenantProxy `json:"items"`
+}
+
+func init() { schemeBuilder.Register(&TenantProxy{}, &TenantProxyList{}) }
