@@ -6,19 +6,31 @@
 package v1alpha1
 
 import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"sigs.k8s.io/controller-runtime/pkg/scheme"
 )
 
 var (
 	// GroupVersion is the API group and version of this package.
 	GroupVersion = schema.GroupVersion{Group: "mesh.bulkhead.dev", Version: "v1alpha1"}
 
-	schemeBuilder = &scheme.Builder{GroupVersion: GroupVersion}
+	schemeBuilder = runtime.NewSchemeBuilder(addTypes)
 
 	// AddToScheme adds this package's types to a scheme.
 	AddToScheme = schemeBuilder.AddToScheme
 )
+
+func addTypes(s *runtime.Scheme) error {
+	s.AddKnownTypes(GroupVersion,
+		&IsolationPolicy{}, &IsolationPolicyList{},
+		&MeshTopology{}, &MeshTopologyList{},
+		&NodeProxy{}, &NodeProxyList{},
+		&TenantProxy{}, &TenantProxyList{},
+	)
+	metav1.AddToGroupVersion(s, GroupVersion)
+	return nil
+}
 
 // Reasons and types of conditions that more than one kind uses.
 const (

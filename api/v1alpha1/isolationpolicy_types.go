@@ -25,8 +25,8 @@ type IsolationPolicySpec struct {
 
 // CPUIsolation bounds a proxy's CPU time.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.limit) || (isQuantity(self.limit) && quantity(self.limit).compareTo(quantity('20m')) >= 0)",message="cpu.limit must be at least 20m: below, Envoy doesn't start in reasonable time"
-// +kubebuilder:validation:XValidation:rule="!has(self.limit) || (isQuantity(self.limit) && quantity(self.limit).compareTo(quantity('1024')) <= 0)",message="cpu.limit must be at most 1024"
+// +kubebuilder:validation:XValidation:rule="!has(self.limit) || (isQuantity(string(self.limit)) && quantity(string(self.limit)).compareTo(quantity('20m')) >= 0)",message="cpu.limit must be at least 20m: below, Envoy doesn't start in reasonable time"
+// +kubebuilder:validation:XValidation:rule="!has(self.limit) || (isQuantity(string(self.limit)) && quantity(string(self.limit)).compareTo(quantity('1024')) <= 0)",message="cpu.limit must be at most 1024"
 type CPUIsolation struct {
 	// Weight is the proxy's share when CPU is scarce, in cgroup v2's terms.
 	// Default 100.
@@ -43,10 +43,10 @@ type CPUIsolation struct {
 
 // MemoryIsolation bounds a proxy's memory, in bytes.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.max) || (isQuantity(self.max) && quantity(self.max).compareTo(quantity('48Mi')) >= 0)",message="memory.max must be at least 48Mi: Envoy needs that to start and to load a few services"
-// +kubebuilder:validation:XValidation:rule="!has(self.high) || (isQuantity(self.high) && quantity(self.high).compareTo(quantity('32Mi')) >= 0)",message="memory.high must be at least 32Mi"
-// +kubebuilder:validation:XValidation:rule="!has(self.high) || !has(self.max) || (isQuantity(self.high) && isQuantity(self.max) && quantity(self.high).compareTo(quantity(self.max)) <= 0)",message="memory.high must not be above memory.max"
-// +kubebuilder:validation:XValidation:rule="!has(self.max) || (isQuantity(self.max) && quantity(self.max).compareTo(quantity('1Ti')) <= 0)",message="memory.max must be at most 1Ti"
+// +kubebuilder:validation:XValidation:rule="!has(self.max) || (isQuantity(string(self.max)) && quantity(string(self.max)).compareTo(quantity('48Mi')) >= 0)",message="memory.max must be at least 48Mi: Envoy needs that to start and to load a few services"
+// +kubebuilder:validation:XValidation:rule="!has(self.high) || (isQuantity(string(self.high)) && quantity(string(self.high)).compareTo(quantity('32Mi')) >= 0)",message="memory.high must be at least 32Mi"
+// +kubebuilder:validation:XValidation:rule="!has(self.high) || !has(self.max) || (isQuantity(string(self.high)) && isQuantity(string(self.max)) && quantity(string(self.high)).compareTo(quantity(string(self.max))) <= 0)",message="memory.high must not be above memory.max"
+// +kubebuilder:validation:XValidation:rule="!has(self.max) || (isQuantity(string(self.max)) && quantity(string(self.max)).compareTo(quantity('1Ti')) <= 0)",message="memory.max must be at most 1Ti"
 type MemoryIsolation struct {
 	// High is where the kernel starts to slow the proxy down and reclaim. Not
 	// enforced on cgroup v1. Default: none.
@@ -132,5 +132,3 @@ type IsolationPolicyList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 	Items           []IsolationPolicy `json:"items"`
 }
-
-func init() { schemeBuilder.Register(&IsolationPolicy{}, &IsolationPolicyList{}) }

@@ -129,5 +129,3 @@ type MeshTopologyList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 	Items           []MeshTopology `json:"items"`
 }
-
-func init() { schemeBuilder.Register(&MeshTopology{}, &MeshTopologyList{}) }

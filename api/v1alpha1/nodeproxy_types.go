@@ -162,5 +162,3 @@ type NodeProxyList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 	Items           []NodeProxy `json:"items"`
 }
-
-func init() { schemeBuilder.Register(&NodeProxy{}, &NodeProxyList{}) }

@@ -80,5 +80,3 @@ type TenantProxyList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 	Items           []TenantProxy `json:"items"`
 }
-
-func init() { schemeBuilder.Register(&TenantProxy{}, &TenantProxyList{}) }
