@@ -1,0 +1,276 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultPinDir is where links, programs and maps are pinned by default.
+const DefaultPinDir = "/sys/fs/bpf/bulkhead"
+
+// The addresses from which Envoy delivers to pods what came from the node's own
+// addresses. They are the same in every tenant's network namespace, and reach no
+// other than that tenant's own pods.
+var (
+	DeliverIPv4 = netip.MustParseAddr("169.254.96.1")
+	DeliverIPv6 = netip.MustParseAddr("fd69:8::1")
+)
+
+// ErrUnknownTenant says that UpdateTenant hasn't been called for a tenant, or
+// DeleteTenant has.
+var ErrUnknownTenant = errors.New("unknown tenant")
+
+// Options configure Open. The zero value works.
+type Options struct {
+	// PinDir is a folder on a BPF file system (see Mount), made by Open; its
+	// name can't hold a dot. Default DefaultPinDir.
+	PinDir string
+	// Log gets what isn't any caller's error. Default: nothing is logged.
+	Log *slog.Logger
+}
+
+// Datapath is the steering of one node. All methods can be called concurrently;
+// those that attach or look up interfaces must run in the node's network
+// namespace. One process at a time has it open.
+type Datapath struct {
+	dir  string
+	log  *slog.Logger
+	lock *os.File
+
+	mu       sync.Mutex
+	spec     *ebpf.CollectionSpec
+	maps     map[string]*ebpf.Map     // shared ones, by name
+	programs map[string]*ebpf.Program // shared ones, by name
+	tags     map[string]string        // the kernel's, of this build's programs
+	pods     map[string]*podEntries   // what the maps hold, by UID
+}
+
+// sharedMaps are used by the programs of all tenants.
+var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters}
+
+// sharedPrograms are loaded once; steer is loaded for every tenant.
+var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant, datapathProgNoTransparent}
+
+// Open loads the programs, or adopts what a former process pinned, also if that
+// one was killed at any point. Where a pinned program differs from the one of
+// this build, it is replaced in place, without a moment in between.
+//
+// If a map has another layout than in this build, all maps and programs are
+// replaced: the TCP of the node's mesh pods is dropped until UpdateTenant,
+// UpdatePod and SetListeners were called for them.
+func Open(o Options) (*Datapath, error) {
+	if o.PinDir == "" {
+		o.PinDir = DefaultPinDir
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := makeDirs(o.PinDir); err != nil {
+		return nil, err
+	}
+	lock, err := lockDir(o.PinDir)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := loadDatapath()
+	if err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("read the built-in BPF object: %w", err)
+	}
+	d := &Datapath{
+		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{},
+	}
+	if err := d.load(); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *Datapath) load() error {
+	for _, name := range sharedMaps {
+		m, err := d.adoptMap(filepath.Join(d.dir, "maps", name), d.spec.Maps[name])
+		if err != nil {
+			return err
+		}
+		d.maps[name] = m
+	}
+	for _, name := range sharedPrograms {
+		p, err := d.adoptProgram(filepath.Join(d.dir, "programs", name), name, d.maps, nil)
+		if err != nil {
+			return err
+		}
+		d.programs[name] = p
+	}
+	// Packets that belong to no tenant.
+	if err := d.addCounters(0); err != nil {
+		return err
+	}
+	if err := d.readPods(); err != nil {
+		return err
+	}
+	return d.replacePrograms()
+}
+
+// replacePrograms brings this build's programs into all links there are. What
+// can't be replaced keeps its former program, which is closed too; the caller's
+// next update of that pod or tenant tells the error.
+func (d *Datapath) replacePrograms() error {
+	pods, err := entries(filepath.Join(d.dir, "pods"))
+	if err != nil {
+		return err
+	}
+	for _, uid := range pods {
+		for _, name := range podLinks {
+			d.replaceProgram(filepath.Join(d.podDir(uid), name), d.programs[name])
+		}
+	}
+	tenants, err := d.tenantDirs()
+	if err != nil {
+		return err
+	}
+	for _, index := range tenants {
+		dir := d.tenantDir(index)
+		d.replaceProgram(filepath.Join(dir, fromTenantLink), d.programs[datapathProgFromTenant])
+		d.replaceProgram(filepath.Join(dir, noTransparentLink), d.programs[datapathProgNoTransparent])
+		steer, listeners, err := d.loadSteer(index)
+		if err != nil {
+			d.log.Warn("Can't load a tenant's steering; what is there stays", "tenant", index, "error", err)
+			continue
+		}
+		d.replaceProgram(filepath.Join(dir, steerLink), steer)
+		steer.Close()
+		listeners.Close()
+	}
+	return nil
+}
+
+// Close leaves all of it attached and at work.
+func (d *Datapath) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range d.maps {
+		m.Close()
+	}
+	for _, p := range d.programs {
+		p.Close()
+	}
+	return d.lock.Close()
+}
+
+// Uninstall detaches and removes all that is pinned under pinDir (empty:
+// DefaultPinDir), of whatever version. Pods that still run have their plain
+// connections from then on. It is not an error if there is nothing.
+func Uninstall(pinDir string) error {
+	if pinDir == "" {
+		pinDir = DefaultPinDir
+	}
+	lock, err := lockDir(pinDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	// Pods first: without their tenant they would be cut off.
+	for _, part := range []struct {
+		name  string
+		links []string
+	}{{"pods", podLinks}, {"tenants", tenantLinks}} {
+		names, err := entries(filepath.Join(pinDir, part.name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, name := range names {
+			if err := removeDir(filepath.Join(pinDir, part.name, name), part.links...); err != nil {
+				return fmt.Errorf("uninstall: %w", err)
+			}
+		}
+	}
+	if err := os.RemoveAll(pinDir); err != nil {
+		return fmt.Errorf("remove pinned BPF objects: %w", err)
+	}
+	return nil
+}
+
+// SetNodeAddresses says which addresses are the node's own, all of them: pods
+// reach those directly, and connections that come from there are delivered from
+// the deliver address.
+func (d *Datapath) SetNodeAddresses(addresses []netip.Addr) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m := d.maps[datapathMapNodeAddresses]
+	wanted := map[datapathAddr]bool{}
+	for _, a := range addresses {
+		key, err := addrKey(a)
+		if err != nil {
+			return fmt.Errorf("set the node's addresses: %w", err)
+		}
+		wanted[key] = true
+		if err := m.Put(key, uint8(1)); err != nil {
+			return fmt.Errorf("set the node's address %s (at most %d): %w", a, m.MaxEntries(), err)
+		}
+	}
+	var stale []datapathAddr
+	var key datapathAddr
+	var value uint8
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		if !wanted[key] {
+			stale = append(stale, key)
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("read the node's addresses: %w", err)
+	}
+	for _, key := range stale {
+		if err := deleteKey(m, key); err != nil {
+			return fmt.Errorf("remove a node's address: %w", err)
+		}
+	}
+	return nil
+}
+
+// addrKey is an address as the programs look it up.
+func addrKey(a netip.Addr) (datapathAddr, error) {
+	if !a.IsValid() || a.IsUnspecified() || a.Zone() != "" {
+		return datapathAddr{}, fmt.Errorf("address %q: want one IPv4 or IPv6 address without a zone", a)
+	}
+	return datapathAddr{Bytes: a.As16()}, nil
+}
+
+// deleteKey deletes what may not be there.
+func deleteKey(m *ebpf.Map, key any) error {
+	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return err
+	}
+	return nil
+}
+
+// lockDir keeps a second process away while the folder is open: two would undo
+// each other's work.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open pin folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("pin folder %s is in use by another process: end it first", dir)
+		}
+		return nil, fmt.Errorf("lock pin folder %s: %w", dir, err)
+	}
+	return f, nil
+}

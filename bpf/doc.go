@@ -1,0 +1,26 @@
+// Package bpf steers the TCP of mesh pods through their tenants' network
+// namespaces, in the kernel. The programs are in C (datapath.c and its headers);
+// this package loads and attaches them and fills their maps.
+//
+//	pod A ── from_pod ──▶ netns of A's tenant ── steer ──▶ Envoy
+//	                                                          │
+//	wire ◀── stack ◀── A's veth ◀── re-injected as A ── from_tenant
+//
+//	wire ── stack ──▶ to_pod ──▶ netns of B's tenant ── steer ──▶ Envoy
+//	                                                               │
+//	                                       pod B ◀── delivered ── from_tenant
+//
+// Links, programs and maps are pinned, so that traffic doesn't notice when the
+// process that made them ends; the next one adopts them. Nothing is kept in
+// memory only.
+//
+//	<PinDir>/maps/<map>                       shared by all programs
+//	<PinDir>/programs/<program>
+//	<PinDir>/tenants/<index>/{listeners,steer,from_tenant,steer_link,no_transparent}
+//	<PinDir>/pods/<uid>/{from_pod,to_pod}
+//
+// Whatever isn't known is closed: the TCP of a pod without a tenant is dropped,
+// a connection for a tenant without listeners refused.
+package bpf
+
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_counters -type listener datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -1,0 +1,197 @@
+package bpf
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// The test binary runs itself again: as the node, in mount and network
+// namespaces of its own (so that nothing is left behind, however it ends), and
+// from there as the tenants' proxies.
+const (
+	roleVariable = "BULKHEAD_BPF_TEST_ROLE"
+	pinParent    = "BULKHEAD_BPF_TEST_FS"
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	switch role := os.Getenv(roleVariable); role {
+	case "":
+		if testing.Short() {
+			os.Exit(m.Run())
+		}
+		os.Exit(runNode())
+	case "node":
+		os.Exit(m.Run())
+	case "transparent":
+		os.Exit(askTransparent())
+	default:
+		os.Exit(runProxy(role))
+	}
+}
+
+func runNode() int {
+	dir, err := os.MkdirTemp("", "bht-bpf-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.Remove(dir)
+	// The namespaces need a thread that lives as long as they.
+	runtime.LockOSThread()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), roleVariable+"=node", pinParent+"="+dir)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	err = cmd.Run()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		return exit.ExitCode()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bpf tests need root:", err)
+		return 1
+	}
+	return 0
+}
+
+// runProxy stands for Envoy: it prints what it accepts, "port remote local
+// worker", and sends its name, which is its role. The canary has two sockets a
+// port, as if it had two workers. When its input ends, so does it.
+func runProxy(name string) int {
+	listenConfig := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+		})
+	}}
+	// Like Envoy's: a socket map takes none of multipath TCP.
+	listenConfig.SetMultipathTCP(false)
+	for i := range 2 * len(listenerPorts) {
+		port, worker := listenerPorts[i/2], i%2
+		if worker > 0 && name != "canary" {
+			continue
+		}
+		l, err := listenConfig.Listen(context.Background(), "tcp", fmt.Sprintf("[::]:%d", port))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				fmt.Printf("%d %s %s %d\n", port, c.RemoteAddr(), c.LocalAddr(), worker)
+				go func() {
+					io.WriteString(c, name+"\n")
+					io.Copy(c, c)
+					c.Close()
+				}()
+			}
+		}()
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// askTransparent asks for IP_TRANSPARENT of both families.
+func askTransparent() int {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return 1
+	}
+	err4 := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+	err6 := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
+	nodelay := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	fmt.Println(err4, err6, nodelay)
+	return 0
+}
+
+// proxy is a running runProxy.
+type proxy struct {
+	pid      int
+	accepted chan string
+	stop     func()
+}
+
+func startProxy(t *testing.T, netns *namespace, name string) *proxy {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleVariable+"="+name)
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	check(t, err)
+	stdout, err := cmd.StdoutPipe()
+	check(t, err)
+	netns.do(t, func() { check(t, cmd.Start()) })
+	p := &proxy{pid: cmd.Process.Pid, accepted: make(chan string, 4096)}
+	stopped := false
+	p.stop = func() {
+		if !stopped {
+			stopped = true
+			stdin.Close()
+			cmd.Wait()
+		}
+	}
+	t.Cleanup(p.stop)
+	lines := bufio.NewScanner(stdout)
+	if !lines.Scan() || lines.Text() != "ready" {
+		t.Fatalf("proxy %s didn't start: %q", name, lines.Text())
+	}
+	go func() {
+		for lines.Scan() {
+			p.accepted <- lines.Text()
+		}
+	}()
+	return p
+}
+
+// transparent runs askTransparent without capabilities in a cgroup.
+func transparent(t *testing.T, cgroup string) string {
+	t.Helper()
+	dir, err := os.Open(cgroup)
+	check(t, err)
+	defer dir.Close()
+	// The binary's folder is root's alone.
+	exe := filepath.Join(t.TempDir(), "ask")
+	b, err := os.ReadFile("/proc/self/exe")
+	check(t, err)
+	check(t, os.WriteFile(exe, b, 0o755))
+	f, err := os.Open(exe)
+	check(t, err)
+	defer f.Close()
+	cmd := exec.Command("/proc/self/fd/3")
+	cmd.ExtraFiles = []*os.File{f}
+	cmd.Env = append(os.Environ(), roleVariable+"=transparent")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		UseCgroupFD: true, CgroupFD: int(dir.Fd()),
+		Credential: &syscall.Credential{Uid: 65534, Gid: 65534},
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("ask for IP_TRANSPARENT: %v: %s", err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

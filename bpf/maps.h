@@ -1,0 +1,162 @@
+// What the programs and the agent share. Go's bindings are generated from here.
+#pragma once
+
+// 1,000 pods a node with an address of each family, and room for pods that are
+// replaced before the agent has removed them.
+#define MAX_POD_ADDRESSES 4096
+// 500 tenants a node.
+#define MAX_TENANTS 512
+// A veth per pod and per tenant.
+#define MAX_VETHS 4096
+#define MAX_NODE_ADDRESSES 1024
+
+#define UID_LENGTH 40
+// Listening sockets of one port of one generation: Envoy opens one per worker.
+#define MAX_WORKERS 4
+#define GENERATIONS 2
+#define LISTENER_SLOTS (GENERATIONS * LISTENERS * MAX_WORKERS)
+
+#define HBONE_PORT 15008
+// Says from_pod that from_tenant made it send the packet. A pod can't forge it:
+// the kernel zeroes a packet's mark when it leaves a network namespace.
+#define REINJECTED 0xb01df00d
+
+enum listener {
+	LISTENER_OUTBOUND,
+	LISTENER_INBOUND,
+	LISTENER_PLAIN,
+	LISTENER_NODE_PLAIN,
+	LISTENERS,
+	NO_LISTENER = LISTENERS,
+};
+
+enum veth_kind {
+	VETH_POD = 1,
+	VETH_TENANT,
+};
+
+// An IPv6 address, or an IPv4 address mapped into one.
+struct addr {
+	__u8 bytes[16];
+};
+
+struct pod {
+	__u32 tenant;
+	// The node's end of the pod's veth.
+	__u32 ifindex;
+	// The pod's end.
+	__u8 mac[6];
+	// Where the pod sends what isn't on its link: the veth, or the bridge it is a port of.
+	__u8 gateway_mac[6];
+	__u8 uid[UID_LENGTH];
+};
+
+struct tenant {
+	// The node's end of the tenant's veth.
+	__u32 ifindex;
+	// The tenant's end.
+	__u8 mac[6];
+	// Percent of new flows that generation 1 gets.
+	__u8 canary;
+	// Listening sockets a port, per generation.
+	__u8 workers[GENERATIONS];
+	__u8 pad[3];
+};
+
+// By ifindex, of the node's end.
+struct veth {
+	enum veth_kind kind;
+	__u32 tenant;
+	__u8 uid[UID_LENGTH];
+};
+
+struct drops {
+	// from_pod: the source isn't an address of the pod of that veth.
+	__u64 spoofed;
+	// A fragment of a TCP packet: only the first would have ports.
+	__u64 fragment;
+	// Headers that can't be read to their end.
+	__u64 malformed;
+	// The pod's tenant isn't known or has no network namespace.
+	__u64 no_tenant;
+	// to_pod: the destination isn't an address of the pod of that veth.
+	__u64 not_the_pod;
+	// from_tenant: from the deliver address, but not to a pod of the tenant.
+	__u64 deliver;
+	// from_tenant: neither from nor to a pod of the tenant.
+	__u64 foreign;
+	// from_tenant: neither TCP nor ARP nor neighbour discovery.
+	__u64 protocol;
+	// steer: neither end is a pod of the tenant.
+	__u64 unsteered;
+};
+
+struct tenant_counters {
+	// New connections, and which generation and listener got them.
+	__u64 steered[GENERATIONS];
+	__u64 listener[LISTENERS];
+	// New connections that found no listener.
+	__u64 refused;
+	// Packets.
+	struct drops dropped;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_POD_ADDRESSES);
+	__type(key, struct addr);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_VETHS);
+	__type(key, __u32);
+	__type(value, struct veth);
+} veths SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_TENANTS);
+	__type(key, __u32);
+	__type(value, struct tenant);
+} tenants SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_NODE_ADDRESSES);
+	__type(key, struct addr);
+	__type(value, __u8);
+} node_addresses SEC(".maps");
+
+// Of one tenant: every tenant has a copy of steer with a map of its own.
+// Key: (generation * LISTENERS + listener) * MAX_WORKERS + worker.
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, LISTENER_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+// By tenant; 0 is for what belongs to none.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, MAX_TENANTS + 1);
+	__type(key, __u32);
+	__type(value, struct tenant_counters);
+} counters SEC(".maps");
+
+// counters_of a tenant; of one that isn't known, those of none.
+static __always_inline struct tenant_counters *counters_of(__u32 tenant)
+{
+	struct tenant_counters *c = bpf_map_lookup_elem(&counters, &tenant);
+	if (c)
+		return c;
+	tenant = 0;
+	return bpf_map_lookup_elem(&counters, &tenant);
+}
+
+static __always_inline int is_node_address(const struct addr *a)
+{
+	return bpf_map_lookup_elem(&node_addresses, a) != 0;
+}

@@ -1,0 +1,135 @@
+// Reading a packet's headers.
+#pragma once
+
+#define IPV4_FRAGMENT 0x3fff
+#define MAX_EXTENSION_HEADERS 6
+
+// <linux/icmp.h> draws in the C library.
+#define ICMP_DEST_UNREACH 3
+#define ICMP_TIME_EXCEEDED 11
+#define ICMP_PARAMETERPROB 12
+
+struct packet {
+	struct addr source, destination;
+	__u16 source_port, destination_port;
+	// Of what comes after the IP headers.
+	__u32 offset;
+	__u8 protocol;
+	__u8 fragment;
+};
+
+enum parsed { PARSED, NOT_IP, MALFORMED };
+
+static __always_inline void map_ipv4(struct addr *a, __be32 v4)
+{
+	__u32 words[4] = { 0, 0, bpf_htonl(0xffff), v4 };
+	__builtin_memcpy(a, words, sizeof(*a));
+}
+
+static __always_inline int is_extension_header(__u8 protocol)
+{
+	return protocol == IPPROTO_HOPOPTS || protocol == IPPROTO_ROUTING || protocol == IPPROTO_FRAGMENT ||
+	       protocol == IPPROTO_DSTOPTS || protocol == IPPROTO_AH;
+}
+
+static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct packet *p)
+{
+	struct iphdr ip;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.ihl < 5)
+		return MALFORMED;
+	map_ipv4(&p->source, ip.saddr);
+	map_ipv4(&p->destination, ip.daddr);
+	p->protocol = ip.protocol;
+	p->fragment = (ip.frag_off & bpf_htons(IPV4_FRAGMENT)) != 0;
+	p->offset = ETH_HLEN + ip.ihl * 4;
+	return PARSED;
+}
+
+static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct packet *p)
+{
+	struct ipv6hdr ip;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+		return MALFORMED;
+	__builtin_memcpy(&p->source, &ip.saddr, sizeof(p->source));
+	__builtin_memcpy(&p->destination, &ip.daddr, sizeof(p->destination));
+	p->offset = ETH_HLEN + sizeof(ip);
+	__u8 next = ip.nexthdr;
+	for (int i = 0; i < MAX_EXTENSION_HEADERS; i++) {
+		struct {
+			__u8 next, length;
+			__be16 fragment;
+		} header;
+		if (!is_extension_header(next))
+			break;
+		if (bpf_skb_load_bytes(skb, p->offset, &header, sizeof(header)))
+			return MALFORMED;
+		if (next == IPPROTO_FRAGMENT) {
+			// What is behind it can be read in the first fragment only, so
+			// later ones could hide TCP behind another extension header.
+			if (is_extension_header(header.next))
+				return MALFORMED;
+			// An "atomic" fragment is a whole packet.
+			p->fragment = (header.fragment & bpf_htons(0xfff9)) != 0;
+			p->offset += 8;
+		} else if (next == IPPROTO_AH) {
+			p->offset += (header.length + 2) * 4;
+		} else {
+			p->offset += (header.length + 1) * 8;
+		}
+		next = header.next;
+	}
+	if (is_extension_header(next))
+		return MALFORMED;
+	p->protocol = next;
+	return PARSED;
+}
+
+static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p)
+{
+	enum parsed result;
+	__builtin_memset(p, 0, sizeof(*p));
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		result = parse_ipv4(skb, p);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		result = parse_ipv6(skb, p);
+	else if (skb->protocol == bpf_htons(ETH_P_8021Q) || skb->protocol == bpf_htons(ETH_P_8021AD))
+		// The kernel has taken off one tag already; TCP may be behind the second.
+		return MALFORMED;
+	else
+		return NOT_IP;
+	if (result != PARSED || p->protocol != IPPROTO_TCP || p->fragment)
+		return result;
+	__be16 ports[2];
+	if (bpf_skb_load_bytes(skb, p->offset, ports, sizeof(ports)))
+		return MALFORMED;
+	p->source_port = bpf_ntohs(ports[0]);
+	p->destination_port = bpf_ntohs(ports[1]);
+	return PARSED;
+}
+
+// quotes_tcp tells whether the packet is an ICMP error about a TCP packet, and
+// where that one was sent to.
+static __always_inline int quotes_tcp(struct __sk_buff *skb, const struct packet *p, struct addr *sent_to)
+{
+	__u8 type;
+	if (p->fragment || bpf_skb_load_bytes(skb, p->offset, &type, sizeof(type)))
+		return 0;
+	if (p->protocol == IPPROTO_ICMP) {
+		struct iphdr ip;
+		if (type != ICMP_DEST_UNREACH && type != ICMP_TIME_EXCEEDED && type != ICMP_PARAMETERPROB)
+			return 0;
+		if (bpf_skb_load_bytes(skb, p->offset + 8, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
+			return 0;
+		map_ipv4(sent_to, ip.daddr);
+		return 1;
+	}
+	if (p->protocol == IPPROTO_ICMPV6) {
+		struct ipv6hdr ip;
+		// Types below 128 are errors.
+		if (type >= 128 || bpf_skb_load_bytes(skb, p->offset + 8, &ip, sizeof(ip)) || ip.nexthdr != IPPROTO_TCP)
+			return 0;
+		__builtin_memcpy(sent_to, &ip.daddr, sizeof(*sent_to));
+		return 1;
+	}
+	return 0;
+}

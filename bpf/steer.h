@@ -1,0 +1,135 @@
+// In a tenant's network namespace: which socket gets a new connection.
+#pragma once
+
+#define IPPROTO_IP_LEVEL 0
+#define IPPROTO_IPV6_LEVEL 41
+#define IP_TRANSPARENT_OPTION 19
+#define IPV6_TRANSPARENT_OPTION 75
+#define AF_INET 2
+
+// A sk_lookup program can't see which namespace it runs for, so every tenant
+// has a copy of its own.
+volatile const __u32 tenant_index;
+
+// flow_hash is the same for every packet of a flow: the ACK that answers a SYN
+// cookie must find the listener that the SYN found.
+static __always_inline __u32 flow_hash(const struct addr *local, const struct addr *remote, __u32 ports)
+{
+	__u32 l[4], r[4], h = ports;
+	__builtin_memcpy(l, local, sizeof(l));
+	__builtin_memcpy(r, remote, sizeof(r));
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		h = (h ^ l[i]) * 2654435761u;
+		h = ((h << 13) | (h >> 19)) ^ r[i];
+		h *= 2246822519u;
+	}
+	h ^= h >> 15;
+	h *= 3266489917u;
+	return h ^ (h >> 16);
+}
+
+// Not inlined, so that the enumeration is in the object, for Go's bindings.
+static __noinline enum listener listener_for(__u32 tenant, const struct addr *local, const struct addr *remote, __u32 port)
+{
+	struct pod *from = bpf_map_lookup_elem(&pods, remote);
+	struct pod *to = bpf_map_lookup_elem(&pods, local);
+	if (from && from->tenant == tenant && port != HBONE_PORT)
+		return LISTENER_OUTBOUND;
+	if (!to || to->tenant != tenant)
+		return NO_LISTENER;
+	if (port == HBONE_PORT)
+		return LISTENER_INBOUND;
+	if (is_node_address(remote))
+		return LISTENER_NODE_PLAIN; // Envoy can't keep that source: it is the node's own
+	return LISTENER_PLAIN;
+}
+
+static __always_inline struct bpf_sock *listening(__u32 generation, __u32 listener, __u32 worker)
+{
+	__u32 slot = (generation * LISTENERS + listener) * MAX_WORKERS + worker;
+	return bpf_map_lookup_elem(&listeners, &slot);
+}
+
+// steer: sk_lookup in the tenant's network namespace.
+SEC("sk_lookup")
+int steer(struct bpf_sk_lookup *ctx)
+{
+	struct addr local, remote;
+	__u32 tenant = tenant_index, port = ctx->local_port;
+	enum listener listener;
+	// All fields on every path: clang would else merge the branches into a
+	// computed pointer into the context, which the verifier refuses.
+	__u32 family = ctx->family, local4 = ctx->local_ip4, remote4 = ctx->remote_ip4;
+	__u32 local6[4] = { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3] };
+	__u32 remote6[4] = { ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3] };
+	asm volatile("" : "+r"(local4), "+r"(remote4), "+r"(local6[0]), "+r"(local6[1]));
+	asm volatile("" : "+r"(local6[2]), "+r"(local6[3]), "+r"(remote6[0]), "+r"(remote6[1]));
+	asm volatile("" : "+r"(remote6[2]), "+r"(remote6[3]));
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_DROP;
+	if (family == AF_INET) {
+		map_ipv4(&local, local4);
+		map_ipv4(&remote, remote4);
+	} else {
+		__builtin_memcpy(&local, local6, sizeof(local));
+		__builtin_memcpy(&remote, remote6, sizeof(remote));
+	}
+
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	struct tenant_counters *count = counters_of(tenant);
+	if (!t || !count)
+		return SK_DROP;
+	listener = listener_for(tenant, &local, &remote, port);
+	if (listener == NO_LISTENER) {
+		count->dropped.unsteered++;
+		return SK_DROP;
+	}
+
+	__u32 hash = flow_hash(&local, &remote, port ^ ((__u32)ctx->remote_port << 16));
+	__u32 generation = hash % 100 < t->canary;
+	// Without sockets of its own, a generation leaves all to the other.
+	struct bpf_sock *sk = 0;
+#pragma unroll
+	for (int i = 0; i < GENERATIONS; i++) {
+		__u32 workers = t->workers[generation & 1];
+		if (workers > 1)
+			sk = listening(generation, listener, (hash >> 8) % workers & (MAX_WORKERS - 1));
+		if (!sk)
+			sk = listening(generation, listener, 0);
+		if (sk)
+			break;
+		generation ^= 1;
+	}
+	if (!sk) {
+		count->refused++;
+		return SK_DROP;
+	}
+	// Both generations listen on the same ports: the kernel must not choose
+	// again among them.
+	long failed = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
+	bpf_sk_release(sk);
+	if (failed) {
+		count->refused++;
+		return SK_DROP;
+	}
+	count->steered[generation & 1]++;
+	count->listener[listener]++;
+	return SK_PASS;
+}
+
+// no_transparent: setsockopt of a tenant's processes. Envoy's original_src asks
+// for IP_TRANSPARENT, which needs CAP_NET_ADMIN. In the tenant's namespace every
+// address is local, so that bind works without it, and the answer can be yes.
+SEC("cgroup/setsockopt")
+int no_transparent(struct bpf_sockopt *ctx)
+{
+	if ((ctx->level == IPPROTO_IP_LEVEL && ctx->optname == IP_TRANSPARENT_OPTION) ||
+	    (ctx->level == IPPROTO_IPV6_LEVEL && ctx->optname == IPV6_TRANSPARENT_OPTION)) {
+		ctx->optlen = -1; // done: the kernel's own code doesn't see it
+		return 1;
+	}
+	if (ctx->optlen > 4096)
+		ctx->optlen = 0; // unchanged: only the first page could be handed on
+	return 1;
+}

@@ -1,0 +1,239 @@
+// The programs on veths: on the node's end of every mesh pod's and every tenant's.
+#pragma once
+
+// As in newer <linux/bpf.h>: on to the next program, and the end of the packet.
+#define NEXT (-1)
+#define DROP 2
+
+#define NEIGHBOUR_SOLICITATION 135
+#define NEIGHBOUR_ADVERTISEMENT 136
+
+// drop counts the packet under its reason, a field of struct drops.
+#define drop(tenant, reason)                                       \
+	({                                                         \
+		struct tenant_counters *c_ = counters_of(tenant);  \
+		if (c_)                                            \
+			c_->dropped.reason++;                      \
+		DROP;                                              \
+	})
+
+static __always_inline int set_destination_mac(struct __sk_buff *skb, const __u8 *mac)
+{
+	__u8 copy[ETH_ALEN];
+	__builtin_memcpy(copy, mac, ETH_ALEN);
+	return bpf_skb_store_bytes(skb, 0, copy, ETH_ALEN, 0);
+}
+
+// to_other_end hands the packet to the other end of a veth, in its namespace.
+static __always_inline int to_other_end(struct __sk_buff *skb, __u32 ifindex)
+{
+	// On a bridge port the frame was for the bridge's MAC, so that the packet
+	// counts as another host's, and the receiving end would drop it.
+	if (skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+// deliver brings the packet to the pod itself.
+static __always_inline int deliver(struct __sk_buff *skb, const struct pod *pod)
+{
+	__u32 ifindex = pod->ifindex;
+	if (set_destination_mac(skb, pod->mac))
+		return DROP;
+	return to_other_end(skb, ifindex);
+}
+
+// self_address is who a pod seems to be to itself: 169.254.96.2 or fd69:8::2. A
+// pod that dials a service and is answered by itself can't be sent its own
+// address, which its kernel takes for a martian.
+static __always_inline void self_address(struct addr *a, int v4)
+{
+	__u32 w4[4] = { 0, 0, bpf_htonl(0xffff), bpf_htonl(0xa9fe6002) };
+	__u32 w6[4] = { bpf_htonl(0xfd690008), 0, 0, bpf_htonl(2) };
+	if (v4)
+		__builtin_memcpy(a, w4, sizeof(*a));
+	else
+		__builtin_memcpy(a, w6, sizeof(*a));
+}
+
+static __always_inline int same_address(const struct addr *a, const struct addr *b)
+{
+	__u64 x[2], y[2];
+	__builtin_memcpy(x, a, sizeof(x));
+	__builtin_memcpy(y, b, sizeof(y));
+	return x[0] == y[0] && x[1] == y[1];
+}
+
+// readdress replaces the source, or else the destination, of a TCP packet.
+static __always_inline int readdress(struct __sk_buff *skb, const struct packet *p, int source, const struct addr *to)
+{
+	const struct addr *from = source ? &p->source : &p->destination;
+	__u32 checksum = p->offset + offsetof(struct tcphdr, check);
+	__be32 old[4], new[4];
+	__builtin_memcpy(old, from, sizeof(old));
+	__builtin_memcpy(new, to, sizeof(new));
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		__u32 field = ETH_HLEN + (source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
+		if (bpf_l4_csum_replace(skb, checksum, old[3], new[3], BPF_F_PSEUDO_HDR | sizeof(__be32)) ||
+		    bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old[3], new[3], sizeof(__be32)))
+			return -1;
+		return bpf_skb_store_bytes(skb, field, &new[3], sizeof(__be32), 0);
+	}
+	__u32 field = ETH_HLEN + (source ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
+	__s64 difference = bpf_csum_diff(old, sizeof(old), new, sizeof(new), 0);
+	if (difference < 0 || bpf_l4_csum_replace(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR))
+		return -1;
+	return bpf_skb_store_bytes(skb, field, new, sizeof(new), 0);
+}
+
+// from_pod: tcx ingress on the node's end of a pod's veth.
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	struct packet p;
+	__u32 ifindex = skb->ifindex;
+	int reinjected = skb->mark == REINJECTED;
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	__u32 tenant = veth ? veth->tenant : 0;
+
+	enum parsed parsed = parse(skb, &p);
+	if (parsed == MALFORMED)
+		return drop(tenant, malformed);
+	if (parsed == NOT_IP || p.protocol != IPPROTO_TCP)
+		return NEXT;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &p.source);
+	if (!pod || pod->ifindex != ifindex)
+		return drop(tenant, spoofed);
+	if (p.fragment)
+		return drop(tenant, fragment);
+	if (reinjected) {
+		skb->mark = 0;
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return NEXT;
+	}
+	if (is_node_address(&p.destination))
+		return NEXT;
+	tenant = pod->tenant;
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	if (!t)
+		return drop(tenant, no_tenant);
+	__u32 to = t->ifindex;
+	struct addr self;
+	self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
+	if (same_address(&p.destination, &self) && readdress(skb, &p, 0, &p.source))
+		return drop(tenant, malformed);
+	return to_other_end(skb, to);
+}
+
+// to_pod: tcx egress on the node's end of a pod's veth.
+SEC("tc")
+int to_pod(struct __sk_buff *skb)
+{
+	struct packet p;
+	struct addr sent_to;
+	__u32 ifindex = skb->ifindex;
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	__u32 tenant = veth ? veth->tenant : 0;
+	// Not by source address: what a NodePort masquerades has the node's, too.
+	int made_here = skb->ingress_ifindex == 0;
+
+	enum parsed parsed = parse(skb, &p);
+	if (parsed == MALFORMED)
+		return drop(tenant, malformed);
+	if (parsed == NOT_IP)
+		return NEXT;
+	if (p.protocol == IPPROTO_TCP) {
+		if (made_here)
+			return NEXT;
+	} else if (quotes_tcp(skb, &p, &sent_to)) {
+		// The tenant's Envoy sent that packet as the pod, and without the
+		// error it wouldn't learn the path's MTU; except for what the pod
+		// sends to the node, which doesn't pass its tenant.
+		if (made_here && is_node_address(&sent_to))
+			return NEXT;
+	} else {
+		return NEXT;
+	}
+	if (p.fragment)
+		return drop(tenant, fragment);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &p.destination);
+	// A bridge floods its ports with what it doesn't know the place of.
+	if (!pod || pod->ifindex != ifindex)
+		return drop(tenant, not_the_pod);
+	tenant = pod->tenant;
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	if (!t)
+		return drop(tenant, no_tenant);
+	__u32 to = t->ifindex;
+	if (set_destination_mac(skb, t->mac))
+		return DROP;
+	return bpf_redirect(to, 0);
+}
+
+// is_deliver_address: 169.254.96.1 or fd69:8::1.
+static __always_inline int is_deliver_address(const struct addr *a)
+{
+	__u32 w[4];
+	__builtin_memcpy(w, a, sizeof(w));
+	if (w[1])
+		return 0;
+	if (!w[0])
+		return w[2] == bpf_htonl(0xffff) && w[3] == bpf_htonl(0xa9fe6001);
+	return w[0] == bpf_htonl(0xfd690008) && !w[2] && w[3] == bpf_htonl(1);
+}
+
+// from_tenant: tcx ingress on the node's end of a tenant's veth. What is behind
+// it is hostile: any address can be bound in there.
+SEC("tc")
+int from_tenant(struct __sk_buff *skb)
+{
+	struct packet p;
+	__u32 ifindex = skb->ifindex;
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	if (!veth || veth->kind != VETH_TENANT)
+		return drop(0, no_tenant);
+	__u32 tenant = veth->tenant;
+
+	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return NEXT;
+	if (parse(skb, &p) != PARSED)
+		return drop(tenant, malformed);
+	if (p.protocol == IPPROTO_ICMPV6 && !p.fragment) {
+		__u8 type;
+		if (!bpf_skb_load_bytes(skb, p.offset, &type, sizeof(type)) &&
+		    (type == NEIGHBOUR_SOLICITATION || type == NEIGHBOUR_ADVERTISEMENT))
+			return NEXT;
+	}
+	if (p.protocol != IPPROTO_TCP)
+		return drop(tenant, protocol);
+	if (p.fragment)
+		return drop(tenant, fragment);
+
+	struct pod *from = bpf_map_lookup_elem(&pods, &p.source);
+	struct pod *to = bpf_map_lookup_elem(&pods, &p.destination);
+	if (from && from->tenant != tenant)
+		from = 0;
+	if (to && to->tenant != tenant)
+		to = 0;
+	if (is_deliver_address(&p.source) && !to)
+		return drop(tenant, deliver);
+	if (from && to && (p.source_port == HBONE_PORT || p.destination_port == HBONE_PORT))
+		return to_other_end(skb, ifindex); // a tunnel between two of its own pods has both ends in there
+	if (to && same_address(&p.source, &p.destination)) {
+		struct addr self;
+		self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
+		if (readdress(skb, &p, 1, &self))
+			return drop(tenant, malformed);
+	}
+	if (to)
+		return deliver(skb, to);
+	if (!from)
+		return drop(tenant, foreign);
+	// As if the pod itself had sent it: rp_filter, conntrack and network
+	// policies of the node see the pod and its veth.
+	__u32 as = from->ifindex;
+	if (set_destination_mac(skb, from->gateway_mac))
+		return DROP;
+	skb->mark = REINJECTED;
+	return bpf_redirect(as, BPF_F_INGRESS);
+}
