@@ -1,0 +1,210 @@
+package isolation
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	clusterservice "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func TestMain(m *testing.M) {
+	// The test binary is its own launcher.
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "sandbox-init":
+			SandboxInit()
+		case "manage":
+			manage(os.Args[2])
+		case "filtered":
+			filtered(os.Args[2])
+		}
+	}
+	os.Exit(m.Run())
+}
+
+var tenantA, tenantB = model.NamespaceTenant("bhi-a"), model.NamespaceTenant("bhi-b")
+
+// node is a place for managers, which must be empty at the end of the test.
+type node struct {
+	t *testing.T
+	o Options
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	envoy, err := dist.Fetch(t.Context(), dist.Default)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Not t.TempDir itself: tenants' uids need no way to it, but a long path shows
+	// what breaks with sockets.
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"); err != nil {
+		t.Fatal(err)
+	}
+	n := &node{t, Options{
+		RunDir: filepath.Join(dir, "run"), LibDir: filepath.Join(dir, "lib"), EnvoyDir: filepath.Dir(envoy.Dir),
+		CgroupName: "bhtest-isolation", LinkPrefix: "bhi", Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	}}
+	t.Cleanup(func() {
+		if err := Uninstall(n.o); err != nil {
+			t.Error(err)
+		}
+		n.wantNothingLeft()
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return n
+}
+
+func (n *node) open() *Manager {
+	n.t.Helper()
+	m, err := Open(n.o)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(m.Close)
+	return m
+}
+
+// wantNothingLeft looks at the kernel for what a bulkhead is made of.
+func (n *node) wantNothingLeft() {
+	n.t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Attrs().Name, "bhi") {
+			n.t.Errorf("link %s is left", l.Attrs().Name)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if strings.Contains(string(mounts), n.o.RunDir+"/netns") {
+		n.t.Error("network namespaces are left mounted")
+	}
+	cgroups, err := filepath.Glob("/sys/fs/cgroup/*/bhtest-isolation*")
+	if err != nil || len(cgroups) > 0 {
+		n.t.Errorf("cgroups are left: %v %v", cgroups, err)
+	}
+	for _, dir := range []string{n.o.RunDir, n.o.LibDir} {
+		if _, err := os.Stat(dir); err == nil {
+			n.t.Errorf("%s is left", dir)
+		}
+	}
+	procs, err := filepath.Glob("/proc/[0-9]*/status")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, status := range procs {
+		data, err := os.ReadFile(status)
+		// A child of a closed manager stays a zombie of this program.
+		if err == nil && strings.Contains(string(data), "Uid:\t19000000") && !strings.Contains(string(data), "State:\tZ") {
+			n.t.Errorf("a process is left: %s\n%s", status, data)
+		}
+	}
+}
+
+// serveXDS answers on the generation's socket with nothing to configure.
+func (n *node) serveXDS(m *Manager, name model.Tenant, generation int) {
+	n.t.Helper()
+	b, err := m.Prepare(n.t.Context(), name, 1400)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := m.MakeXDSDir(name, generation); err != nil {
+		n.t.Fatal(err)
+	}
+	path := b.XDSSocket(generation)
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer dir.Close()
+	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/xds.sock", dir.Fd()))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := os.Chown(path, int(b.UID), int(b.UID)); err != nil {
+		n.t.Fatal(err)
+	}
+	s := grpc.NewServer()
+	clusterservice.RegisterAggregatedDiscoveryServiceServer(s, emptyADS{})
+	go s.Serve(l)
+	n.t.Cleanup(s.Stop)
+}
+
+type emptyADS struct {
+	clusterservice.UnimplementedAggregatedDiscoveryServiceServer
+}
+
+func (emptyADS) DeltaAggregatedResources(stream clusterservice.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if req.ResponseNonce != "" {
+			continue
+		}
+		if err := stream.Send(&clusterservice.DeltaDiscoveryResponse{TypeUrl: req.TypeUrl, Nonce: "1"}); err != nil {
+			return err
+		}
+	}
+}
+
+// run starts generation 1 of the tenant and returns its live process.
+func (n *node) run(m *Manager, name model.Tenant, l Limits) Process {
+	n.t.Helper()
+	n.serveXDS(m, name, 1)
+	err := m.Update(n.t.Context(), Spec{Tenant: name, MTU: 1400, Limits: l, Generations: []Generation{{1, dist.Default}}})
+	if err != nil {
+		n.t.Fatal(err, n.logs(m, name))
+	}
+	return n.waitLive(m, name, 0)
+}
+
+// waitLive waits for a live process of generation 1 with another pid.
+func (n *node) waitLive(m *Manager, name model.Tenant, other int) Process {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		s, _ := m.State(name)
+		if len(s.Processes) == 1 && s.Processes[0].Live && s.Processes[0].PID != other {
+			return s.Processes[0]
+		}
+		select {
+		case <-ctx.Done():
+			n.t.Fatalf("tenant %s isn't live: %+v\n%s", name, s, n.logs(m, name))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func (n *node) logs(m *Manager, name model.Tenant) string {
+	data, _ := os.ReadFile(m.LogFile(name, 1))
+	return string(data)
+}
+
+func alive(pid int) bool { return unix.Kill(pid, 0) == nil }

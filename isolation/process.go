@@ -1,0 +1,369 @@
+package isolation
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	firstDelay = 100 * time.Millisecond
+	lastDelay  = 10 * time.Second
+	// healthyAfter is how long a process has to live for its next start to be at once.
+	healthyAfter = 30 * time.Second
+	termGrace    = 2 * time.Second
+	startTimeout = 10 * time.Second
+
+	probeStarting = 25 * time.Millisecond
+	probeLive     = 5 * time.Second
+
+	// A log is begun anew at logTurn; the kernel stops it at logLimit.
+	logTurn  = 4 << 20
+	logLimit = 8 << 20
+	// openFiles is the most that a proxy gets of what the agent may have open.
+	openFiles = 1 << 20
+)
+
+// process keeps one generation of a tenant running. Its goroutine is the only
+// one that starts and reaps.
+type process struct {
+	tenant *tenant
+	// end is closed to have it ended; the manager's context ends the watching only.
+	end     chan struct{}
+	endOnce sync.Once
+	// first is closed after the first attempt to start, with what came of it in firstErr.
+	first    chan struct{}
+	firstErr error
+	done     chan struct{}
+
+	mu      sync.Mutex
+	state   processState
+	running *running
+	live    bool
+	// served says that the running process was live once.
+	served  bool
+	problem string
+}
+
+func newProcess(t *tenant, s processState, r *running) *process {
+	return &process{
+		tenant: t, state: s, running: r,
+		end: make(chan struct{}), first: make(chan struct{}), done: make(chan struct{}),
+	}
+}
+
+// stop has the process ended and waits for it.
+func (p *process) stop() {
+	p.endOnce.Do(func() { close(p.end) })
+	<-p.done
+}
+
+func (p *process) snapshot() (processState, bool, string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state, p.live, p.problem
+}
+
+// run supervises until the process is to end, or ctx does and it is left alone.
+func (p *process) run(ctx context.Context) {
+	defer close(p.done)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.end:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	delay := firstDelay
+	for {
+		p.mu.Lock()
+		r := p.running
+		p.mu.Unlock()
+		var err error
+		if r == nil {
+			r, err = p.start()
+		}
+		p.attempted(err)
+		if err == nil {
+			p.watch(ctx, r)
+			if ctx.Err() != nil && !r.exited() {
+				p.leave(r)
+				return
+			}
+			if time.Since(p.startedAt()) > healthyAfter {
+				delay = firstDelay
+			}
+			p.gone(r)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(delay):
+		}
+		delay = min(2*delay, lastDelay)
+		p.mu.Lock()
+		p.state.Restarts++
+		p.mu.Unlock()
+	}
+}
+
+func (p *process) startedAt() time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state.StartedAt
+}
+
+// attempted notes what came of a start.
+func (p *process) attempted(err error) {
+	p.mu.Lock()
+	p.problem = ""
+	if err != nil {
+		p.problem = err.Error()
+	}
+	p.mu.Unlock()
+	select {
+	case <-p.first:
+	default:
+		p.firstErr = err
+		close(p.first)
+	}
+	p.tenant.changed()
+}
+
+// watch returns when the process has ended or ctx is over.
+func (p *process) watch(ctx context.Context, r *running) {
+	interval := probeStarting
+	for {
+		live := ready(ctx, p.tenant.netns(), p.state.Generation)
+		if ctx.Err() != nil {
+			return
+		}
+		p.mu.Lock()
+		changed := p.live != live
+		p.live, p.served = live, p.served || live
+		p.mu.Unlock()
+		if changed {
+			p.tenant.changed()
+		}
+		switch {
+		case live:
+			interval = probeLive
+		case changed:
+			interval = probeStarting
+		default:
+			interval = min(2*interval, time.Second)
+		}
+		if err := turnLog(p.logPath()); err != nil {
+			p.tenant.m.log.Warn("Can't turn a proxy's log.", "tenant", p.tenant.name, "error", err)
+		}
+		if r.wait(ctx, interval) || ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// gone notes the end of a process.
+func (p *process) gone(r *running) {
+	text := r.reap()
+	if p.tenant.outOfMemory() {
+		text += ": out of memory"
+	}
+	p.mu.Lock()
+	p.running, p.live = nil, false
+	p.state.PID, p.state.StartTicks = 0, 0
+	p.state.LastExit = text
+	p.mu.Unlock()
+	p.persist()
+	p.tenant.changed()
+}
+
+// leave ends the process, if that is what was asked for, or lets go of it.
+func (p *process) leave(r *running) {
+	select {
+	case <-p.end:
+		p.mu.Lock()
+		served := p.served
+		p.mu.Unlock()
+		end := r.kill
+		if served {
+			// Before it has its handlers, process 1 of a pid namespace doesn't see SIGTERM.
+			end = func() error { return r.terminate(termGrace) }
+		}
+		if err := end(); err != nil {
+			p.tenant.m.log.Error("Can't end a proxy.", "tenant", p.tenant.name, "error", err)
+		}
+		p.gone(r)
+	default:
+		p.mu.Lock()
+		p.running = nil
+		p.mu.Unlock()
+		r.release()
+	}
+}
+
+func (p *process) persist() {
+	if err := p.tenant.persist(); err != nil {
+		p.tenant.m.log.Error("Can't keep the state of a tenant.", "tenant", p.tenant.name, "error", err)
+	}
+}
+
+func (p *process) logPath() string {
+	return p.tenant.m.o.logPath(p.tenant.name, p.state.Generation)
+}
+
+// start runs the launcher, writes down who it is, puts it where it belongs and
+// lets it go on.
+func (p *process) start() (*running, error) {
+	t, m := p.tenant, p.tenant.m
+	s, _, _ := p.snapshot()
+	tree, err := m.versions.tree(s.Version)
+	if err != nil {
+		return nil, err
+	}
+	config, err := p.config(tree, s.Generation)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(m.o.makeXDSDir(t.name, s.Generation, t.uid()), m.cgroups.ensure(t.file)); err != nil {
+		return nil, err
+	}
+	log, err := m.o.openLog(t.name, s.Generation, t.uid())
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	l, err := launch(m.o.Launcher, log)
+	if err != nil {
+		return nil, err
+	}
+	r, err := p.install(l, tree, config)
+	l.close()
+	if err != nil {
+		if r != nil {
+			err = errors.Join(err, r.kill())
+			r.reap()
+		} else {
+			l.child.Kill()
+			l.child.Wait()
+		}
+		p.mu.Lock()
+		p.running, p.state.PID, p.state.StartTicks = nil, 0, 0
+		p.mu.Unlock()
+		p.persist()
+		return nil, fmt.Errorf("start Envoy %s of %s: %w", s.Version, t.name, err)
+	}
+	return r, nil
+}
+
+func (p *process) config(tree string, generation int) ([]byte, error) {
+	t, m := p.tenant, p.tenant.m
+	static, err := bootstrap(t.name, generation)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(initConfig{
+		Root: m.o.rootDir(), EnvoyTree: tree, XDSDir: m.o.xdsDir(t.name, generation),
+		Log: m.o.logPath(t.name, generation), Netns: t.netns(), Bootstrap: static,
+		UID: t.uid(), Args: arguments(t.wantedLimits()), Hostname: "bulkhead",
+		LogLimit: logLimit, OpenFiles: openFiles,
+	})
+}
+
+// install is what happens between clone and exec, seen from outside.
+func (p *process) install(l *launched, tree string, config []byte) (*running, error) {
+	t := p.tenant
+	pid := l.child.Pid
+	r, err := hold(pid, l.child)
+	if err != nil {
+		return nil, err
+	}
+	ticks, err := startTicks(pid)
+	if err != nil {
+		return r, err
+	}
+	t.noteOutOfMemory()
+	p.mu.Lock()
+	p.running, p.live, p.served = r, false, false
+	p.state.PID, p.state.StartTicks, p.state.Tree, p.state.StartedAt = pid, ticks, tree, time.Now()
+	p.mu.Unlock()
+	// From here on a crash leaves a process that the next manager knows.
+	if err := t.persist(); err != nil {
+		return r, err
+	}
+	if err := t.m.cgroups.join(t.file, pid); err != nil {
+		return r, err
+	}
+	return r, l.release(config)
+}
+
+// launched is a launcher's process that waits for its configuration.
+type launched struct {
+	child            *os.Process
+	config, failures *os.File
+}
+
+func launch(command []string, log *os.File) (*launched, error) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	configIn, configOut, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer configIn.Close()
+	failuresIn, failuresOut, err := os.Pipe()
+	if err != nil {
+		configOut.Close()
+		return nil, err
+	}
+	defer failuresOut.Close()
+	child, err := os.StartProcess(command[0], command, &os.ProcAttr{
+		Dir:   "/",
+		Env:   []string{},
+		Files: []*os.File{null, log, log, configFD: configIn, errorFD: failuresOut},
+		// A session of its own: what a terminal sends to the agent isn't for it.
+		Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setsid: true},
+	})
+	if err != nil {
+		configOut.Close()
+		failuresIn.Close()
+		return nil, fmt.Errorf("run launcher: %w", err)
+	}
+	return &launched{child: child, config: configOut, failures: failuresIn}, nil
+}
+
+// release hands the configuration over and returns once it is Envoy, or why not.
+func (l *launched) release(config []byte) error {
+	if err := l.failures.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
+		return err
+	}
+	_, err := l.config.Write(config)
+	if err := errors.Join(err, l.config.Close()); err != nil {
+		return fmt.Errorf("configure: %w", err)
+	}
+	text, err := io.ReadAll(io.LimitReader(l.failures, 4096))
+	if err != nil {
+		return fmt.Errorf("wait for exec: %w", err)
+	}
+	if len(text) > 0 {
+		return errors.New(string(text))
+	}
+	return nil
+}
+
+func (l *launched) close() {
+	l.config.Close()
+	l.failures.Close()
+}

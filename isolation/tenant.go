@@ -1,0 +1,308 @@
+package isolation
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// Bulkhead is where a tenant's processes run.
+type Bulkhead struct {
+	Tenant model.Tenant
+	// Index is 1 to 4095 and the tenant's alone on this node.
+	Index uint16
+	// UID is also its gid.
+	UID uint32
+	// Netns is the path of its network namespace on the node.
+	Netns string
+	// The two ends of its veth: the host's is on the node, the tenant's is eth0 in Netns.
+	HostIfindex, TenantIfindex int
+	HostMAC, TenantMAC         net.HardwareAddr
+	// CgroupV2 is its folder in cgroup version 2, "" if the node has none.
+	CgroupV2 string
+
+	tenantDir string
+}
+
+// Process is one generation's Envoy.
+type Process struct {
+	Generation int
+	Version    string
+	// PID is 0 while none runs. With StartTicks, clock ticks since boot, it is
+	// unique until the next boot.
+	PID        int
+	StartTicks uint64
+	// Live says that Envoy has its first configuration and serves.
+	Live      bool
+	StartedAt time.Time
+	// Restarts since the generation began.
+	Restarts int
+	// LastExit is how the one before ended, "" if there was none.
+	LastExit string
+}
+
+// State is what is, as far as the kernel and the processes say.
+type State struct {
+	Bulkhead
+	// Limits as read back from the kernel.
+	Limits    Limits
+	Processes []Process
+	// Problem is what is wrong right now, "" if nothing is.
+	Problem string
+}
+
+// tenant is one bulkhead with its processes.
+type tenant struct {
+	m    *Manager
+	name model.Tenant
+	file string
+
+	// op is held by whoever changes the bulkhead: one at a time.
+	op      sync.Mutex
+	deleted bool
+
+	// saving orders writes of the state file.
+	saving sync.Mutex
+
+	mu        sync.Mutex
+	index     uint16
+	mtu       int
+	limits    Limits
+	link      link
+	problem   string
+	processes []*process
+	// oomKills is the kernel's count when the last process was started.
+	oomKills uint64
+}
+
+func (t *tenant) netns() string { return t.m.o.netnsPath(t.name) }
+
+func (t *tenant) uid() uint32 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.m.o.UIDBase + uint32(t.index)
+}
+
+func (t *tenant) wantedLimits() Limits {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.limits
+}
+
+func (t *tenant) changed() {
+	if t.m.o.Changed != nil {
+		t.m.o.Changed(t.name)
+	}
+}
+
+func (t *tenant) setProblem(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.problem = ""
+	if err != nil {
+		t.problem = err.Error()
+	}
+}
+
+func (t *tenant) list() []*process {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.processes)
+}
+
+func (t *tenant) persist() error {
+	t.saving.Lock()
+	defer t.saving.Unlock()
+	t.mu.Lock()
+	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits}
+	t.mu.Unlock()
+	for _, p := range t.list() {
+		state, _, _ := p.snapshot()
+		s.Processes = append(s.Processes, state)
+	}
+	return writeState(t.m.o.statePath(t.name), s)
+}
+
+func (t *tenant) noteOutOfMemory() {
+	n := t.m.cgroups.oomKills(t.file)
+	t.mu.Lock()
+	t.oomKills = n
+	t.mu.Unlock()
+}
+
+func (t *tenant) outOfMemory() bool {
+	n := t.m.cgroups.oomKills(t.file)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return n > t.oomKills
+}
+
+func (t *tenant) bulkhead() Bulkhead {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return Bulkhead{
+		Tenant: t.name, Index: t.index, UID: t.m.o.UIDBase + uint32(t.index), Netns: t.netns(),
+		HostIfindex: t.link.hostIfindex, TenantIfindex: t.link.tenantIfindex,
+		HostMAC: t.link.hostMAC, TenantMAC: t.link.tenantMAC,
+		CgroupV2: t.m.cgroups.unified(t.file), tenantDir: t.m.o.tenantDir(t.name),
+	}
+}
+
+func (t *tenant) state() State {
+	s := State{Bulkhead: t.bulkhead(), Limits: t.m.cgroups.limits(t.file)}
+	t.mu.Lock()
+	problems := []string{t.problem}
+	t.mu.Unlock()
+	for _, p := range t.list() {
+		ps, live, problem := p.snapshot()
+		s.Processes = append(s.Processes, Process{
+			Generation: ps.Generation, Version: ps.Version, PID: ps.PID, StartTicks: ps.StartTicks,
+			Live: live, StartedAt: ps.StartedAt, Restarts: ps.Restarts, LastExit: ps.LastExit,
+		})
+		problems = append(problems, problem)
+	}
+	for _, problem := range problems {
+		if problem != "" && s.Problem != "" {
+			s.Problem += "; "
+		}
+		s.Problem += problem
+	}
+	return s
+}
+
+// prepare makes everything but processes. The caller holds op.
+func (t *tenant) prepare(mtu int) error {
+	index, err := t.m.indexes.acquire(t.file)
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.index, t.mtu = index, mtu
+	t.mu.Unlock()
+	// The state comes first, so that nothing is there that a next manager wouldn't look for.
+	if err := t.persist(); err != nil {
+		return err
+	}
+	if err := t.m.cgroups.ensure(t.file); err != nil {
+		return err
+	}
+	if err := ensureNetns(t.netns()); err != nil {
+		return err
+	}
+	l, err := ensureNetwork(t.netns(), t.m.o.linkName(index), index, mtu)
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.link = l
+	t.mu.Unlock()
+	return os.MkdirAll(t.m.o.tenantDir(t.name), 0o700)
+}
+
+// update brings processes to what is wanted. The caller holds op.
+func (t *tenant) update(ctx context.Context, s Spec) error {
+	t.mu.Lock()
+	t.limits = s.Limits
+	t.mu.Unlock()
+	// A limit that the kernel refuses is a problem and no reason to have no proxy.
+	errs := []error{t.m.cgroups.limit(t.file, s.Limits)}
+	t.removeUnwanted(s.Generations)
+	var started []*process
+	for _, g := range s.Generations {
+		if p := t.process(g.Generation); p != nil {
+			t.checkNetns(p)
+			continue
+		}
+		if err := t.m.o.makeXDSDir(t.name, g.Generation, t.uid()); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		p := newProcess(t, processState{Generation: g.Generation, Version: g.Version}, nil)
+		t.mu.Lock()
+		t.processes = append(t.processes, p)
+		t.mu.Unlock()
+		started = append(started, p)
+	}
+	errs = append(errs, t.persist())
+	for _, p := range started {
+		t.m.supervise(p)
+	}
+	for _, p := range started {
+		select {
+		case <-p.first:
+			errs = append(errs, p.firstErr)
+		case <-p.done:
+		case <-ctx.Done():
+			errs = append(errs, fmt.Errorf("wait for start of generation %d: %w", p.state.Generation, ctx.Err()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *tenant) process(generation int) *process {
+	for _, p := range t.list() {
+		if p.state.Generation == generation {
+			return p
+		}
+	}
+	return nil
+}
+
+// removeUnwanted ends generations that aren't wanted, or with another version.
+func (t *tenant) removeUnwanted(wanted []Generation) {
+	var ended sync.WaitGroup
+	var kept []int
+	for _, p := range t.list() {
+		state, _, _ := p.snapshot()
+		if slices.Contains(wanted, Generation{state.Generation, state.Version}) {
+			kept = append(kept, state.Generation)
+			continue
+		}
+		ended.Go(func() {
+			p.stop()
+			t.mu.Lock()
+			t.processes = slices.DeleteFunc(t.processes, func(other *process) bool { return other == p })
+			t.mu.Unlock()
+			if !slices.ContainsFunc(wanted, func(g Generation) bool { return g.Generation == state.Generation }) {
+				if err := os.RemoveAll(t.m.o.xdsDir(t.name, state.Generation)); err != nil {
+					t.m.log.Warn("Can't remove folder of an xDS socket.", "tenant", t.name, "error", err)
+				}
+			}
+		})
+	}
+	ended.Wait()
+	t.m.o.pruneLogs(t.name, kept)
+}
+
+// checkNetns kills a process whose network namespace was taken away from under
+// it: it is started again in the one that there is now.
+func (t *tenant) checkNetns(p *process) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running != nil && p.live && !sameNetns(p.running.pid, t.netns()) && !p.running.exited() {
+		p.running.signal(9)
+	}
+}
+
+// remove ends and removes everything. The caller holds op.
+func (t *tenant) remove() error {
+	t.removeUnwanted(nil)
+	t.mu.Lock()
+	index := t.index
+	t.mu.Unlock()
+	if index == 0 {
+		index = t.m.indexes.get(t.file)
+	}
+	if err := t.m.removeLeftovers(t.file, index); err != nil {
+		return err
+	}
+	t.deleted = true
+	return nil
+}

@@ -1,0 +1,155 @@
+package isolation
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	seccomp "github.com/elastic/go-seccomp-bpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func TestFilters(t *testing.T) {
+	for name, want := range map[string]string{
+		"unix": "ok", "inet6": "ok", "vsock": "address family not supported by protocol", "packet": "address family not supported by protocol",
+		// The number of an allowed call as the family of a socket, or as flags, is still what it is.
+		"family-as-call": "address family not supported by protocol",
+		"clone3":         "function not implemented", "thread": "ok",
+		"userns": "SIGSYS", "unshare": "SIGSYS", "mount": "SIGSYS", "ptrace": "SIGSYS", "bpf": "SIGSYS", "setns": "SIGSYS",
+		"x32": "function not implemented",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out, err := exec.Command("/proc/self/exe", "filtered", name).CombinedOutput()
+			got := string(out)
+			var exit *exec.ExitError
+			if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
+				got = unix.SignalName(exit.Sys().(syscall.WaitStatus).Signal())
+			}
+			if !strings.HasPrefix(got, want) {
+				t.Errorf("%s: got %q, want %q", name, got, want)
+			}
+		})
+	}
+}
+
+// filtered makes one call behind the filters and prints what it returned.
+func filtered(name string) {
+	runtime.LockOSThread()
+	calls := map[string][3]uintptr{
+		"unix": {unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM}, "inet6": {unix.SYS_SOCKET, unix.AF_INET6, unix.SOCK_STREAM},
+		"vsock": {unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM}, "packet": {unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_DGRAM},
+		"family-as-call": {unix.SYS_SOCKET, unix.SYS_WRITEV, unix.SOCK_DGRAM},
+		"clone3":         {unix.SYS_CLONE3, 0, 0}, "userns": {unix.SYS_CLONE, unix.CLONE_NEWUSER | uintptr(unix.SIGCHLD), 0},
+		"unshare": {unix.SYS_UNSHARE, unix.CLONE_NEWUSER, 0}, "mount": {unix.SYS_MOUNT, 0, 0}, "ptrace": {unix.SYS_PTRACE, 0, 0},
+		"bpf": {unix.SYS_BPF, 0, 0}, "setns": {unix.SYS_SETNS, 0, 0}, "x32": {0x40000000 | unix.SYS_READ, 0, 0},
+	}
+	list, err := filters()
+	if err == nil {
+		err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	}
+	for _, f := range list {
+		if err == nil {
+			err = seccomp.LoadFilter(f)
+		}
+	}
+	if err != nil {
+		os.Stdout.WriteString(err.Error())
+		os.Exit(1)
+	}
+	if name == "thread" {
+		// The runtime clones one for each locked goroutine.
+		done := make(chan struct{})
+		go func() { runtime.LockOSThread(); close(done) }()
+		<-done
+	} else if c := calls[name]; true {
+		if _, _, errno := unix.RawSyscall(c[0], c[1], c[2], 0); errno != 0 {
+			os.Stdout.WriteString(errno.Error())
+			os.Exit(0)
+		}
+	}
+	os.Stdout.WriteString("ok")
+	os.Exit(0)
+}
+
+func TestSettings(t *testing.T) {
+	full := Limits{CPUWeight: 50, CPUMillis: 1500, MemoryHigh: 100, MemoryMax: 200, Pids: 9}
+	for _, c := range []struct {
+		limits     Limits
+		controller string
+		v2         bool
+		want       string
+	}{
+		{full, "cpu", true, "cpu.weight=50 cpu.max=150000 100000"},
+		{full, "cpu", false, "cpu.shares=512 cpu.cfs_period_us=100000 cpu.cfs_quota_us=150000"},
+		{full, "memory", true, "memory.high=100 memory.max=200 memory.swap.max=0"},
+		{full, "memory", false, "memory.soft_limit_in_bytes=100 memory.limit_in_bytes=200 memory.swappiness=0"},
+		{full, "pids", true, "pids.max=9"},
+		{Limits{}, "cpu", true, "cpu.weight=100 cpu.max=max 100000"},
+		{Limits{}, "cpu", false, "cpu.shares=1024 cpu.cfs_period_us=100000 cpu.cfs_quota_us=-1"},
+		{Limits{}, "memory", true, "memory.high=max memory.max=max memory.swap.max=0"},
+		{Limits{}, "memory", false, "memory.soft_limit_in_bytes=-1 memory.limit_in_bytes=-1 memory.swappiness=0"},
+		{Limits{}, "pids", false, "pids.max=256"},
+	} {
+		var got []string
+		for _, s := range c.limits.settings(c.controller, c.v2) {
+			got = append(got, s.file+"="+s.value)
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%+v %s v2=%t: got %q, want %q", c.limits, c.controller, c.v2, got, c.want)
+		}
+	}
+}
+
+func TestIndexes(t *testing.T) {
+	dir := t.TempDir()
+	open := func() *indexes {
+		x, err := openIndexes(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return x
+	}
+	want := func(x *indexes, name string, want uint16) {
+		t.Helper()
+		if got, err := x.acquire(name); got != want || err != nil {
+			t.Errorf("%s got index %d, %v, want %d", name, got, err, want)
+		}
+	}
+	x := open()
+	want(x, "a", 1)
+	want(x, "b", 2)
+	want(x, "a", 1)
+	x = open()
+	want(x, "b", 2)
+	if err := x.release("a"); err != nil {
+		t.Fatal(err)
+	}
+	x = open()
+	want(x, "c", 3)
+	x.last = maxIndex
+	want(x, "d", 1)
+	if err := x.reserve("e", 2); err != nil {
+		t.Fatal(err)
+	}
+	want(open(), "b", 4)
+}
+
+func TestNames(t *testing.T) {
+	long := model.Tenant{Scope: model.ScopePod, Namespace: "a", Name: strings.Repeat("b", 252)}
+	other := model.Tenant{Scope: model.ScopePod, Namespace: "a", Name: strings.Repeat("b", 251) + "c"}
+	if fileName(long) == fileName(other) || len(fileName(long)) > 200 {
+		t.Errorf("names %q and %q", fileName(long), fileName(other))
+	}
+	for _, bad := range []model.Tenant{{}, {Scope: model.ScopeNamespace, Namespace: "../x"}, {Scope: model.ScopePod, Namespace: "a", Name: "../b"}, {Scope: model.ScopeNode, Name: "x"}} {
+		if checkTenant(bad) == nil {
+			t.Errorf("%#v is taken for a tenant", bad)
+		}
+	}
+}
