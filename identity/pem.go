@@ -1,0 +1,83 @@
+package identity
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+)
+
+const (
+	pemCertificate = "CERTIFICATE"
+	pemKey         = "PRIVATE KEY"
+	pemKeyEC       = "EC PRIVATE KEY"
+)
+
+func encodeCertificates(ders [][]byte) []byte {
+	var out []byte
+	for _, der := range ders {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: pemCertificate, Bytes: der})...)
+	}
+	return out
+}
+
+// encodeKey is PKCS #8, which Envoy and everybody else reads.
+func encodeKey(key *ecdsa.PrivateKey) []byte {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		panic("identity: marshal P-256 key: " + err.Error()) // only for unknown curves
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: der})
+}
+
+// parseCertificates reads 1 to limit PEM certificates and nothing else.
+func parseCertificates(data []byte, limit int) ([]*x509.Certificate, error) {
+	var certs []*x509.Certificate
+	for len(bytes.TrimSpace(data)) > 0 {
+		block, rest := pem.Decode(data)
+		if block == nil || block.Type != pemCertificate {
+			return nil, errors.New("must be PEM certificates and nothing else")
+		}
+		if len(certs) == limit {
+			return nil, fmt.Errorf("has more than %d certificates", limit)
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(certs), err)
+		}
+		certs, data = append(certs, c), rest
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("has no certificate")
+	}
+	return certs, nil
+}
+
+// parseKey reads a P-256 key; its errors never quote data.
+func parseKey(data []byte) (*ecdsa.PrivateKey, error) {
+	block, rest := pem.Decode(data)
+	if block == nil || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, errors.New("must be one PEM key")
+	}
+	var parsed any
+	var err error
+	switch block.Type {
+	case pemKey:
+		parsed, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+	case pemKeyEC:
+		parsed, err = x509.ParseECPrivateKey(block.Bytes)
+	default:
+		return nil, errors.New("must be a PEM key of type " + pemKey)
+	}
+	if err != nil {
+		return nil, errors.New("isn't a readable private key")
+	}
+	key, ok := parsed.(*ecdsa.PrivateKey)
+	if !ok || key.Curve != elliptic.P256() {
+		return nil, errors.New("isn't a P-256 key")
+	}
+	return key, nil
+}
