@@ -1,0 +1,222 @@
+package xds
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const (
+	// tunnelIdle is how long a tunnel without a connection in it stays.
+	tunnelIdle = time.Minute
+	// tunnelAge is when a tunnel takes no new connections, so that a certificate
+	// isn't used long past its rotation. Those in it go on.
+	tunnelAge = 30 * time.Minute
+	// userTimeout is how long the kernel waits for a tunnel's peer to acknowledge
+	// data, or after an outage pools stay dead for a quarter of an hour.
+	userTimeout = 20 * time.Second
+)
+
+// cluster is what all clusters share. The limits of a tenant are its cgroup's;
+// Envoy's own of 1024 would be in the way.
+func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.Cluster {
+	c := &clusterv3.Cluster{
+		Name:                          name,
+		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: discovery},
+		ConnectTimeout:                durationpb.New(connectTimeout),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+			MaxConnections: wrapperspb.UInt32(100_000), MaxPendingRequests: wrapperspb.UInt32(100_000), MaxRequests: wrapperspb.UInt32(100_000),
+		}}},
+		UpstreamBindConfig: &corev3.BindConfig{SocketOptions: append(keepaliveOptions(),
+			// A source address is bound before the destination is known; this leaves the
+			// choice of the port to connect, or all destinations share 64,000.
+			socketOption("IP_BIND_ADDRESS_NO_PORT", ipprotoIP, ipBindAddressNoPort, 1))},
+	}
+	if discovery == clusterv3.Cluster_ORIGINAL_DST {
+		c.LbPolicy = clusterv3.Cluster_CLUSTER_PROVIDED
+	}
+	return c
+}
+
+// tunnels makes c's upstream connections HTTP/2.
+func (p *packer) tunnels(c *clusterv3.Cluster) {
+	c.TypedExtensionProtocolOptions = map[string]*anypb.Any{
+		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": p.any(&upstreamhttpv3.HttpProtocolOptions{
+			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+				IdleTimeout: durationpb.New(tunnelIdle), MaxConnectionDuration: durationpb.New(tunnelAge),
+			},
+			UpstreamProtocolOptions: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+				ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+					ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: http2Options()},
+				},
+			},
+		}),
+	}
+}
+
+// overTLS makes c's upstream connections mutual TLS over the network.
+func (p *packer) overTLS(c *clusterv3.Cluster, servers ...string) {
+	p.tunnels(c)
+	c.TransportSocket = p.upstreamTLS(servers...)
+	c.UpstreamBindConfig.SocketOptions = append(c.UpstreamBindConfig.SocketOptions,
+		socketOption("TCP_USER_TIMEOUT", ipprotoTCP, tcpUserTimeout, userTimeout.Milliseconds()))
+}
+
+// StaticClusters are the clusters that every proxy has.
+func StaticClusters() ([]*clusterv3.Cluster, error) {
+	p := &packer{}
+	original := func(name string, lb *clusterv3.Cluster_OriginalDstLbConfig) *clusterv3.Cluster {
+		c := cluster(name, clusterv3.Cluster_ORIGINAL_DST)
+		if lb != nil {
+			c.LbConfig = &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: lb}
+		}
+		return c
+	}
+	hbone := original(clusterHBONE, &clusterv3.Cluster_OriginalDstLbConfig{UpstreamPortOverride: wrapperspb.UInt32(PortInbound)})
+	p.overTLS(hbone)
+	node := original(clusterDeliverNode, nil)
+	node.UpstreamBindConfig.SourceAddress = socketAddress(DeliverIPv4, 0).GetSocketAddress()
+	node.UpstreamBindConfig.ExtraSourceAddresses = []*corev3.ExtraSourceAddress{{Address: socketAddress(DeliverIPv6, 0).GetSocketAddress()}}
+	cs := []*clusterv3.Cluster{
+		hbone,
+		original(clusterDeliver, nil),
+		node,
+		original(clusterDeliverHTTP, &clusterv3.Cluster_OriginalDstLbConfig{UseHttpHeader: true, HttpHeaderName: ":authority"}),
+		original(clusterPassthrough, nil),
+	}
+	if err := p.err(); err != nil {
+		return nil, &ObjectError{Source{Kind: "Static"}, err}
+	}
+	return cs, nil
+}
+
+// VIPCluster is the cluster of a service's address. It doesn't depend on the
+// service, so nothing about a service can make a proxy drop its connections: all
+// that changes are endpoints.
+func VIPCluster(vip netip.AddrPort) (*clusterv3.Cluster, error) {
+	p := &packer{}
+	c := cluster(VIPName(vip), clusterv3.Cluster_EDS)
+	c.EdsClusterConfig = &clusterv3.Cluster_EdsClusterConfig{EdsConfig: ads(), ServiceName: c.Name}
+	c.LbPolicy = clusterv3.Cluster_LEAST_REQUEST
+	// Never send to an endpoint that is draining because few others are left:
+	// VIPEndpoints decides when that is right.
+	c.CommonLbConfig = &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}}
+	c.TransportSocketMatches = []*clusterv3.Cluster_TransportSocketMatch{
+		{Name: "plain", Match: structOf("plain", structpb.NewBoolValue(true)), TransportSocket: p.rawSocket()},
+		{Name: "tunnel", Match: &structpb.Struct{}, TransportSocket: p.internalSocket()},
+	}
+	return c, p.err()
+}
+
+func structOf(key string, value *structpb.Value) *structpb.Struct {
+	return &structpb.Struct{Fields: map[string]*structpb.Value{key: value}}
+}
+
+// VIPEndpoints are the endpoints behind a service's address, of its family; none
+// for the zero Service.
+func VIPEndpoints(vip netip.AddrPort, s model.Service) (*endpointv3.ClusterLoadAssignment, error) {
+	cla := &endpointv3.ClusterLoadAssignment{ClusterName: VIPName(vip)}
+	var port model.ServicePort
+	for _, sp := range s.Ports {
+		if sp.Port == vip.Port() {
+			port = sp
+			break
+		}
+	}
+	eps := slices.DeleteFunc(slices.Clone(port.Endpoints), func(e model.Endpoint) bool { return e.Addr.Addr().Is4() != vip.Addr().Is4() })
+	slices.SortFunc(eps, func(a, b model.Endpoint) int {
+		// Of two that claim one address, the one that must prove an identity counts.
+		return cmp.Or(a.Addr.Compare(b.Addr), -cmp.Compare(a.Identity.String(), b.Identity.String()))
+	})
+	eps = slices.CompactFunc(eps, func(a, b model.Endpoint) bool { return a.Addr == b.Addr })
+	// Draining endpoints serve only if no other is left, as with kube-proxy.
+	last := !slices.ContainsFunc(eps, func(e model.Endpoint) bool { return !e.Draining })
+	locality := &endpointv3.LocalityLbEndpoints{}
+	for _, e := range eps {
+		lb := lbEndpoint(e)
+		if e.Draining && !last {
+			lb.HealthStatus = corev3.HealthStatus_DRAINING
+		}
+		locality.LbEndpoints = append(locality.LbEndpoints, lb)
+	}
+	if len(eps) > 0 {
+		cla.Endpoints = []*endpointv3.LocalityLbEndpoints{locality}
+	}
+	return cla, nil
+}
+
+func lbEndpoint(e model.Endpoint) *endpointv3.LbEndpoint {
+	addr := e.Addr.String()
+	if e.Identity.IsZero() {
+		return &endpointv3.LbEndpoint{
+			HostIdentifier: endpoint(socketAddress(e.Addr.Addr().String(), uint32(e.Addr.Port()))),
+			Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+				metadataMatch: structOf("plain", structpb.NewBoolValue(true)),
+			}},
+		}
+	}
+	return &endpointv3.LbEndpoint{
+		HostIdentifier: endpoint(internalAddress(listenerHBONE, addr)),
+		Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+			metadataDestination: structOf("local", structpb.NewStringValue(addr)),
+			metadataBulkhead:    structOf("san", structpb.NewStringValue(e.Identity.String())),
+		}},
+	}
+}
+
+func endpoint(a *corev3.Address) *endpointv3.LbEndpoint_Endpoint {
+	return &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: a}}
+}
+
+func staticEndpoint(c *clusterv3.Cluster, a *corev3.Address) {
+	c.LoadAssignment = &endpointv3.ClusterLoadAssignment{
+		ClusterName: c.Name,
+		Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: endpoint(a)}}}},
+	}
+}
+
+// PodCluster is the cluster of one address of a pod. A pod of the mesh is reached
+// through a tunnel that ends at that very pod; one outside of it in plain text.
+func PodCluster(addr netip.Addr, w model.Workload) (*clusterv3.Cluster, error) {
+	p := &packer{}
+	c := cluster(PodName(addr), clusterv3.Cluster_STATIC)
+	if w.Identity.IsZero() {
+		p.tunnels(c)
+		c.TransportSocket = p.internalSocket()
+		staticEndpoint(c, internalAddress(listenerUnwrap, c.Name))
+	} else {
+		p.overTLS(c, w.Identity.String())
+		staticEndpoint(c, socketAddress(addr.String(), PortInbound))
+	}
+	if err := p.err(); err != nil {
+		return nil, &ObjectError{workloadSource(w), err}
+	}
+	return c, nil
+}
+
+// UnknownPodCluster is the cluster of an address that no pod is known to have:
+// it refuses. Plain text isn't an answer, for the pod may be of the mesh and just
+// not seen yet.
+func UnknownPodCluster(addr netip.Addr) (*clusterv3.Cluster, error) {
+	if !validAddr(addr) {
+		return nil, fmt.Errorf("%q isn't a pod's address", addr)
+	}
+	c := cluster(PodName(addr), clusterv3.Cluster_STATIC)
+	c.LoadAssignment = &endpointv3.ClusterLoadAssignment{ClusterName: c.Name}
+	return c, nil
+}

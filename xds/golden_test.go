@@ -1,0 +1,203 @@
+package xds
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files in testdata")
+
+// Two service accounts with dual-stack pods, of which two share one.
+var (
+	testNetwork = model.Network{
+		TrustDomain:  "cluster.local",
+		PodCIDRs:     prefixes("10.1.0.0/16", "fd00:1::/32"),
+		ServiceCIDRs: prefixes("10.96.0.0/16", "fd00:96::/108"),
+	}
+	testProxy = model.Proxy{
+		Node: "node-1", Tenant: model.NamespaceTenant("team-a"), AccessLog: true,
+		Workloads: []model.Workload{
+			workload("web-0", "web", "10.1.0.2", "fd00:1::2"),
+			workload("api-0", "api", "10.1.0.3", "fd00:1::3"),
+			workload("web-1", "web", "10.1.0.130", "fd00:1::82"),
+		},
+	}
+	testService = model.Service{
+		Namespace: "team-a", Name: "api", VIPs: addrs("10.96.0.10", "fd00:96::10"),
+		Ports: []model.ServicePort{{Name: "http", Port: 80, Endpoints: []model.Endpoint{
+			{Addr: netip.MustParseAddrPort("10.1.0.3:8080"), Identity: identity("api")},
+			{Addr: netip.MustParseAddrPort("10.1.0.4:8080"), Identity: identity("api"), Draining: true},
+			{Addr: netip.MustParseAddrPort("10.1.0.9:8080")}, // outside of the mesh
+			{Addr: netip.MustParseAddrPort("[fd00:1::3]:8080"), Identity: identity("api")},
+		}}},
+	}
+)
+
+func prefixes(s ...string) (out []netip.Prefix) {
+	for _, p := range s {
+		out = append(out, netip.MustParsePrefix(p))
+	}
+	return out
+}
+
+func addrs(s ...string) (out []netip.Addr) {
+	for _, a := range s {
+		out = append(out, netip.MustParseAddr(a))
+	}
+	return out
+}
+
+func identity(account string) model.Identity {
+	return model.Identity{TrustDomain: "cluster.local", Namespace: "team-a", ServiceAccount: account}
+}
+
+func workload(name, account string, ips ...string) model.Workload {
+	return model.Workload{
+		UID: "uid-" + name, Namespace: "team-a", Name: name, Node: "node-1",
+		Identity: identity(account), Tenant: model.NamespaceTenant("team-a"), IPs: addrs(ips...),
+	}
+}
+
+func plainWorkload(name string, ips ...string) model.Workload {
+	return model.Workload{UID: "uid-" + name, Namespace: "other", Name: name, Node: "node-2", IPs: addrs(ips...)}
+}
+
+func TestGolden(t *testing.T) {
+	vip4, vip6 := netip.MustParseAddrPort("10.96.0.10:80"), netip.MustParseAddrPort("[fd00:96::10]:80")
+	pod4, pod6 := netip.MustParseAddr("10.1.0.3"), netip.MustParseAddr("fd00:1::3")
+	one := func(m proto.Message, err error) ([]proto.Message, error) { return []proto.Message{m}, err }
+	quiet := testProxy
+	quiet.AccessLog, quiet.Workloads = false, quiet.Workloads[:1]
+	draining := model.Service{Namespace: "team-a", Name: "api", Ports: []model.ServicePort{{Port: 80, Endpoints: testService.Ports[0].Endpoints[1:2]}}}
+	files := map[string]func() ([]proto.Message, error){
+		"listeners":         func() ([]proto.Message, error) { return messages(Listeners(testNetwork, testProxy)) },
+		"listeners-one-pod": func() ([]proto.Message, error) { return messages(Listeners(testNetwork, quiet)) },
+		"listeners-no-pods": func() ([]proto.Message, error) {
+			return messages(Listeners(testNetwork, model.Proxy{Node: "node-1", Tenant: testProxy.Tenant}))
+		},
+		"clusters-static":        func() ([]proto.Message, error) { return messages(StaticClusters()) },
+		"cluster-vip":            func() ([]proto.Message, error) { return one(VIPCluster(vip4)) },
+		"cluster-pod-mesh-ipv4":  func() ([]proto.Message, error) { return one(PodCluster(pod4, testProxy.Workloads[1])) },
+		"cluster-pod-mesh-ipv6":  func() ([]proto.Message, error) { return one(PodCluster(pod6, testProxy.Workloads[1])) },
+		"cluster-pod-plain":      func() ([]proto.Message, error) { return one(PodCluster(pod4, plainWorkload("p", "10.1.0.3"))) },
+		"cluster-pod-unknown":    func() ([]proto.Message, error) { return one(UnknownPodCluster(pod4)) },
+		"endpoints-ipv4":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, testService)) },
+		"endpoints-ipv6":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip6, testService)) },
+		"endpoints-all-draining": func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, draining)) },
+		"endpoints-unknown":      func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, model.Service{})) },
+	}
+	for name, build := range files {
+		t.Run(name, func(t *testing.T) {
+			ms, err := build()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got bytes.Buffer
+			for _, m := range ms {
+				validateAll(t, m.ProtoReflect())
+				got.WriteString("---\n")
+				got.Write(toYAML(t, m))
+			}
+			golden(t, name+".yaml", got.Bytes())
+		})
+	}
+	if *update {
+		old, _ := filepath.Glob("testdata/*.yaml")
+		for _, f := range old {
+			if files[filepath.Base(f[:len(f)-len(".yaml")])] == nil {
+				os.Remove(f)
+			}
+		}
+	}
+}
+
+func messages[M proto.Message](ms []M, err error) (out []proto.Message, _ error) {
+	for _, m := range ms {
+		out = append(out, m)
+	}
+	return out, err
+}
+
+func toYAML(t *testing.T, m proto.Message) []byte {
+	t.Helper()
+	j, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v any
+	if err := json.Unmarshal(j, &v); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	e := yaml.NewEncoder(&out)
+	e.SetIndent(2)
+	if err := e.Encode(v); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func golden(t *testing.T, file string, got []byte) {
+	t.Helper()
+	file = filepath.Join("testdata", file)
+	if *update {
+		if err := os.MkdirAll("testdata", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs; if that is right: go test ./xds -run TestGolden -update\n%s", file, got)
+	}
+}
+
+// validateAll validates m and every message that an Any in it holds.
+func validateAll(t *testing.T, m protoreflect.Message) {
+	t.Helper()
+	if err := validate(m.Interface()); err != nil {
+		t.Error(err)
+	}
+	if a, ok := m.Interface().(*anypb.Any); ok {
+		inner, err := a.UnmarshalNew()
+		if err != nil {
+			t.Fatal(err)
+		}
+		validateAll(t, inner.ProtoReflect())
+		return
+	}
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		switch {
+		case f.IsMap():
+			if f.MapValue().Message() != nil {
+				v.Map().Range(func(_ protoreflect.MapKey, v protoreflect.Value) bool { validateAll(t, v.Message()); return true })
+			}
+		case f.Message() == nil:
+		case f.IsList():
+			for i := range v.List().Len() {
+				validateAll(t, v.List().Get(i).Message())
+			}
+		default:
+			validateAll(t, v.Message())
+		}
+		return true
+	})
+}

@@ -1,0 +1,30 @@
+package xds
+
+import (
+	"os/exec"
+	"runtime"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// enterNetns puts the test's goroutine, and what it starts, into a new network
+// namespace in which every address is local. It lives as long as they do.
+func enterNetns(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		t.Skipf("this test needs a network namespace of its own: %v", err)
+	}
+	for _, args := range [][]string{
+		{"ip", "link", "set", "lo", "up"},
+		{"ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo"},
+		{"ip", "-6", "route", "add", "local", "::/0", "dev", "lo"},
+		{"sysctl", "-qw", "net.ipv6.ip_nonlocal_bind=1"},
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", args, err, out)
+		}
+	}
+}

@@ -1,0 +1,221 @@
+package xds
+
+import (
+	"net/netip"
+	"time"
+
+	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
+	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	filterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	originalsrcv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
+	setfilterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/set_filter_state/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	networkinputsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+const (
+	// odcdsTimeout is how long a first connection waits for its cluster; without
+	// one it hangs.
+	odcdsTimeout = 5 * time.Second
+	// connectTimeout includes the fetch of a client certificate.
+	connectTimeout = 5 * time.Second
+
+	keepaliveInterval = 30 * time.Second
+	keepaliveTimeout  = 5 * time.Second
+)
+
+func ads() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ResourceApiVersion:    corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+	}
+}
+
+func socketAddress(addr string, port uint32) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address: addr, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
+	}}}
+}
+
+// anyAddress listens on all addresses of both families with one socket.
+func anyAddress(port uint32) *corev3.Address {
+	a := socketAddress("::", port)
+	a.GetSocketAddress().Ipv4Compat = true
+	return a
+}
+
+func internalAddress(listener, endpoint string) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_EnvoyInternalAddress{EnvoyInternalAddress: &corev3.EnvoyInternalAddress{
+		AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: listener},
+		EndpointId:           endpoint,
+	}}}
+}
+
+// Socket options by number: Envoy's field for each is newer than 1.39 or missing.
+const (
+	solSocket, soKeepalive                            = 1, 9
+	ipprotoIP, ipBindAddressNoPort                    = 0, 24
+	ipprotoTCP, tcpUserTimeout                        = 6, 18
+	tcpKeepidle, tcpKeepintvl, tcpKeepcnt             = 4, 5, 6
+	keepidleSeconds, keepintvlSeconds, keepaliveCount = 120, 15, 4
+)
+
+func socketOption(description string, level, name, value int64) *corev3.SocketOption {
+	return &corev3.SocketOption{
+		Description: description, Level: level, Name: name,
+		Value: &corev3.SocketOption_IntValue{IntValue: value}, State: corev3.SocketOption_STATE_PREBIND,
+	}
+}
+
+// keepaliveOptions find out that a peer is gone without a word: idle connections
+// are never closed, for the applications at both ends don't expect it.
+func keepaliveOptions() []*corev3.SocketOption {
+	return []*corev3.SocketOption{
+		socketOption("SO_KEEPALIVE", solSocket, soKeepalive, 1),
+		socketOption("TCP_KEEPIDLE", ipprotoTCP, tcpKeepidle, keepidleSeconds),
+		socketOption("TCP_KEEPINTVL", ipprotoTCP, tcpKeepintvl, keepintvlSeconds),
+		socketOption("TCP_KEEPCNT", ipprotoTCP, tcpKeepcnt, keepaliveCount),
+	}
+}
+
+// filterState sets key from a format string; an empty result leaves it as it was.
+func filterState(key, factory, format string, share filterstatev3.FilterStateValue_SharedWithUpstream) *filterstatev3.FilterStateValue {
+	return &filterstatev3.FilterStateValue{
+		Key:        &filterstatev3.FilterStateValue_ObjectKey{ObjectKey: key},
+		FactoryKey: factory,
+		Value: &filterstatev3.FilterStateValue_FormatString{FormatString: &corev3.SubstitutionFormatString{
+			Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: &corev3.DataSource{
+				Specifier: &corev3.DataSource_InlineString{InlineString: format},
+			}},
+		}},
+		SharedWithUpstream: share,
+		SkipIfEmpty:        true,
+	}
+}
+
+// identityState makes the connection's upstream present id's certificate.
+// envoy.hashable_string puts it into the key of every connection pool;
+// envoy.string, the default, would lend one identity's connections to another.
+func identityState(id string) *filterstatev3.FilterStateValue {
+	return filterState("envoy.tls.certificate_mappers.on_demand_secret", "envoy.hashable_string", id, filterstatev3.FilterStateValue_TRANSITIVE)
+}
+
+// clusterState picks the connection's cluster, by on-demand name.
+func clusterState(format string) *filterstatev3.FilterStateValue {
+	return filterState("envoy.tcp_proxy.cluster", "", format, filterstatev3.FilterStateValue_NONE)
+}
+
+// destinationState tells ORIGINAL_DST clusters where the connection was going:
+// sk_lookup leaves nothing that SO_ORIGINAL_DST could restore.
+func destinationState() *filterstatev3.FilterStateValue {
+	return filterState("envoy.network.transport_socket.original_dst_address", "", "%DOWNSTREAM_LOCAL_ADDRESS%", filterstatev3.FilterStateValue_ONCE)
+}
+
+// sourceState carries the client's address through internal listeners. It is in
+// the key of every pool, so its port is 0: with the client's port each connection
+// would get a pool, and a tunnel, of its own that is never closed. Of the two
+// spellings the one of the wrong family doesn't parse and is skipped.
+func sourceState() []*filterstatev3.FilterStateValue {
+	const key = "envoy.filters.listener.original_dst.remote_ip"
+	return []*filterstatev3.FilterStateValue{
+		filterState(key, "", "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%:0", filterstatev3.FilterStateValue_TRANSITIVE),
+		filterState(key, "", "[%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%]:0", filterstatev3.FilterStateValue_TRANSITIVE),
+	}
+}
+
+func (p *packer) filter(name string, m proto.Message) *listenerv3.Filter {
+	return &listenerv3.Filter{Name: name, ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: p.any(m)}}
+}
+
+func (p *packer) setFilterState(values ...*filterstatev3.FilterStateValue) *listenerv3.Filter {
+	return p.filter("envoy.filters.network.set_filter_state", &setfilterstatev3.Config{OnNewConnection: values})
+}
+
+func (p *packer) listenerFilter(name string, m proto.Message) *listenerv3.ListenerFilter {
+	return &listenerv3.ListenerFilter{Name: name, ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: p.any(m)}}
+}
+
+// originalSource makes upstream connections leave from the client's address.
+func (p *packer) originalSource() *listenerv3.ListenerFilter {
+	return p.listenerFilter("envoy.filters.listener.original_src", &originalsrcv3.OriginalSrc{})
+}
+
+// originalDestination restores an internal connection's addresses.
+func (p *packer) originalDestination() *listenerv3.ListenerFilter {
+	return p.listenerFilter("envoy.filters.listener.original_dst", &originaldstv3.OriginalDst{})
+}
+
+// tcpProxy never closes an idle connection.
+func (p *packer) tcpProxy(t *tcpproxyv3.TcpProxy, logs []*accesslogv3.AccessLog) *listenerv3.Filter {
+	t.StatPrefix = "tcp"
+	t.IdleTimeout = durationpb.New(0)
+	t.AccessLog = logs
+	return p.filter("envoy.filters.network.tcp_proxy", t)
+}
+
+func (p *packer) tcpTo(cluster string, logs []*accesslogv3.AccessLog) *listenerv3.Filter {
+	return p.tcpProxy(&tcpproxyv3.TcpProxy{ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster}}, logs)
+}
+
+// tcpOnDemand goes to the cluster that clusterState named.
+func (p *packer) tcpOnDemand(t *tcpproxyv3.TcpProxy, logs []*accesslogv3.AccessLog) *listenerv3.Filter {
+	t.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: "never"} // there is no such cluster
+	t.OnDemand = &tcpproxyv3.TcpProxy_OnDemand{OdcdsConfig: ads(), Timeout: durationpb.New(odcdsTimeout)}
+	return p.tcpProxy(t, logs)
+}
+
+// rule sends addresses in ranges to match.
+type rule struct {
+	ranges []netip.Prefix
+	match  *matcherv3.Matcher_OnMatch
+}
+
+// toChain picks a filter chain by name.
+func (p *packer) toChain(name string) *matcherv3.Matcher_OnMatch {
+	return &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Action{Action: &xdscorev3.TypedExtensionConfig{
+		Name: name, TypedConfig: p.any(wrapperspb.String(name)),
+	}}}
+}
+
+// byAddress matches the longest prefix. Rules without ranges are left out, and
+// without any rule, otherwise is all that is left; nil closes the connection.
+func (p *packer) byAddress(input proto.Message, rules []rule, otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher {
+	m := &matcherv3.IPMatcher{}
+	for _, r := range rules {
+		if len(r.ranges) == 0 {
+			continue
+		}
+		rm := &matcherv3.IPMatcher_IPRangeMatcher{OnMatch: r.match}
+		for _, prefix := range r.ranges {
+			rm.Ranges = append(rm.Ranges, &xdscorev3.CidrRange{
+				AddressPrefix: prefix.Addr().String(), PrefixLen: wrapperspb.UInt32(uint32(prefix.Bits())),
+			})
+		}
+		m.RangeMatchers = append(m.RangeMatchers, rm)
+	}
+	if len(m.RangeMatchers) == 0 {
+		return &matcherv3.Matcher{OnNoMatch: otherwise}
+	}
+	return &matcherv3.Matcher{
+		MatcherType: &matcherv3.Matcher_MatcherTree_{MatcherTree: &matcherv3.Matcher_MatcherTree{
+			Input:    &xdscorev3.TypedExtensionConfig{Name: "address", TypedConfig: p.any(input)},
+			TreeType: &matcherv3.Matcher_MatcherTree_CustomMatch{CustomMatch: &xdscorev3.TypedExtensionConfig{Name: "ip", TypedConfig: p.any(m)}},
+		}},
+		OnNoMatch: otherwise,
+	}
+}
+
+func (p *packer) bySource(rules []rule, otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher {
+	return p.byAddress(&networkinputsv3.SourceIPInput{}, rules, otherwise)
+}
+
+func (p *packer) byDestination(rules []rule, otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher {
+	return p.byAddress(&networkinputsv3.DestinationIPInput{}, rules, otherwise)
+}

@@ -1,0 +1,216 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// proxyState is a proxy, its listeners and the streams of its generations.
+type proxyState struct {
+	proxy   model.Proxy
+	streams map[*stream]struct{}
+
+	// seq counts the contents that the listeners had. A resource carries the seq at
+	// which its content came, and since the pod that is waited for was in the
+	// listeners from a certain seq on, whoever acknowledged that or a later one
+	// serves the pod, however many more have come in between.
+	seq       uint64
+	stale     bool
+	listeners map[string]*resource
+	// since is the seq from which on a workload was served as it is now.
+	since map[string]servedSince
+
+	waiting   chan struct{} // closed and replaced at news for WaitServed; nil if nobody waits
+	rejection string        // the last one of a listener
+}
+
+type servedSince struct {
+	identity model.Identity
+	ips      []netip.Addr
+	seq      map[string]uint64 // by listener
+}
+
+func (p *proxyState) invalidate() {
+	p.stale = true
+	for st := range p.streams {
+		st.mark(TypeListener, wildcardName, false)
+	}
+}
+
+// wake tells WaitServed to look again.
+func (p *proxyState) wake() {
+	if p.waiting != nil {
+		close(p.waiting)
+		p.waiting = nil
+	}
+}
+
+// SetProxy adds or replaces a proxy. Workloads that can't be served are left out
+// and named in the error, each with an *ObjectError; the others are in force.
+func (s *Store) SetProxy(proxy model.Proxy) error {
+	key := proxy.Key()
+	if key.Node == "" || key.Tenant.IsZero() {
+		return &ObjectError{proxySource(key), errors.New("it has no node or tenant")}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, refused := servedIdentities(s.network, proxy)
+	p := s.proxies[key]
+	if p == nil {
+		p = &proxyState{streams: map[*stream]struct{}{}, since: map[string]servedSince{}}
+		s.proxies[key] = p
+		s.announce()
+	} else if reflect.DeepEqual(p.proxy, proxy) {
+		return refused
+	}
+	p.proxy = proxy
+	p.invalidate()
+	p.wake()
+	return refused
+}
+
+// DeleteProxy forgets a proxy and ends its streams. What the proxy has, it keeps.
+func (s *Store) DeleteProxy(key model.ProxyKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.proxies[key]
+	if p == nil {
+		return
+	}
+	delete(s.proxies, key)
+	for st := range p.streams {
+		st.end(errProxyGone)
+	}
+	p.wake()
+}
+
+var errProxyGone = errors.New("the proxy has no pods on this node any more")
+
+// listeners builds p's listeners if they are stale.
+func (s *Store) listeners(p *proxyState) map[string]*resource {
+	if !p.stale {
+		return p.listeners
+	}
+	p.stale = false
+	s.builds++
+	ls, err := Listeners(s.network, p.proxy)
+	if ls == nil {
+		s.refuse(TypeListener, listenerOutbound, err) // SetProxy told of single workloads
+		return p.listeners
+	}
+	next, changed := map[string]*resource{}, false
+	for _, l := range ls {
+		r, err := encode(l.Name, proxySource(p.proxy.Key()), l)
+		if err != nil {
+			s.refuse(TypeListener, l.Name, err)
+			return p.listeners
+		}
+		if old := p.listeners[l.Name]; old != nil && old.version() == r.version() {
+			r = old
+		} else {
+			r.seq, changed = p.seq+1, true
+		}
+		next[l.Name] = r
+	}
+	if changed {
+		p.seq++
+	}
+	p.listeners = next
+	p.note(s.network)
+	return next
+}
+
+// note keeps from when on each workload is served.
+func (p *proxyState) note(n model.Network) {
+	next := map[string]servedSince{}
+	identities, _ := servedIdentities(n, p.proxy)
+	owners := map[netip.Addr]model.Identity{}
+	for _, s := range identities {
+		for _, prefix := range s.prefixes {
+			owners[prefix.Addr()] = s.identity
+		}
+	}
+	for _, w := range p.proxy.Workloads {
+		if w.Identity.IsZero() || len(w.IPs) == 0 || slices.ContainsFunc(w.IPs, func(a netip.Addr) bool { return owners[a] != w.Identity }) {
+			continue // not served, or not at all of its addresses
+		}
+		now := servedSince{identity: w.Identity, ips: w.IPs}
+		if old, ok := p.since[w.UID]; ok && old.identity == now.identity && slices.Equal(old.ips, now.ips) {
+			now = old
+		} else {
+			now.seq = map[string]uint64{}
+			for _, name := range []string{listenerOutbound, listenerInbound} {
+				now.seq[name] = p.listeners[name].seq
+			}
+		}
+		next[w.UID] = now
+	}
+	p.since = next
+}
+
+// waitServed returns once all streams of the proxy, one at least, acknowledged
+// listeners that serve the workload.
+func (s *Store) waitServed(ctx context.Context, key model.ProxyKey, uid string) error {
+	for {
+		s.mu.Lock()
+		p := s.proxies[key]
+		var missing string
+		var wait chan struct{}
+		if p == nil {
+			missing, wait = "it isn't known", s.changed
+		} else if missing = s.unserved(p, uid); missing != "" {
+			if p.waiting == nil {
+				p.waiting = make(chan struct{})
+			}
+			wait = p.waiting
+		}
+		s.mu.Unlock()
+		if missing == "" {
+			return nil
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return fmt.Errorf("wait until %s serves pod %s: %s: %w", proxySource(key), uid, missing, ctx.Err())
+		}
+	}
+}
+
+// unserved says what is missing until the workload is served; "" if nothing.
+func (s *Store) unserved(p *proxyState, uid string) string {
+	listeners := s.listeners(p)
+	since, ok := p.since[uid]
+	if !ok {
+		return "the pod isn't among the workloads that it can serve, or has no address"
+	}
+	if len(p.streams) == 0 {
+		return "its Envoy isn't connected"
+	}
+	for st := range p.streams {
+		for name, seq := range since.seq {
+			if !st.hasListener(listeners[name], seq) {
+				if p.rejection != "" {
+					return "its Envoy refused the configuration: " + p.rejection
+				}
+				return "its Envoy hasn't acknowledged the listener " + name
+			}
+		}
+	}
+	return ""
+}
+
+// acknowledged is called when a stream answered about a listener.
+func (s *Store) acknowledged(st *stream, rejection string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.proxies[st.key]; p != nil && has(p.streams, st) {
+		p.rejection = rejection
+		p.wake()
+	}
+}

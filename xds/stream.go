@@ -1,0 +1,498 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const (
+	wildcardName = "*"
+	// maxUnanswered is how many responses may be under way to one proxy; with more,
+	// only this proxy waits.
+	maxUnanswered = 256
+	// maxName is the length beyond which a name or version can't be ours.
+	maxName = 128
+)
+
+// sendOrder is the order in which types are sent: what others refer to first.
+var sendOrder = []string{TypeCluster, TypeEndpoints, TypeListener}
+
+// stream is one delta ADS stream of one generation of a proxy. Two goroutines
+// use it: one receives, the other sends. Its state is names and versions; what is
+// to be sent is looked up when it is sent. Lock order: Store.mu, then stream.mu.
+type stream struct {
+	server     *Server
+	key        model.ProxyKey
+	generation int
+	identity   StreamIdentity
+	grpc       discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
+	log        *slog.Logger
+	limiter    *rate.Limiter // of names
+	rejections *rate.Limiter // of those that are told
+	end        context.CancelCauseFunc
+
+	// wakeup tells the sender that there is something to send, or that it may.
+	wakeup chan struct{}
+	// absent carries names that never exist to the sender, which says so. It is
+	// short: who asks for more than it hears the answers to waits.
+	absent chan removal
+
+	mu         sync.Mutex
+	types      map[string]*subscription
+	unanswered map[string]answer // by nonce
+	nonce      uint64
+	// dirty names may have changed since they were sent; since when; and whether
+	// the proxy waits for one of them.
+	dirty  map[string]map[string]struct{}
+	since  time.Time
+	urgent bool
+}
+
+type removal struct {
+	typeURL string
+	names   []string
+}
+
+// answer is a response with one resource that the proxy hasn't answered.
+type answer struct {
+	typeURL, name, version string
+	seq                    uint64
+	source                 Source
+}
+
+// subscription is what a proxy wants of one type and what it has of it.
+type subscription struct {
+	wildcard bool
+	// confirm asks for a response even if the proxy has everything.
+	confirm bool
+	names   map[string]struct{}
+	held    map[string]*held
+}
+
+// held is one resource at a proxy.
+type held struct {
+	sent, acked string // versions
+	ackedSeq    uint64
+}
+
+// mark notes that a name may have changed. Nothing is sent before more changes
+// had the time to come, unless urgent.
+func (st *stream) mark(typeURL, name string, urgent bool) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	sub := st.types[typeURL]
+	if sub == nil || !has(sub.names, name) && !(name == wildcardName && sub.wildcard) {
+		return
+	}
+	if len(st.dirty) == 0 {
+		st.since = time.Now()
+	}
+	if st.dirty[typeURL] == nil {
+		st.dirty[typeURL] = map[string]struct{}{}
+	}
+	st.dirty[typeURL][name] = struct{}{}
+	st.urgent = st.urgent || urgent
+	st.wake()
+}
+
+func (st *stream) wake() {
+	select {
+	case st.wakeup <- struct{}{}:
+	default:
+	}
+}
+
+// receive handles requests until the stream is over.
+func (st *stream) receive(ctx context.Context) error {
+	for {
+		r, err := st.grpc.Recv()
+		if err != nil {
+			return err
+		}
+		if err := st.request(ctx, r); err != nil {
+			return err
+		}
+	}
+}
+
+func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequest) error {
+	if !slices.Contains(sendOrder, r.TypeUrl) {
+		return status.Errorf(codes.InvalidArgument, "type %.128q isn't served", r.TypeUrl)
+	}
+	if r.ResponseNonce != "" {
+		st.answered(r)
+	}
+	// New names cost others something: they come no faster than they may. More at
+	// once than can ever be held stay without an answer, or one request would cost
+	// memory until it is through.
+	if n := st.limiter.Burst(); len(r.ResourceNamesSubscribe) > n {
+		st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(r.ResourceNamesSubscribe) - n))
+		r.ResourceNamesSubscribe = slices.Clone(r.ResourceNamesSubscribe[:n])
+	}
+	if n := len(r.ResourceNamesSubscribe); n > 0 {
+		began := time.Now()
+		if err := st.limiter.WaitN(ctx, n); err != nil {
+			return status.FromContextError(ctx.Err()).Err()
+		}
+		if time.Since(began) > time.Millisecond {
+			st.server.metrics.throttled.Inc()
+		}
+	}
+	st.open(r)
+	st.unsubscribe(r)
+	return st.subscribe(ctx, r)
+}
+
+// open takes in the first request of a type, which tells what the proxy has.
+func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.types[r.TypeUrl] != nil {
+		return
+	}
+	sub := &subscription{names: map[string]struct{}{}, held: map[string]*held{}}
+	st.types[r.TypeUrl] = sub
+	for name, version := range r.InitialResourceVersions {
+		if len(sub.held) < st.server.opts.MaxNames+len(listenerNames) && len(name) <= maxName && len(version) <= maxName {
+			sub.held[name] = &held{sent: version, acked: version}
+		}
+	}
+	if r.TypeUrl != TypeEndpoints && (len(r.ResourceNamesSubscribe) == 0 || slices.Contains(r.ResourceNamesSubscribe, wildcardName)) {
+		sub.wildcard, sub.confirm = true, true
+	}
+}
+
+func (st *stream) unsubscribe(r *discoveryv3.DeltaDiscoveryRequest) {
+	for _, name := range r.ResourceNamesUnsubscribe {
+		st.mu.Lock()
+		sub := st.types[r.TypeUrl]
+		if name == wildcardName {
+			sub.wildcard = false
+			st.mu.Unlock()
+			continue
+		}
+		held := has(sub.names, name)
+		delete(sub.names, name)
+		if held && !sub.covers(st, r.TypeUrl, name) {
+			delete(sub.held, name)
+		}
+		st.mu.Unlock()
+		if held {
+			st.server.store.release(st, r.TypeUrl, name)
+			st.server.metrics.names.WithLabelValues(shortType(r.TypeUrl)).Dec()
+		}
+	}
+}
+
+// covers reports whether the wildcard stands for name.
+func (sub *subscription) covers(st *stream, typeURL, name string) bool {
+	return sub.wildcard && slices.Contains(st.server.store.wildcard(typeURL), name)
+}
+
+func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequest) error {
+	var never []string
+	for _, name := range r.ResourceNamesSubscribe {
+		if name == wildcardName {
+			st.mu.Lock()
+			sub := st.types[r.TypeUrl]
+			sub.wildcard, sub.confirm = r.TypeUrl != TypeEndpoints, true
+			st.mu.Unlock()
+			continue
+		}
+		if !st.want(r.TypeUrl, name) {
+			if ctx.Err() != nil {
+				return status.FromContextError(ctx.Err()).Err() // not absent: the stream is over
+			}
+			never = append(never, name)
+			continue
+		}
+		st.mark(r.TypeUrl, name, true)
+	}
+	st.mu.Lock()
+	all := st.types[r.TypeUrl].confirm
+	st.mu.Unlock()
+	if all {
+		st.mark(r.TypeUrl, wildcardName, true)
+	}
+	if len(never) == 0 {
+		return nil
+	}
+	st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(never)))
+	select {
+	case st.absent <- removal{r.TypeUrl, never}:
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// want remembers a name. It reports false for one that can't exist, or is one too
+// many: the proxy hears that it doesn't exist, which costs it less memory than a
+// cluster that refuses.
+func (st *stream) want(typeURL, name string) bool {
+	st.mu.Lock()
+	sub := st.types[typeURL]
+	if has(sub.names, name) {
+		if h := sub.held[name]; h != nil {
+			h.sent = "" // asked for again: to be sent again
+		}
+		st.mu.Unlock()
+		return true
+	}
+	full := len(name) > maxName || len(sub.names) >= st.server.opts.MaxNames
+	st.mu.Unlock()
+	if full || !st.server.store.hold(st, typeURL, name) {
+		return false
+	}
+	st.server.metrics.names.WithLabelValues(shortType(typeURL)).Inc()
+	return true
+}
+
+// answered takes in an ACK or a NACK.
+func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
+	st.mu.Lock()
+	a, ok := st.unanswered[r.ResponseNonce]
+	if !ok || a.typeURL != r.TypeUrl {
+		st.mu.Unlock()
+		return
+	}
+	delete(st.unanswered, r.ResponseNonce)
+	if len(st.unanswered) == maxUnanswered-1 {
+		st.wake()
+	}
+	// Also the answer to a version that isn't the newest counts, or while one
+	// follows another faster than the proxy answers, nothing would ever be in force.
+	if h := st.types[r.TypeUrl].held[a.name]; h != nil && r.ErrorDetail == nil && a.seq >= h.ackedSeq {
+		h.acked, h.ackedSeq = a.version, a.seq
+	}
+	st.mu.Unlock()
+
+	rejection := ""
+	if e := r.ErrorDetail; e != nil {
+		rejection = fmt.Sprintf("%.2048s", e.Message)
+		st.server.metrics.rejections.WithLabelValues(shortType(r.TypeUrl)).Inc()
+		if st.rejections.Allow() { // a proxy can have as many sent as it likes, to refuse them
+			st.server.store.reject(Rejection{Proxy: st.key, Type: r.TypeUrl, Resource: a.name, Source: a.source, Message: rejection})
+		}
+	}
+	if r.TypeUrl == TypeListener {
+		st.server.store.acknowledged(st, rejection)
+	}
+}
+
+// hasListener reports whether the proxy acknowledged r, or what it was at seq or
+// later.
+func (st *stream) hasListener(r *resource, seq uint64) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	sub := st.types[TypeListener]
+	if sub == nil || sub.held[r.name()] == nil {
+		return false
+	}
+	h := sub.held[r.name()]
+	return h.acked == r.version() || h.ackedSeq >= seq
+}
+
+// send sends what is dirty until ctx ends.
+func (st *stream) send(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		var due <-chan time.Time
+		if wait, any := st.patience(); any {
+			timer.Reset(wait)
+			due = timer.C
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case r := <-st.absent:
+			if err := st.remove(r); err != nil {
+				return err
+			}
+		case <-st.wakeup:
+		case <-due:
+			if err := st.flush(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// patience is how long to wait for further changes; false if there is nothing to
+// send, or too much under way already.
+func (st *stream) patience() (time.Duration, bool) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if len(st.dirty) == 0 || len(st.unanswered) >= maxUnanswered {
+		return 0, false
+	}
+	if st.urgent {
+		return 0, true
+	}
+	return max(0, st.server.opts.Coalesce-time.Since(st.since)), true
+}
+
+// flush sends what changed of what is dirty.
+func (st *stream) flush() error {
+	st.mu.Lock()
+	dirty := st.dirty
+	st.dirty, st.urgent = map[string]map[string]struct{}{}, false
+	st.mu.Unlock()
+	for _, typeURL := range sendOrder {
+		names := dirty[typeURL]
+		if has(names, wildcardName) {
+			delete(names, wildcardName)
+			if err := st.expand(typeURL, names); err != nil {
+				return err
+			}
+		}
+		for _, name := range slices.Sorted(maps.Keys(names)) {
+			if st.busy() {
+				st.postpone(dirty)
+				return nil
+			}
+			delete(names, name)
+			r := st.server.store.lookup(st, typeURL, name)
+			if r == nil {
+				continue
+			}
+			if err := st.push(r); err != nil {
+				return err
+			}
+		}
+		delete(dirty, typeURL)
+		if err := st.confirm(typeURL); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// expand adds what a wildcard stands for, and tells the proxy what it doesn't
+// stand for any more. On-demand names are never among that.
+func (st *stream) expand(typeURL string, names map[string]struct{}) error {
+	all := st.server.store.wildcard(typeURL)
+	st.mu.Lock()
+	sub := st.types[typeURL]
+	var gone []string
+	if sub.wildcard {
+		for name := range sub.held {
+			if !slices.Contains(all, name) && !has(sub.names, name) && !validShared(typeURL, name) {
+				gone = append(gone, name)
+			}
+		}
+		for _, name := range all {
+			names[name] = struct{}{}
+		}
+	}
+	for _, name := range gone {
+		delete(sub.held, name)
+	}
+	st.mu.Unlock()
+	if len(gone) == 0 {
+		return nil
+	}
+	return st.remove(removal{typeURL, gone})
+}
+
+// confirm answers a wildcard to which there was nothing to send: without any
+// answer the proxy would wait.
+func (st *stream) confirm(typeURL string) error {
+	st.mu.Lock()
+	sub := st.types[typeURL]
+	empty := sub != nil && sub.confirm
+	if sub != nil {
+		sub.confirm = false
+	}
+	st.mu.Unlock()
+	if !empty {
+		return nil
+	}
+	return st.respond(&discoveryv3.DeltaDiscoveryResponse{TypeUrl: typeURL}, nil)
+}
+
+func (st *stream) busy() bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return len(st.unanswered) >= maxUnanswered
+}
+
+// postpone takes back what couldn't be sent. The answer that makes room wakes the
+// sender.
+func (st *stream) postpone(dirty map[string]map[string]struct{}) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for typeURL, names := range dirty {
+		if st.dirty[typeURL] == nil {
+			st.dirty[typeURL] = map[string]struct{}{}
+		}
+		maps.Copy(st.dirty[typeURL], names)
+	}
+	st.urgent = true
+}
+
+// push sends r unless the proxy has it, or has just refused it.
+func (st *stream) push(r *resource) error {
+	st.mu.Lock()
+	sub := st.types[r.typeURL]
+	if !has(sub.names, r.name()) && !sub.covers(st, r.typeURL, r.name()) {
+		st.mu.Unlock()
+		return nil // unsubscribed meanwhile
+	}
+	h := sub.held[r.name()]
+	if h == nil {
+		h = &held{}
+		sub.held[r.name()] = h
+	}
+	if h.sent == r.version() {
+		if h.acked == h.sent {
+			h.ackedSeq = r.seq // the same content as it had, come again
+		}
+		st.mu.Unlock()
+		return nil
+	}
+	h.sent = r.version()
+	st.mu.Unlock()
+	return st.respond(&discoveryv3.DeltaDiscoveryResponse{TypeUrl: r.typeURL, Resources: []*discoveryv3.Resource{r.wire}},
+		&answer{r.typeURL, r.name(), r.version(), r.seq, r.source})
+}
+
+func (st *stream) remove(r removal) error {
+	return st.respond(&discoveryv3.DeltaDiscoveryResponse{TypeUrl: r.typeURL, RemovedResources: r.names}, nil)
+}
+
+// respond sends one response. It blocks while the proxy doesn't read. Nobody
+// waits for the answer to one without a resource (a is nil), so that a proxy that
+// doesn't answer can't pile them up.
+func (st *stream) respond(r *discoveryv3.DeltaDiscoveryResponse, a *answer) error {
+	st.mu.Lock()
+	st.nonce++
+	r.Nonce = strconv.FormatUint(st.nonce, 10)
+	if a != nil {
+		st.unanswered[r.Nonce] = *a
+	}
+	st.types[r.TypeUrl].confirm = false
+	st.mu.Unlock()
+	st.server.metrics.pushed(r)
+	if err := st.grpc.Send(r); err != nil {
+		return fmt.Errorf("send to proxy: %w", err)
+	}
+	return nil
+}
+
+var errReplaced = errors.New("another stream of the same generation took its place")
