@@ -1,0 +1,410 @@
+package controllers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/xds"
+)
+
+// mesh is what is known of the cluster now. Each sync method reads one object (or
+// its absence) from the cache and brings everything that follows from it up to
+// date, in the store too; what follows for other objects goes to triggers. Reads
+// happen under the lock, so that of two syncs of an object the later one has the
+// newer state. It is safe for concurrent use.
+type mesh struct {
+	reader client.Reader // the cache
+	store  *xds.Store
+	log    *slog.Logger
+	exempt []string // namespaces that are never members
+	now    func() time.Time
+	// event tells a pod's owner; it never blocks.
+	event func(pod translate.Pod, reason, note string)
+	// loaded is closed when the first full picture is in the store.
+	loaded chan struct{}
+
+	triggers triggers
+
+	mu            sync.Mutex
+	authorityName string // trust domain of the authority; "" before there is one
+	topologies    translate.Topologies
+	namespaces    map[string]namespaceState
+	nodes         map[string]translate.Node
+	reports       map[string]nodeReport // by node
+	pods          map[string]*podState  // by UID
+	podUIDs       map[types.NamespacedName]string
+	namespacePods map[string]map[string]*podState // namespace → UID
+	nodePods      map[string]map[string]*podState // node → UID
+	proxies       map[model.Tenant]map[string]map[string]*podState
+	holders       map[netip.Addr]string
+	waiting       map[netip.Addr]map[string]struct{} // UIDs that were refused an address
+	services      map[types.NamespacedName][]translate.Ref
+	users         map[translate.Ref]map[types.NamespacedName]struct{}
+}
+
+// triggers reach the controllers that do what follows from a change.
+type triggers struct {
+	topologies trigger[struct{}]
+	namespaces trigger[string]
+	network    trigger[struct{}]
+	pods       trigger[types.NamespacedName]
+	services   trigger[types.NamespacedName]
+
+	plans      trigger[string] // node
+	tenants    trigger[string] // namespace
+	policies   trigger[string] // namespace
+	status     trigger[string] // MeshTopology
+	membership trigger[struct{}]
+}
+
+type namespaceState struct {
+	translate.Membership
+	// lost are younger topologies that select it too.
+	lost []string
+}
+
+// nodeReport is what a node's agent says.
+type nodeReport struct {
+	versions []string
+	tenants  map[string]v1alpha1.NodeTenantStatus
+}
+
+func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.Logger) *mesh {
+	m := &mesh{
+		reader: reader, store: store, exempt: exempt, log: log, now: time.Now, event: func(translate.Pod, string, string) {}, loaded: make(chan struct{}),
+		namespaces: map[string]namespaceState{}, nodes: map[string]translate.Node{}, reports: map[string]nodeReport{}, pods: map[string]*podState{},
+		podUIDs: map[types.NamespacedName]string{}, namespacePods: map[string]map[string]*podState{}, nodePods: map[string]map[string]*podState{},
+		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},
+		services: map[types.NamespacedName][]translate.Ref{}, users: map[translate.Ref]map[types.NamespacedName]struct{}{},
+	}
+	// A plan holds up a new pod, so it waits less than what people read.
+	m.triggers.plans.delay = 20 * time.Millisecond
+	m.triggers.membership.delay = 50 * time.Millisecond
+	m.triggers.tenants.delay = 200 * time.Millisecond
+	m.triggers.policies.delay = 200 * time.Millisecond
+	m.triggers.status.delay = 500 * time.Millisecond
+	m.topologies = translate.NewTopologies(nil, "", exempt)
+	return m
+}
+
+// load brings the whole cluster in, in the order in which things depend on each
+// other, and opens the store.
+func (m *mesh) load(ctx context.Context) error {
+	if err := m.syncTopologies(ctx); err != nil {
+		return err
+	}
+	var namespaces corev1.NamespaceList
+	var nodes corev1.NodeList
+	var pods corev1.PodList
+	var services corev1.ServiceList
+	var reports v1alpha1.NodeProxyList
+	for _, l := range []client.ObjectList{&namespaces, &nodes, &pods, &services, &reports} {
+		if err := m.reader.List(ctx, l, client.UnsafeDisableDeepCopy); err != nil {
+			return fmt.Errorf("list %T: %w", l, err)
+		}
+	}
+	var errs []error
+	for i := range namespaces.Items {
+		errs = append(errs, m.syncNamespace(ctx, namespaces.Items[i].Name))
+	}
+	for i := range nodes.Items {
+		errs = append(errs, m.syncNode(ctx, nodes.Items[i].Name))
+	}
+	errs = append(errs, m.syncNetwork(ctx))
+	// Of two pods that claim an address, the older is believed.
+	items := slices.Clone(pods.Items)
+	slices.SortStableFunc(items, func(a, b corev1.Pod) int { return a.CreationTimestamp.Compare(b.CreationTimestamp.Time) })
+	for i := range items {
+		_, err := m.syncPod(ctx, client.ObjectKeyFromObject(&items[i]))
+		errs = append(errs, err)
+	}
+	for i := range services.Items {
+		errs = append(errs, m.syncService(ctx, client.ObjectKeyFromObject(&services.Items[i])))
+	}
+	for i := range reports.Items {
+		errs = append(errs, m.syncReport(ctx, reports.Items[i].Name))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	m.store.MarkSynced()
+	close(m.loaded)
+	m.log.Info("mesh loaded", "namespaces", len(namespaces.Items), "nodes", len(nodes.Items), "pods", len(pods.Items), "services", len(services.Items))
+	return nil
+}
+
+// wait returns when the first picture is complete.
+func (m *mesh) wait(ctx context.Context) error {
+	select {
+	case <-m.loaded:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// get reads an object from the cache. It must not be changed.
+func (m *mesh) get(ctx context.Context, key client.ObjectKey, o client.Object) (found bool, err error) {
+	if err := m.reader.Get(ctx, key, o); apierrors.IsNotFound(err) {
+		return false, nil
+	} else if err != nil {
+		return false, fmt.Errorf("read %T %s: %w", o, key, err)
+	}
+	return true, nil
+}
+
+// setAuthority says which trust domain the mesh's keys are for.
+func (m *mesh) setAuthority(trustDomain string) {
+	m.mu.Lock()
+	changed := m.authorityName != trustDomain
+	m.authorityName = trustDomain
+	m.mu.Unlock()
+	if changed {
+		m.triggers.topologies.add(struct{}{})
+	}
+	m.triggers.membership.add(struct{}{})
+}
+
+// syncTopologies matches all namespaces anew.
+func (m *mesh) syncTopologies(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var list v1alpha1.MeshTopologyList
+	if err := m.reader.List(ctx, &list); err != nil {
+		return fmt.Errorf("list MeshTopologies: %w", err)
+	}
+	had := m.topologies.TrustDomain()
+	m.topologies = translate.NewTopologies(list.Items, m.authorityName, m.exempt)
+	m.triggers.namespaces.add(slices.Collect(maps.Keys(m.namespaces))...)
+	if m.topologies.TrustDomain() != had {
+		if err := m.setNetwork(ctx); err != nil { // before any proxy of it
+			return err
+		}
+		m.triggers.plans.add(slices.Collect(maps.Keys(m.nodes))...)
+		m.triggers.membership.add(struct{}{})
+	}
+	m.triggers.status.add(m.topologies.Names()...)
+	return nil
+}
+
+// syncNamespace matches a namespace with the topologies, and if that changed, has
+// its pods looked at again.
+func (m *mesh) syncNamespace(ctx context.Context, name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var ns corev1.Namespace
+	found, err := m.get(ctx, client.ObjectKey{Name: name}, &ns)
+	if err != nil {
+		return err
+	}
+	had, known := m.namespaces[name]
+	var now namespaceState
+	if found {
+		now.Membership, now.lost = m.topologies.Match(&ns)
+		m.namespaces[name] = now
+	} else {
+		delete(m.namespaces, name)
+	}
+	if known == found && had.Membership == now.Membership && slices.Equal(had.lost, now.lost) {
+		return nil
+	}
+	for _, t := range slices.Concat(had.lost, now.lost, []string{had.Topology, now.Topology}) {
+		if t != "" {
+			m.triggers.status.add(t)
+		}
+	}
+	if known == found && had.Membership == now.Membership {
+		return nil
+	}
+	for _, p := range m.namespacePods[name] {
+		m.triggers.pods.add(p.key)
+	}
+	tenant := model.NamespaceTenant(name)
+	var errs []error
+	for node := range m.proxies[tenant] {
+		m.triggers.plans.add(node) // the version
+		if found {
+			errs = append(errs, m.publishProxy(model.ProxyKey{Node: node, Tenant: tenant})) // the access log
+		}
+	}
+	m.triggers.membership.add(struct{}{})
+	m.triggers.tenants.add(name)
+	m.triggers.policies.add(name)
+	return errors.Join(errs...)
+}
+
+// syncNode has the node's pods looked at again if its ranges changed.
+func (m *mesh) syncNode(ctx context.Context, name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var n corev1.Node
+	found, err := m.get(ctx, client.ObjectKey{Name: name}, &n)
+	if err != nil {
+		return err
+	}
+	had, known := m.nodes[name]
+	var now translate.Node
+	if found {
+		now = translate.NewNode(&n)
+		m.nodes[name] = now
+	} else {
+		delete(m.nodes, name)
+	}
+	if known != found || had.UID != now.UID || had.Linux != now.Linux {
+		m.triggers.plans.add(name)
+	}
+	if known == found && slices.Equal(had.PodCIDRs, now.PodCIDRs) {
+		return nil
+	}
+	m.triggers.network.add(struct{}{})
+	for _, p := range m.nodePods[name] {
+		m.triggers.pods.add(p.key)
+	}
+	return nil
+}
+
+// syncNetwork tells the store the ranges of the cluster.
+func (m *mesh) syncNetwork(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.setNetwork(ctx)
+}
+
+func (m *mesh) setNetwork(ctx context.Context) error {
+	var list networkingv1.ServiceCIDRList
+	if err := m.reader.List(ctx, &list); err != nil {
+		return fmt.Errorf("list ServiceCIDRs: %w", err)
+	}
+	if m.topologies.TrustDomain() == "" {
+		return nil // without a mesh there are no proxies
+	}
+	return m.store.SetNetwork(translate.Network(m.topologies.TrustDomain(), slices.Collect(maps.Values(m.nodes)), list.Items))
+}
+
+// syncService translates a service with its endpoints.
+func (m *mesh) syncService(ctx context.Context, key types.NamespacedName) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var s corev1.Service
+	found, err := m.get(ctx, key, &s)
+	if err != nil {
+		return err
+	}
+	if !found {
+		m.setRefs(key, nil)
+		m.store.DeleteService(key.Namespace, key.Name)
+		return nil
+	}
+	slicesOf, err := m.endpointSlices(ctx, key)
+	if err != nil {
+		return err
+	}
+	svc, refs := translate.Service(&s, slicesOf, directory{m})
+	m.setRefs(key, refs)
+	return m.store.SetService(svc)
+}
+
+// setRefs remembers whom a service has to be asked about.
+func (m *mesh) setRefs(key types.NamespacedName, refs []translate.Ref) {
+	for _, r := range m.services[key] {
+		delete(m.users[r], key)
+		if len(m.users[r]) == 0 {
+			delete(m.users, r)
+		}
+	}
+	delete(m.services, key)
+	if len(refs) == 0 {
+		return
+	}
+	m.services[key] = refs
+	for _, r := range refs {
+		if m.users[r] == nil {
+			m.users[r] = map[types.NamespacedName]struct{}{}
+		}
+		m.users[r][key] = struct{}{}
+	}
+}
+
+// directory answers for a mesh whose lock is held.
+type directory struct{ *mesh }
+
+func (d directory) ByAddr(a netip.Addr) (translate.Standing, model.Identity) {
+	return d.ByUID(d.holders[a])
+}
+
+func (d directory) ByUID(uid string) (translate.Standing, model.Identity) {
+	if p := d.pods[uid]; p != nil {
+		return p.Standing, p.Identity
+	}
+	return translate.Absent, model.Identity{}
+}
+
+// syncReport takes in what a node's agent says, and has those told whom it is
+// about.
+func (m *mesh) syncReport(ctx context.Context, node string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var np v1alpha1.NodeProxy
+	found, err := m.get(ctx, client.ObjectKey{Name: node}, &np)
+	if err != nil {
+		return err
+	}
+	had := m.reports[node]
+	now := nodeReport{versions: np.Status.ProxyVersions, tenants: map[string]v1alpha1.NodeTenantStatus{}}
+	for _, t := range np.Status.Tenants {
+		now.tenants[t.Name] = t
+	}
+	if found {
+		m.reports[node] = now
+	} else {
+		delete(m.reports, node)
+	}
+	names := maps.Clone(now.tenants)
+	maps.Copy(names, had.tenants)
+	for name := range names {
+		if sameTenantStatus(had.tenants, now.tenants, name) && slices.Equal(had.versions, now.versions) {
+			continue
+		}
+		if t, err := model.ParseTenant(name); err == nil && t.Namespace != "" {
+			m.triggers.tenants.add(t.Namespace)
+			m.triggers.policies.add(t.Namespace)
+			if topology := m.namespaces[t.Namespace].Topology; topology != "" {
+				m.triggers.status.add(topology)
+			}
+		}
+	}
+	return nil
+}
+
+func sameTenantStatus(a, b map[string]v1alpha1.NodeTenantStatus, name string) bool {
+	x, inA := a[name]
+	y, inB := b[name]
+	return inA == inB && equality.Semantic.DeepEqual(x, y)
+}
+
+func (m *mesh) endpointSlices(ctx context.Context, service types.NamespacedName) ([]discoveryv1.EndpointSlice, error) {
+	var list discoveryv1.EndpointSliceList
+	err := m.reader.List(ctx, &list, client.InNamespace(service.Namespace), client.MatchingFields{sliceService: service.Name}, client.UnsafeDisableDeepCopy)
+	if err != nil {
+		return nil, fmt.Errorf("list EndpointSlices of %s: %w", service, err)
+	}
+	return list.Items, nil
+}

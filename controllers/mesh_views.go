@@ -1,0 +1,182 @@
+package controllers
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/controllers/nodeservice"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// What writers and the agents' service ask the mesh.
+
+// errNotLoaded is returned before the first picture is complete.
+var errNotLoaded = errors.New("the operator doesn't know the whole mesh yet")
+
+// Member reports the identity and tenant of a pod that is a workload of the mesh.
+func (m *mesh) Member(p *corev1.Pod) (model.Identity, model.Tenant, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	pod := translate.NewPod(p, m.namespaces[p.Namespace].Membership)
+	return pod.Identity, pod.Tenant, pod.Standing == translate.Member
+}
+
+// HasTenant reports whether a node has a pod, and so a proxy, of the tenant.
+func (m *mesh) HasTenant(node string, tenant model.Tenant) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.proxies[tenant][node]) > 0
+}
+
+// Holders is the pod that holds an address, if there is one.
+func (m *mesh) Holders(a netip.Addr) []nodeservice.Holder {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p := m.pods[m.holders[a.Unmap()]]; p != nil {
+		return []nodeservice.Holder{{UID: p.UID, Namespace: p.Namespace, Name: p.Name}}
+	}
+	return nil
+}
+
+// NodePodCIDRs are the node's pod ranges; none if Kubernetes doesn't assign them.
+// It reports false for a node that isn't known.
+func (m *mesh) NodePodCIDRs(node string) ([]netip.Prefix, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n, ok := m.nodes[node]
+	return n.PodCIDRs, ok
+}
+
+// Announce takes in the addresses of a pod that was read from the API server just
+// now, for the proxy that serves it: until its status shows addresses, or it is
+// gone. It returns once they are in the store. All of them are refused if one is.
+func (m *mesh) Announce(node string, p *corev1.Pod, ips []netip.Addr) error {
+	select {
+	case <-m.loaded:
+	default:
+		return errNotLoaded
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p.Spec.NodeName != node {
+		return fmt.Errorf("pod %s/%s is bound to node %q, not to %s", p.Namespace, p.Name, p.Spec.NodeName, node)
+	}
+	addrs := translate.ValidAddrs(ips)
+	if len(addrs) == 0 || len(addrs) != len(ips) {
+		return fmt.Errorf("%v aren't a pod's addresses", ips)
+	}
+	n, ok := m.nodes[node]
+	if !ok {
+		return fmt.Errorf("node %s isn't known yet", node)
+	}
+	for _, a := range addrs {
+		if !translate.InRanges(a, n.PodCIDRs) {
+			return fmt.Errorf("%s isn't in the pod ranges of node %s", a, node)
+		}
+		if h := m.pods[m.holders[a]]; h != nil && h.UID != string(p.UID) {
+			return fmt.Errorf("%s is held by the live pod %s", a, h.key)
+		}
+	}
+	unseen := m.pods[string(p.UID)] == nil
+	if err := m.setPod(p, addrs); err != nil {
+		return err
+	}
+	st := m.pods[string(p.UID)]
+	if st == nil || st.Standing != translate.Member {
+		return fmt.Errorf("pod %s/%s is no workload of the mesh", p.Namespace, p.Name)
+	}
+	if unseen {
+		// Without this, a pod that the informers never show would stay.
+		st.announcedAt = m.now()
+		m.triggers.pods.add(st.key)
+	}
+	for _, a := range addrs {
+		if !slices.Contains(st.held, a) {
+			return fmt.Errorf("%s isn't among the addresses of pod %s/%s: its status says %v", a, p.Namespace, p.Name, st.reported)
+		}
+	}
+	return nil
+}
+
+// nodePlan is what a node's NodeProxy depends on.
+type nodePlan struct {
+	node        translate.Node
+	known       bool
+	trustDomain string
+	members     []translate.Pod
+	versions    map[string]string // namespace → Envoy
+}
+
+func (m *mesh) plan(node string) nodePlan {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), versions: map[string]string{}}
+	p.node, p.known = m.nodes[node]
+	for _, pod := range p.members {
+		p.versions[pod.Namespace] = m.namespaces[pod.Namespace].Version
+	}
+	return p
+}
+
+// views are the proxies of a namespace's tenant, in no order.
+func (m *mesh) views(namespace string) (translate.Membership, []translate.NodeView) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.namespaces[namespace].Membership, m.viewsLocked(namespace)
+}
+
+func (m *mesh) viewsLocked(namespace string) []translate.NodeView {
+	tenant := model.NamespaceTenant(namespace)
+	var views []translate.NodeView
+	for node, pods := range m.proxies[tenant] {
+		report := m.reports[node]
+		v := translate.NodeView{Node: node, Pods: len(pods), ProxyVersions: report.versions}
+		v.Status, v.Reported = report.tenants[tenant.String()]
+		views = append(views, v)
+	}
+	return views
+}
+
+// topologyInput walks all namespaces and the proxies of one topology.
+func (m *mesh) topologyInput(name string) (translate.Topologies, translate.TopologyInput) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	in := translate.TopologyInput{TrustDomain: m.topologies.TrustDomain(), Lost: map[string]string{}}
+	for namespace, ns := range m.namespaces {
+		if ns.Topology == name {
+			in.Namespaces++
+			in.Proxies = append(in.Proxies, m.viewsLocked(namespace)...)
+		}
+		if slices.Contains(ns.lost, name) {
+			in.Lost[namespace] = ns.Topology
+		}
+	}
+	return m.topologies, in
+}
+
+// membership is the mesh's trust domain and namespaces, sorted.
+func (m *mesh) membership() (trustDomain string, namespaces []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	namespaces = []string{}
+	for name := range maps.Keys(m.namespaces) {
+		if m.namespaces[name].IsMember() {
+			namespaces = append(namespaces, name)
+		}
+	}
+	slices.Sort(namespaces)
+	return m.topologies.TrustDomain(), namespaces
+}
+
+// tenantNodes are the nodes where a namespace has proxies.
+func (m *mesh) tenantNodes(namespace string) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Keys(m.proxies[model.NamespaceTenant(namespace)]))
+}

@@ -1,0 +1,93 @@
+package controllers
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
+
+	"github.com/bulkhead-mesh/bulkhead/controllers/nodeservice"
+	"github.com/bulkhead-mesh/bulkhead/xds"
+)
+
+// drainFor is how long streams have to go elsewhere when the operator ends.
+const drainFor = 3 * time.Second
+
+// agentServices are what is served to agents: a way to register them.
+func agentServices(mgr manager.Manager, m *mesh, k *keeper, store *xds.Store, o Options) (func(grpc.ServiceRegistrar), error) {
+	clients, err := kubernetes.NewForConfigAndClient(mgr.GetConfig(), mgr.GetHTTPClient())
+	if err != nil {
+		return nil, fmt.Errorf("make client: %w", err)
+	}
+	// The two need each other: streams are authorised by the one, and the other waits
+	// for what the streams acknowledge.
+	var nodes *nodeservice.Service
+	ads := xds.NewServer(store, xds.ServerOptions{Logger: o.Logger, Authorize: func(ctx context.Context) (xds.StreamIdentity, error) { return nodes.Authorize(ctx) }})
+	nodes = nodeservice.New(nodeservice.Options{
+		Callers: nodeservice.NewAuthenticator(nodeservice.AuthenticatorOptions{
+			Reviews: clients.AuthenticationV1().TokenReviews(), Username: "system:serviceaccount:" + o.Namespace + ":bulkhead-agent",
+		}),
+		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, Proxies: ads, Log: o.Logger,
+	})
+	for _, c := range ads.Collectors() {
+		if err := metrics.Registry.Register(c); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return func(r grpc.ServiceRegistrar) {
+		ads.Register(r)
+		nodes.Register(r)
+	}, nil
+}
+
+// server serves the agents. It is a manager.Runnable of every replica.
+type server struct {
+	address string
+	keeper  *keeper
+	mesh    *mesh
+	log     *slog.Logger
+	// register adds the services.
+	register func(grpc.ServiceRegistrar)
+}
+
+// NeedLeaderElection implements manager.LeaderElectionRunnable.
+func (s *server) NeedLeaderElection() bool { return false }
+
+// Start listens once the mesh is loaded: an agent is better told to come back than
+// that pods which do exist aren't known. It returns when ctx is done and the
+// server has ended.
+func (s *server) Start(ctx context.Context) error {
+	if s.mesh.wait(ctx) != nil {
+		return nil
+	}
+	l, err := net.Listen("tcp", s.address)
+	if err != nil {
+		return fmt.Errorf("listen for agents: %w", err)
+	}
+	g := grpc.NewServer(append(xds.GRPCOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{
+		MinVersion: tls.VersionTLS13, GetCertificate: s.keeper.certificate,
+	})))...)
+	s.register(g)
+	ended := make(chan error, 1)
+	go func() { ended <- g.Serve(l) }()
+	s.log.Info("serving agents", "address", l.Addr().String())
+	select {
+	case err := <-ended:
+		return fmt.Errorf("serve agents: %w", err)
+	case <-ctx.Done():
+	}
+	// Streams have no end of their own: agents are told to go, and then cut off.
+	stop := time.AfterFunc(drainFor, g.Stop)
+	defer stop.Stop()
+	g.GracefulStop()
+	<-ended
+	return nil
+}

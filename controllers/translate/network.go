@@ -1,0 +1,60 @@
+package translate
+
+import (
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// Node is what the mesh knows of a node.
+type Node struct {
+	Name string
+	// UID of the Node object.
+	UID string
+	// Linux nodes can run proxies.
+	Linux bool
+	// PodCIDRs are its pod ranges; none if Kubernetes doesn't assign them.
+	PodCIDRs []netip.Prefix
+}
+
+// NewNode reads a Node. Ranges that aren't any are left out.
+func NewNode(n *corev1.Node) Node {
+	cidrs := n.Spec.PodCIDRs
+	if len(cidrs) == 0 && n.Spec.PodCIDR != "" {
+		cidrs = []string{n.Spec.PodCIDR}
+	}
+	os := n.Labels[corev1.LabelOSStable]
+	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", PodCIDRs: prefixes(cidrs)}
+}
+
+// Network is what every proxy has to know.
+func Network(trustDomain string, nodes []Node, services []networkingv1.ServiceCIDR) model.Network {
+	n := model.Network{TrustDomain: trustDomain}
+	for _, node := range nodes {
+		n.PodCIDRs = append(n.PodCIDRs, node.PodCIDRs...)
+	}
+	for _, s := range services {
+		n.ServiceCIDRs = append(n.ServiceCIDRs, prefixes(s.Spec.CIDRs)...)
+	}
+	n.PodCIDRs, n.ServiceCIDRs = sorted(n.PodCIDRs), sorted(n.ServiceCIDRs)
+	return n
+}
+
+func prefixes(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		if p, err := netip.ParsePrefix(s); err == nil && !p.Addr().Is4In6() {
+			out = append(out, p.Masked())
+		}
+	}
+	return sorted(out)
+}
+
+func sorted(list []netip.Prefix) []netip.Prefix {
+	slices.SortFunc(list, netip.Prefix.Compare)
+	return slices.Compact(list)
+}

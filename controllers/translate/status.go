@@ -1,0 +1,264 @@
+package translate
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+)
+
+// Reasons of conditions, as the API types list them. TrustDomainMismatch is a
+// topology's whose trust domain isn't the mesh's.
+const (
+	ReasonAccepted            = "Accepted"
+	ReasonNothingSelected     = "NothingSelected"
+	ReasonOverlaps            = "Overlaps"
+	ReasonUnknownProxyVersion = "UnknownProxyVersion"
+	ReasonInvalidSelector     = "InvalidSelector"
+	ReasonTrustDomainMismatch = "TrustDomainMismatch"
+	ReasonNotInMesh           = "NotInMesh"
+	ReasonReady               = "Ready"
+	ReasonProgressing         = "Progressing"
+	ReasonNodesNotReady       = "NodesNotReady"
+	ReasonProxiesNotReady     = "ProxiesNotReady"
+	ReasonEnforced            = "Enforced"
+	ReasonNoProxies           = "NoProxies"
+)
+
+const (
+	maxListed        = 5    // names in a message
+	maxEnforcedNodes = 1000 // as the type allows
+	maxMessage       = 8 << 10
+)
+
+// NodeView is a tenant's proxy on a node: wanted for pods of ours, and what the
+// node's agent says of it.
+type NodeView struct {
+	Node string
+	// Pods of the tenant that are bound to the node.
+	Pods int
+	// Reported says whether the agent knows of the tenant; Status is its word.
+	Reported bool
+	Status   v1alpha1.NodeTenantStatus
+	// ProxyVersions that the node can run; empty if its agent hasn't said.
+	ProxyVersions []string
+}
+
+// TenantProxyStatus is what the owner of a tenant sees. Conditions keep the
+// transition times of had.
+func TenantProxyStatus(tenant, version string, nodes []NodeView, had []metav1.Condition, now metav1.Time) v1alpha1.TenantProxyStatus {
+	s := v1alpha1.TenantProxyStatus{Tenant: tenant, Version: version, Proxies: int32(len(nodes))}
+	nodes = byNode(nodes)
+	var unreported, notReady []string
+	for _, n := range nodes {
+		s.Pods += int32(n.Pods)
+		reason := n.Status.Reason
+		switch {
+		case n.Reported && n.Status.Ready:
+			s.ReadyProxies++
+			reason = ""
+		case n.Reported:
+			notReady = append(notReady, n.Node+": "+cmp.Or(reason, "not ready"))
+		default:
+			reason = "the node's agent hasn't reported it yet"
+			unreported = append(unreported, n.Node)
+		}
+		s.Nodes = append(s.Nodes, v1alpha1.TenantNodeStatus{
+			Node: n.Node, Ready: n.Reported && n.Status.Ready, Reason: reason, Pods: int32(n.Pods), Weight: n.Status.Weight, Generations: n.Status.Generations,
+		})
+	}
+	c := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse}
+	switch {
+	case len(notReady) > 0:
+		c.Reason, c.Message = ReasonProxiesNotReady, listed(notReady)
+	case len(unreported) > 0:
+		c.Reason, c.Message = ReasonProgressing, "waiting for the agents of "+listed(unreported)
+	case len(nodes) == 0:
+		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, "the tenant has no pods"
+	default:
+		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(nodes))
+	}
+	s.Conditions = conditions(had, now, c)
+	return s
+}
+
+// PolicyInput is what an IsolationPolicy's status depends on.
+type PolicyInput struct {
+	// Member says whether the namespace is in the mesh.
+	Member bool
+	// Want are the limits of all policies of the namespace together.
+	Want  v1alpha1.Limits
+	Nodes []NodeView
+}
+
+// IsolationPolicyStatus tells what is enforced where.
+func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now metav1.Time) v1alpha1.IsolationPolicyStatus {
+	s := v1alpha1.IsolationPolicyStatus{ObservedGeneration: p.Generation}
+	var waiting, noHigh []string
+	for _, n := range byNode(in.Nodes) {
+		if n.Reported && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
+			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Limits: n.Status.Limits})
+		}
+		enforced, high := enforces(n.Status.Limits, in.Want)
+		if !n.Reported || !enforced {
+			waiting = append(waiting, n.Node)
+		} else if !high {
+			noHigh = append(noHigh, n.Node)
+		}
+	}
+	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: ReasonAccepted, Message: "the policy is in force", ObservedGeneration: p.Generation}
+	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: p.Generation}
+	switch {
+	case !in.Member:
+		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonNotInMesh
+		accepted.Message = "no MeshTopology selects the namespace, so it has no proxies to bound"
+		ready.Reason, ready.Message = ReasonNoProxies, "the namespace has no proxies"
+	case len(in.Nodes) == 0:
+		ready.Reason, ready.Message = ReasonNoProxies, "the namespace has no pods, so no proxies"
+	case len(waiting) > 0:
+		ready.Reason, ready.Message = ReasonProgressing, "not enforced yet on "+listed(waiting)
+	default:
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced on %d nodes", len(in.Nodes))
+		if len(noHigh) > 0 {
+			ready.Message += "; memory.high isn't there with cgroup v1: " + listed(noHigh)
+		}
+	}
+	s.Conditions = conditions(p.Status.Conditions, now, accepted, ready)
+	return s
+}
+
+// enforces reports whether have is at least what was wanted. The kernel of cgroup
+// v1 has no memory.high and counts CPU shares in other units.
+func enforces(have, want v1alpha1.Limits) (enforced, high bool) {
+	const weightSlack = 1
+	within := func(have, want int64) bool { return want == 0 || have != 0 && have <= want }
+	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
+	high = within(have.MemoryHigh, want.MemoryHigh)
+	enforced = weight && have.CPUMillis == want.CPUMillis && within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (high || have.MemoryHigh == 0)
+	return enforced, high
+}
+
+// TopologyInput is what a MeshTopology's status depends on.
+type TopologyInput struct {
+	// TrustDomain of the mesh.
+	TrustDomain string
+	// Namespaces that are in the mesh by this topology.
+	Namespaces int
+	// Lost are namespaces that it selects and an older one has: namespace → topology.
+	Lost map[string]string
+	// Proxies of all of its tenants.
+	Proxies []NodeView
+}
+
+// MeshTopologyStatus tells what a topology came to.
+func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInput, now metav1.Time) v1alpha1.MeshTopologyStatus {
+	s := v1alpha1.MeshTopologyStatus{ObservedGeneration: t.Generation, Namespaces: int32(in.Namespaces), Proxies: int32(len(in.Proxies))}
+	version := cmp.Or(t.Spec.Proxy.Version, DefaultProxyVersion)
+	waiting, notReady, lacking := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	for _, p := range in.Proxies {
+		s.Pods += int32(p.Pods)
+		switch {
+		case p.Reported && p.Status.Ready:
+			s.ReadyProxies++
+		case p.Reported:
+			notReady[p.Node] = true
+		default:
+			waiting[p.Node] = true
+		}
+		if len(p.ProxyVersions) > 0 && !slices.Contains(p.ProxyVersions, version) {
+			lacking[p.Node] = true
+		}
+	}
+	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionFalse, ObservedGeneration: t.Generation}
+	own := cmp.Or(t.Spec.TrustDomain, DefaultTrustDomain)
+	switch problem := all.problem(t.Name); {
+	case in.TrustDomain != "" && own != in.TrustDomain:
+		accepted.Reason = ReasonTrustDomainMismatch
+		accepted.Message = fmt.Sprintf("the mesh has the trust domain %q, from its first MeshTopology on; delete this one and create it with that", in.TrustDomain)
+	case problem != "":
+		accepted.Reason, accepted.Message = ReasonInvalidSelector, problem
+	case len(in.Lost) > 0:
+		accepted.Reason, accepted.Message = ReasonOverlaps, overlaps(in.Lost)
+	case len(lacking) > 0:
+		accepted.Reason = ReasonUnknownProxyVersion
+		accepted.Message = fmt.Sprintf("the agents have no Envoy %s on %s; see status.proxyVersions of the NodeProxies", version, listed(keys(lacking)))
+	case in.Namespaces == 0:
+		accepted.Status = metav1.ConditionTrue
+		accepted.Reason, accepted.Message = ReasonNothingSelected, "no namespace matches; see the labels of the namespaces"
+	default:
+		accepted.Status = metav1.ConditionTrue
+		accepted.Reason, accepted.Message = ReasonAccepted, fmt.Sprintf("%d namespaces are in the mesh", in.Namespaces)
+	}
+	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: t.Generation}
+	switch {
+	case len(notReady) > 0:
+		ready.Reason, ready.Message = ReasonNodesNotReady, "proxies aren't ready on "+listed(keys(notReady))
+	case len(waiting) > 0:
+		ready.Reason, ready.Message = ReasonProgressing, "waiting for the agents of "+listed(keys(waiting))
+	default:
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(in.Proxies))
+	}
+	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready)
+	return s
+}
+
+func (t Topologies) problem(name string) string {
+	for _, i := range t.items {
+		if i.name == name {
+			return i.problem
+		}
+	}
+	return ""
+}
+
+func overlaps(lost map[string]string) string {
+	var list []string
+	for ns, winner := range lost {
+		list = append(list, fmt.Sprintf("%s (in %s)", ns, winner))
+	}
+	slices.Sort(list)
+	return "older MeshTopologies select these namespaces as well, and count: " + listed(list)
+}
+
+// conditions keeps the transition time of each condition whose status stays.
+func conditions(had []metav1.Condition, now metav1.Time, want ...metav1.Condition) []metav1.Condition {
+	var out []metav1.Condition
+	for _, c := range want {
+		c.LastTransitionTime = now
+		if old := meta.FindStatusCondition(had, c.Type); old != nil && old.Status == c.Status {
+			c.LastTransitionTime = old.LastTransitionTime
+		}
+		if len(c.Message) > maxMessage {
+			c.Message = c.Message[:maxMessage]
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+func byNode(nodes []NodeView) []NodeView {
+	nodes = slices.Clone(nodes)
+	slices.SortFunc(nodes, func(a, b NodeView) int { return strings.Compare(a.Node, b.Node) })
+	return nodes
+}
+
+func listed(names []string) string {
+	if len(names) > maxListed {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:maxListed], ", "), len(names)-maxListed)
+	}
+	return strings.Join(names, ", ")
+}
+
+func keys(m map[string]bool) []string {
+	var out []string
+	for k := range m {
+		out = append(out, k)
+	}
+	slices.Sort(out)
+	return out
+}

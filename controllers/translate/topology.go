@@ -1,0 +1,124 @@
+package translate
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// Defaults of MeshTopology, for objects that were stored without them.
+const (
+	DefaultTrustDomain  = "cluster.local"
+	DefaultProxyVersion = "1.40.0"
+)
+
+// Topologies are all MeshTopologies, ready to be matched with namespaces. It is
+// immutable.
+type Topologies struct {
+	trustDomain string
+	exempt      []string
+	items       []topology // the oldest first
+}
+
+type topology struct {
+	name        string
+	trustDomain string
+	version     string
+	accessLog   bool
+	rules       []labels.Selector // nil for a rule whose selector is invalid
+	problem     string            // of selectors
+}
+
+// Membership is a namespace's place in the mesh. The zero value is none. It is
+// comparable.
+type Membership struct {
+	// Topology that put it there.
+	Topology    string
+	TrustDomain string
+	// Version of Envoy that its proxies run.
+	Version   string
+	AccessLog bool
+}
+
+// IsMember reports whether the namespace belongs to the mesh.
+func (m Membership) IsMember() bool { return m.Topology != "" }
+
+// NewTopologies prepares topologies. exempt namespaces never match. trustDomain is
+// the mesh's; a topology with another one selects nothing. If it is empty, the
+// oldest topology's is taken.
+func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []string) Topologies {
+	list = slices.Clone(list)
+	slices.SortFunc(list, func(a, b v1alpha1.MeshTopology) int {
+		return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), strings.Compare(a.Name, b.Name))
+	})
+	t := Topologies{trustDomain: trustDomain, exempt: slices.Clone(exempt)}
+	for i := range list {
+		o := &list[i]
+		item := topology{
+			name: o.Name, trustDomain: cmp.Or(o.Spec.TrustDomain, DefaultTrustDomain), version: cmp.Or(o.Spec.Proxy.Version, DefaultProxyVersion),
+			accessLog: o.Spec.Proxy.AccessLog == v1alpha1.AccessLogConnections,
+		}
+		t.trustDomain = cmp.Or(t.trustDomain, item.trustDomain)
+		for n := range o.Spec.Rules {
+			s, err := metav1.LabelSelectorAsSelector(&o.Spec.Rules[n].NamespaceSelector)
+			if err != nil {
+				s = nil
+				item.problem = fmt.Sprintf("spec.rules[%d].namespaceSelector: %v; the rule selects nothing", n, err)
+			}
+			item.rules = append(item.rules, s)
+		}
+		t.items = append(t.items, item)
+	}
+	return t
+}
+
+// TrustDomain of the mesh; "" if there is neither a topology nor an authority.
+func (t Topologies) TrustDomain() string { return t.trustDomain }
+
+// Names of all topologies, the oldest first.
+func (t Topologies) Names() []string {
+	var names []string
+	for _, i := range t.items {
+		names = append(names, i.name)
+	}
+	return names
+}
+
+// Match finds the topology that a namespace belongs to, and the names of younger
+// ones that select it too.
+func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []string) {
+	if slices.Contains(t.exempt, ns.Name) {
+		return m, nil
+	}
+	for _, i := range t.items {
+		if i.trustDomain != t.trustDomain || !i.selects(ns) {
+			continue
+		}
+		if m.IsMember() {
+			overlapped = append(overlapped, i.name)
+			continue
+		}
+		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog}
+	}
+	return m, overlapped
+}
+
+func (i topology) selects(ns *corev1.Namespace) bool {
+	return slices.ContainsFunc(i.rules, func(s labels.Selector) bool { return s != nil && s.Matches(labels.Set(ns.Labels)) })
+}
+
+// Tenant that a pod of the namespace belongs to.
+func (m Membership) Tenant(namespace string) model.Tenant {
+	if !m.IsMember() {
+		return model.Tenant{}
+	}
+	return model.NamespaceTenant(namespace)
+}

@@ -1,0 +1,177 @@
+package controllers
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	corev1ac "k8s.io/client-go/applyconfigurations/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// Names of the ConfigMaps that agents read, in the operator's namespace.
+const (
+	ConfigMapMembership  = "bulkhead-membership"
+	ConfigMapTrustBundle = "bulkhead-trust-bundle"
+)
+
+// membership is the value of membership.json. The agents' side is the CNI plugin's
+// agent/cni.Membership.
+type membership struct {
+	TrustDomain string   `json:"trustDomain"`
+	Namespaces  []string `json:"namespaces"`
+}
+
+// startWriters adds the leader's controllers.
+func startWriters(mgr manager.Manager, w *writer) error {
+	t := &w.mesh.triggers
+	for _, start := range []func() error{
+		func() error {
+			return reconciles[string]{name: "plans", leader: true, workers: 8, do: once(w.writePlan)}.start(mgr, w.mesh,
+				watch(mgr, &corev1.Node{}, byName), watch(mgr, &v1alpha1.NodeProxy{}, byName, changedSpec[*v1alpha1.NodeProxy]()), &t.plans)
+		},
+		func() error {
+			return reconciles[string]{name: "tenants", leader: true, workers: 4, do: once(w.writeTenant)}.start(mgr, w.mesh,
+				watch(mgr, &corev1.Namespace{}, byName), watch(mgr, &v1alpha1.TenantProxy{}, byNamespace), &t.tenants)
+		},
+		func() error {
+			return reconciles[string]{name: "policies", leader: true, workers: 4, do: once(w.writePolicies)}.start(mgr, w.mesh,
+				watch(mgr, &v1alpha1.IsolationPolicy{}, byNamespace, changedSpec[*v1alpha1.IsolationPolicy]()), &t.policies)
+		},
+		func() error {
+			return reconciles[string]{name: "status", leader: true, do: once(w.writeTopology)}.start(mgr, w.mesh,
+				watch(mgr, &v1alpha1.MeshTopology{}, byName, changedSpec[*v1alpha1.MeshTopology]()), &t.status)
+		},
+		func() error {
+			return reconciles[struct{}]{name: "membership", leader: true, do: once(w.writeMembership)}.start(mgr, w.mesh,
+				// There is always a namespace, so there is a key at the start.
+				watch(mgr, &corev1.ConfigMap{}, single), watch(mgr, &corev1.Namespace{}, single), &t.membership)
+		},
+	} {
+		if err := start(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeTenant shows a namespace its tenant's proxies, or takes that away.
+func (w *writer) writeTenant(ctx context.Context, namespace string) error {
+	m, views := w.mesh.views(namespace)
+	name := ""
+	if m.IsMember() {
+		if active, err := w.isActive(ctx, namespace); err != nil || !active {
+			return err // a namespace that goes takes its objects with it
+		}
+		name = model.NamespaceTenant(namespace).String()
+	}
+	var list v1alpha1.TenantProxyList
+	if err := w.List(ctx, &list, client.InNamespace(namespace)); err != nil {
+		return fmt.Errorf("list TenantProxies of %s: %w", namespace, err)
+	}
+	var have *v1alpha1.TenantProxy
+	for i := range list.Items {
+		if t := &list.Items[i]; t.Name == name {
+			have = t
+		} else if err := w.Delete(ctx, t); client.IgnoreNotFound(err) != nil {
+			return fmt.Errorf("delete TenantProxy %s/%s: %w", namespace, t.Name, err)
+		}
+	}
+	if name == "" {
+		return nil
+	}
+	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
+	if have == nil {
+		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
+			return err
+		}
+		have = &v1alpha1.TenantProxy{}
+	}
+	want.Status = translate.TenantProxyStatus(name, m.Version, views, have.Status.Conditions, metav1.NewTime(w.now()))
+	if equality.Semantic.DeepEqual(have.Status, want.Status) {
+		return nil
+	}
+	return w.applyStatus(ctx, &want, "TenantProxy")
+}
+
+// writePolicies tells the policies of a namespace what is enforced, and has the
+// plans of its nodes made anew.
+func (w *writer) writePolicies(ctx context.Context, namespace string) error {
+	w.mesh.triggers.plans.add(w.mesh.tenantNodes(namespace)...)
+	policies, err := w.policies(ctx, namespace)
+	if err != nil || len(policies) == 0 {
+		return err
+	}
+	m, views := w.mesh.views(namespace)
+	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies), Nodes: views}
+	for i := range policies {
+		p := &policies[i]
+		status := translate.IsolationPolicyStatus(p, in, metav1.NewTime(w.now()))
+		if equality.Semantic.DeepEqual(p.Status, status) {
+			continue
+		}
+		want := v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: p.Name}, Status: status}
+		if err := w.applyStatus(ctx, &want, "IsolationPolicy"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeTopology tells a MeshTopology what it came to.
+func (w *writer) writeTopology(ctx context.Context, name string) error {
+	var t v1alpha1.MeshTopology
+	if err := w.Get(ctx, client.ObjectKey{Name: name}, &t); apierrors.IsNotFound(err) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("read MeshTopology %s: %w", name, err)
+	}
+	all, in := w.mesh.topologyInput(name)
+	status := translate.MeshTopologyStatus(&t, all, in, metav1.NewTime(w.now()))
+	if equality.Semantic.DeepEqual(t.Status, status) {
+		return nil
+	}
+	want := v1alpha1.MeshTopology{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: status}
+	return w.applyStatus(ctx, &want, "MeshTopology")
+}
+
+// writeMembership tells the agents who is in the mesh and whom to trust.
+func (w *writer) writeMembership(ctx context.Context, _ struct{}) error {
+	trustDomain, namespaces := w.mesh.membership()
+	value, err := json.Marshal(membership{TrustDomain: trustDomain, Namespaces: namespaces})
+	if err != nil {
+		return fmt.Errorf("write ConfigMap %s: %w", ConfigMapMembership, err)
+	}
+	if err := w.writeConfigMap(ctx, ConfigMapMembership, map[string]string{"membership.json": string(value)}); err != nil {
+		return err
+	}
+	trustDomain, roots := w.keeper.bundle()
+	if roots == "" {
+		return nil
+	}
+	return w.writeConfigMap(ctx, ConfigMapTrustBundle, map[string]string{"trustDomain": trustDomain, "ca.crt": roots})
+}
+
+func (w *writer) writeConfigMap(ctx context.Context, name string, data map[string]string) error {
+	key := client.ObjectKey{Namespace: w.namespace, Name: name}
+	var have corev1.ConfigMap
+	if err := w.Get(ctx, key, &have); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("read ConfigMap %s: %w", key, err)
+	} else if err == nil && equality.Semantic.DeepEqual(have.Data, data) {
+		return nil
+	}
+	c := corev1ac.ConfigMap(name, w.namespace).WithLabels(map[string]string{"app.kubernetes.io/part-of": "bulkhead"}).WithData(data)
+	if err := w.Apply(ctx, c, client.FieldOwner(FieldManager), client.ForceOwnership); err != nil {
+		return fmt.Errorf("apply ConfigMap %s: %w", key, err)
+	}
+	return nil
+}

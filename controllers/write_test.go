@@ -1,0 +1,238 @@
+package controllers
+
+import (
+	"bytes"
+	"log/slog"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/identity"
+)
+
+func (c *cluster) writer() *writer {
+	k := c.keeper()
+	return &writer{Client: c.WithWatch, mesh: c.mesh, keeper: k, namespace: "bulkhead-system", now: func() time.Time { return born }}
+}
+
+func (c *cluster) keeper() *keeper {
+	return &keeper{cache: c.WithWatch, live: c.WithWatch, writer: c.WithWatch, namespace: "bulkhead-system", dnsNames: []string{"bulkhead-operator.bulkhead-system.svc"},
+		mesh: c.mesh, log: slog.New(slog.DiscardHandler), now: time.Now, leading: func() bool { return true }}
+}
+
+func (c *cluster) nodeProxy(name string) *v1alpha1.NodeProxy {
+	c.t.Helper()
+	np := &v1alpha1.NodeProxy{}
+	if err := c.Get(c.t.Context(), client.ObjectKey{Name: name}, np); err != nil {
+		c.t.Fatal(err)
+	}
+	return np
+}
+
+// setCanary does what a rollout does. The fake API server fills in what an applied
+// object hasn't, so the version is there as it is.
+func (c *cluster) setCanary(node, tenant string) error {
+	u := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "mesh.bulkhead.dev/v1alpha1", "kind": "NodeProxy", "metadata": map[string]any{"name": node},
+		"spec": map[string]any{"tenants": []any{map[string]any{"name": tenant, "version": "1.40.0", "canary": map[string]any{"version": "1.39.3", "weight": int64(10)}}}},
+	}}
+	return c.Apply(c.t.Context(), client.ApplyConfigurationFromUnstructured(u), client.FieldOwner("rollout"))
+}
+
+func TestPlanKeepsCanary(t *testing.T) {
+	c := newCluster(t, newTopology("t", "mesh"), newNamespace("a", "mesh"), newNode("n1", "10.0.1.0/24"), newPod("one", "n1", "10.0.1.1"))
+	w := c.writer()
+	write := func() {
+		t.Helper()
+		if err := w.writePlan(t.Context(), "n1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write()
+	np := c.nodeProxy("n1")
+	if len(np.Spec.Pods) != 1 || len(np.Spec.Tenants) != 1 || np.Spec.Tenants[0].Version != "1.40.0" || np.Spec.TrustDomain != "td" || !ownedBy(np.OwnerReferences, "uid-n1") {
+		t.Fatalf("plan %+v of %+v", np.Spec, np.OwnerReferences)
+	}
+	version := np.ResourceVersion
+	write()
+	if got := c.nodeProxy("n1").ResourceVersion; got != version {
+		t.Error("a plan that stays is written again")
+	}
+	if err := c.setCanary("n1", "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Create(t.Context(), newPod("two", "n1", "10.0.1.2")); err != nil {
+		t.Fatal(err)
+	}
+	c.syncPodNamed("two")
+	write()
+	np = c.nodeProxy("n1")
+	if len(np.Spec.Pods) != 2 || np.Spec.Tenants[0].Canary == nil || np.Spec.Tenants[0].Canary.Weight != 10 || np.Spec.Tenants[0].Version != "1.40.0" {
+		t.Fatalf("with a canary: %+v", np.Spec)
+	}
+	// When the tenant leaves the node, its canary goes with it.
+	for _, name := range []string{"one", "two"} {
+		if err := c.Delete(t.Context(), newPod(name, "n1")); err != nil {
+			t.Fatal(err)
+		}
+		c.syncPodNamed(name)
+	}
+	write()
+	if np = c.nodeProxy("n1"); len(np.Spec.Pods) != 0 || len(np.Spec.Tenants) != 0 {
+		t.Errorf("without pods: %+v", np.Spec)
+	}
+}
+
+func TestPlansAreForLinux(t *testing.T) {
+	windows := newNode("w", "10.0.3.0/24")
+	windows.Labels = map[string]string{corev1.LabelOSStable: "windows"}
+	c := newCluster(t, newNode("n1", "10.0.1.0/24"), windows)
+	w := c.writer()
+	for _, n := range []string{"n1", "w"} {
+		if err := w.writePlan(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var list v1alpha1.NodeProxyList
+	if err := c.List(t.Context(), &list); err != nil || len(list.Items) != 1 || list.Items[0].Name != "n1" {
+		t.Errorf("NodeProxies %+v, %v", list.Items, err)
+	}
+}
+
+func TestStatusFollowsAgents(t *testing.T) {
+	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}, Spec: v1alpha1.IsolationPolicySpec{Pids: new(int64(64))}}
+	topology := newTopology("t", "mesh")
+	c := newCluster(t, topology, newNamespace("a", "mesh"), newNode("n1", "10.0.1.0/24"), newPod("one", "n1", "10.0.1.1"), policy)
+	w := c.writer()
+	write := func() (tenant v1alpha1.TenantProxy) {
+		t.Helper()
+		for _, err := range []error{w.writePlan(t.Context(), "n1"), c.syncReport(t.Context(), "n1"), w.writeTenant(t.Context(), "a"), w.writePolicies(t.Context(), "a"), w.writeTopology(t.Context(), "t")} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: "a"}, &tenant); err != nil {
+			t.Fatal(err)
+		}
+		return tenant
+	}
+	if s := write().Status; s.Proxies != 1 || s.ReadyProxies != 0 || s.Pods != 1 || s.Conditions[0].Reason != "Progressing" {
+		t.Errorf("before the agent's word: %+v", s)
+	}
+	np := c.nodeProxy("n1")
+	if np.Spec.Tenants[0].Limits.Pids != 64 {
+		t.Errorf("limits %+v", np.Spec.Tenants[0].Limits)
+	}
+	np.Status.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Limits: v1alpha1.Limits{Pids: 64}, Generations: []v1alpha1.GenerationStatus{{Version: "1.40.0", PID: 7, Ready: true}}}}
+	np.Status.ProxyVersions = []string{"1.40.0"}
+	if err := c.Status().Update(t.Context(), np); err != nil {
+		t.Fatal(err)
+	}
+	if s := write().Status; s.ReadyProxies != 1 || !meta.IsStatusConditionTrue(s.Conditions, "Ready") || s.Nodes[0].Generations[0].PID != 7 {
+		t.Errorf("ready: %+v", s)
+	}
+	for _, o := range []client.Object{policy, topology} {
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(o), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !meta.IsStatusConditionTrue(policy.Status.Conditions, "Ready") || !meta.IsStatusConditionTrue(topology.Status.Conditions, "Ready") || topology.Status.Proxies != 1 {
+		t.Errorf("policy %+v, topology %+v", policy.Status, topology.Status)
+	}
+	// A namespace that leaves the mesh has no TenantProxy.
+	if err := c.Delete(t.Context(), topology); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.syncTopologies(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.drain()
+	if err := w.writeTenant(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	var list v1alpha1.TenantProxyList
+	if err := c.List(t.Context(), &list); err != nil || len(list.Items) != 0 {
+		t.Errorf("TenantProxies %+v, %v", list.Items, err)
+	}
+}
+
+func TestAuthorityIsMadeOnce(t *testing.T) {
+	c := newCluster(t, newNamespace("a", "mesh"))
+	first, second := c.keeper(), c.keeper()
+	secret := func() (s corev1.Secret) {
+		t.Helper()
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: "bulkhead-system", Name: SecretAuthority}, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	sync := func() {
+		t.Helper()
+		for _, k := range []*keeper{first, second, first} {
+			if _, err := k.sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a, _, _ := first.Authority()
+		b, _, _ := second.Authority()
+		if !bytes.Equal(a.Roots()[0], b.Roots()[0]) {
+			t.Error("two replicas have two authorities")
+		}
+	}
+	sync()
+	if first.trustDomain != "" || c.topologies.TrustDomain() != "" {
+		t.Error("the trust domain is decided before there is a topology")
+	}
+	if cert, err := first.certificate(nil); err != nil || cert == nil {
+		t.Errorf("agents can't be served before there is a topology: %v", err)
+	}
+	if err := c.Create(t.Context(), newTopology("t", "mesh")); err != nil {
+		t.Fatal(err)
+	}
+	sync()
+	c.drain()
+	confirmed := secret()
+	if a, err := identity.ParseAuthority(confirmed.Data); err != nil || a.TrustDomain() != "td" || confirmed.Annotations[annotationProvisional] != "" {
+		t.Errorf("authority of %q, %v", a.TrustDomain(), err)
+	}
+	if got := c.topologies.TrustDomain(); got != "td" {
+		t.Errorf("trust domain %q", got)
+	}
+	// From now on it stays, whatever comes.
+	if err := c.Delete(t.Context(), newTopology("t", "mesh")); err != nil {
+		t.Fatal(err)
+	}
+	other := newTopology("other", "mesh")
+	other.Spec.TrustDomain = "td2"
+	if err := c.Create(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	sync()
+	if err := c.syncTopologies(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.drain()
+	if now := secret(); now.ResourceVersion != confirmed.ResourceVersion {
+		t.Error("the authority was written again")
+	}
+	w := c.writer()
+	w.keeper = first
+	if err := w.writeMembership(t.Context(), struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+	var bundle, members corev1.ConfigMap
+	for name, m := range map[string]*corev1.ConfigMap{ConfigMapTrustBundle: &bundle, ConfigMapMembership: &members} {
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: "bulkhead-system", Name: name}, m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if bundle.Data["trustDomain"] != "td" || bundle.Data["ca.crt"] == "" || members.Data["membership.json"] != `{"trustDomain":"td","namespaces":[]}` {
+		t.Errorf("bundle %v, membership %v", bundle.Data["trustDomain"], members.Data)
+	}
+}
