@@ -1,0 +1,11 @@
+// Package agent is a node's loop: it makes what runs on the node what the node's
+// NodeProxy says, and tells what it sees.
+//
+//	NodeProxy, ConfigMaps ──watch──▶ plan (pure) ─┐
+//	CNI plugin ──attach──▶ sandboxes ─────────────┼─▶ reconcile ──▶ identity, relay, isolation, bpf
+//	processes, acknowledged listeners ────────────┘        └──▶ status (pure) ──▶ NodeProxy.status
+//
+// Reconcile is level-triggered: each run looks at everything and repeats what an
+// earlier one may have left undone, so it doesn't matter where an agent died.
+// Nothing is removed before the first plan is known.
+package agent

@@ -1,0 +1,195 @@
+package agent
+
+import (
+	"bufio"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+)
+
+// Inspection is what an agent reads back from its node's kernel about the tenant
+// proxies: the output of `agent inspect`.
+type Inspection struct {
+	Node string `json:"node"`
+	// HostNamespaces are the node's own, to compare with.
+	HostNamespaces map[string]string `json:"hostNamespaces"`
+	Tenants        []InspectedTenant `json:"tenants"`
+}
+
+// InspectedTenant is one tenant on the node.
+type InspectedTenant struct {
+	Name   string          `json:"name"`
+	Ready  bool            `json:"ready"`
+	Reason string          `json:"reason,omitempty"`
+	Weight int             `json:"weight"`
+	Limits InspectedLimits `json:"limits"`
+	// Steered counts new connections by generation.
+	Steered     [2]uint64             `json:"steered"`
+	Generations []InspectedGeneration `json:"generations"`
+	Pods        []InspectedPod        `json:"pods"`
+	// Drops counts packets that steering refused, by reason.
+	Drops map[string]uint64 `json:"drops,omitempty"`
+}
+
+// InspectedLimits are what the kernel enforces; 0 is none.
+type InspectedLimits struct {
+	CPUWeight  int64 `json:"cpuWeight"`
+	CPUMillis  int64 `json:"cpuMillis"`
+	MemoryHigh int64 `json:"memoryHigh"`
+	MemoryMax  int64 `json:"memoryMax"`
+	Pids       int64 `json:"pids"`
+}
+
+// InspectedGeneration is one Envoy process, as /proc shows it.
+type InspectedGeneration struct {
+	Generation   int               `json:"generation"`
+	Version      string            `json:"version"`
+	PID          int               `json:"pid"`
+	UID          int               `json:"uid"`
+	Cgroup       string            `json:"cgroup"`
+	Ready        bool              `json:"ready"`
+	Restarts     int               `json:"restarts"`
+	LastExit     string            `json:"lastExit,omitempty"`
+	Namespaces   map[string]string `json:"namespaces"`
+	Capabilities map[string]string `json:"capabilities"`
+	NoNewPrivs   bool              `json:"noNewPrivs"`
+	Seccomp      int               `json:"seccomp"`
+}
+
+// InspectedPod is a steered pod.
+type InspectedPod struct {
+	UID       string   `json:"uid"`
+	Namespace string   `json:"namespace"`
+	Name      string   `json:"name"`
+	IPs       []string `json:"ips"`
+	Ifindex   int      `json:"ifindex"`
+}
+
+// namespaces that a proxy has of its own.
+var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
+
+// inspect reads everything anew.
+func (a *Agent) inspect() (Inspection, error) {
+	o := a.observe()
+	i := Inspection{Node: a.o.Node, Tenants: []InspectedTenant{}}
+	var err error
+	if i.HostNamespaces, err = namespacesOf("/proc/1"); err != nil {
+		return i, err
+	}
+	counters, err := a.datapath.Counters()
+	if err != nil {
+		return i, fmt.Errorf("read counters: %w", err)
+	}
+	status := makeStatus(o)
+	for n, tp := range o.round.plan.tenants {
+		state := o.states[tp.tenant]
+		t := InspectedTenant{Name: tp.tenant.String(), Ready: status.Tenants[n].Ready, Reason: status.Tenants[n].Reason,
+			Weight: o.round.weights[tp.tenant], Limits: InspectedLimits(state.Limits),
+			Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
+		if c, ok := counters[state.Index]; ok {
+			t.Steered, t.Drops = c.Steered, drops(c)
+		}
+		for _, p := range state.Processes {
+			t.Generations = append(t.Generations, inspectProcess(p))
+		}
+		for _, p := range o.round.plan.pods {
+			s, ok := o.round.steered[p.UID]
+			if !ok || p.Tenant != tp.tenant {
+				continue
+			}
+			pod := InspectedPod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, Ifindex: s.Ifindex}
+			for _, ip := range s.IPs {
+				pod.IPs = append(pod.IPs, ip.String())
+			}
+			t.Pods = append(t.Pods, pod)
+		}
+		i.Tenants = append(i.Tenants, t)
+	}
+	return i, nil
+}
+
+// drops names the counters that aren't zero.
+func drops(c bpf.Counters) map[string]uint64 {
+	m := map[string]uint64{
+		"refused": c.Refused, "spoofed": c.Dropped.Spoofed, "fragment": c.Dropped.Fragment, "malformed": c.Dropped.Malformed,
+		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,
+		"foreign": c.Dropped.Foreign, "protocol": c.Dropped.Protocol, "unsteered": c.Dropped.Unsteered,
+	}
+	maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
+	return m
+}
+
+// inspectProcess reads a process from /proc; of one that has just ended only
+// what the manager knows is told.
+func inspectProcess(p isolation.Process) InspectedGeneration {
+	g := InspectedGeneration{Generation: p.Generation, Version: p.Version, PID: p.PID, UID: -1,
+		Ready: p.Live, Restarts: p.Restarts, LastExit: p.LastExit, Capabilities: map[string]string{}}
+	if p.PID == 0 {
+		return g
+	}
+	dir := filepath.Join("/proc", strconv.Itoa(p.PID))
+	g.Namespaces, _ = namespacesOf(dir)
+	if f, err := os.Open(filepath.Join(dir, "status")); err == nil {
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			name, value, _ := strings.Cut(lines.Text(), ":")
+			fields := strings.Fields(value)
+			if len(fields) == 0 {
+				continue
+			}
+			switch name {
+			case "Uid":
+				g.UID, _ = strconv.Atoi(fields[0])
+			case "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+				g.Capabilities[name] = fields[0]
+			case "NoNewPrivs":
+				g.NoNewPrivs = fields[0] == "1"
+			case "Seccomp":
+				g.Seccomp, _ = strconv.Atoi(fields[0])
+			}
+		}
+		f.Close()
+	}
+	g.Cgroup = cgroupOf(dir)
+	return g
+}
+
+// cgroupOf is the process's cgroup that bounds its memory: in version 1 that of
+// the memory controller, else the one of version 2.
+func cgroupOf(dir string) string {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup"))
+	if err != nil {
+		return ""
+	}
+	unified := ""
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(f) != 3 {
+			continue
+		}
+		if strings.Contains(","+f[1]+",", ",memory,") {
+			return f[2]
+		}
+		if f[1] == "" {
+			unified = f[2]
+		}
+	}
+	return unified
+}
+
+func namespacesOf(dir string) (map[string]string, error) {
+	m := map[string]string{}
+	for _, kind := range namespaceKinds {
+		target, err := os.Readlink(filepath.Join(dir, "ns", kind))
+		if err != nil {
+			return m, fmt.Errorf("read namespaces: %w", err)
+		}
+		m[kind] = target
+	}
+	return m, nil
+}

@@ -1,0 +1,156 @@
+package agent
+
+import (
+	"context"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/identity"
+)
+
+// signer has the operator sign.
+type signer struct {
+	operator nodev1alpha1.NodeServiceClient
+}
+
+// Sign implements identity.Signer.
+func (s signer) Sign(ctx context.Context, csr []byte, pod identity.Pod) ([][]byte, error) {
+	r, err := s.operator.SignCertificate(ctx, &nodev1alpha1.SignCertificateRequest{
+		Csr: csr, PodUid: pod.UID, PodNamespace: pod.Namespace, PodName: pod.Name})
+	return r.GetChain(), err
+}
+
+// watch follows the objects that an agent may read.
+func (a *Agent) watch(ctx context.Context) error {
+	var wg sync.WaitGroup
+	in := func(name string) metav1.ObjectMeta {
+		return metav1.ObjectMeta{Namespace: a.o.Namespace, Name: name}
+	}
+	wg.Go(func() {
+		watchOne(ctx, a.kube, &v1alpha1.NodeProxyList{}, &v1alpha1.NodeProxy{ObjectMeta: metav1.ObjectMeta{Name: a.o.Node}}, a.setNodeProxy)
+	})
+	wg.Go(func() {
+		watchOne(ctx, a.kube, &corev1.ConfigMapList{}, &corev1.ConfigMap{ObjectMeta: in(membershipConfigMap)}, a.setMembership)
+	})
+	wg.Go(func() {
+		watchOne(ctx, a.kube, &corev1.ConfigMapList{}, &corev1.ConfigMap{ObjectMeta: in(trustBundleConfigMap)}, a.setTrustBundle)
+	})
+	wg.Go(func() {
+		watchOne(ctx, a.kube, &appsv1.DaemonSetList{}, &appsv1.DaemonSet{ObjectMeta: in(daemonSet)}, func(d *appsv1.DaemonSet, deleted bool) {
+			// With its pods orphaned, it may come back.
+			a.setUninstall(func() { a.daemonSetGone = deleted || d.DeletionTimestamp != nil })
+		})
+	})
+	wg.Go(func() {
+		watchOne(ctx, a.kube, &corev1.NamespaceList{}, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: a.o.Namespace}}, func(n *corev1.Namespace, deleted bool) {
+			a.setUninstall(func() { a.namespaceGone = deleted || n.DeletionTimestamp != nil })
+		})
+	})
+	wg.Wait()
+	return ctx.Err()
+}
+
+// setNodeProxy takes a new plan. One that is deleted changes nothing: what runs
+// for pods must not depend on an object that somebody removed.
+func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
+	if deleted {
+		a.log.Error("the node's NodeProxy was deleted: what runs goes on until there is a new one", "node", a.o.Node)
+		return
+	}
+	p, err := makePlan(np)
+	problem := ""
+	if err != nil {
+		problem = err.Error()
+		a.log.Error("NodeProxy has parts that make no sense", "error", err)
+	}
+	a.mu.Lock()
+	a.plan, a.planKnown, a.planError = p, true, problem
+	a.mu.Unlock()
+	a.wake()
+}
+
+func (a *Agent) setMembership(m *corev1.ConfigMap, deleted bool) {
+	if deleted {
+		return // as it was: members stay closed
+	}
+	if err := a.members.set([]byte(m.Data["membership.json"])); err != nil {
+		a.log.Error("membership stays as it was", "error", err)
+		return
+	}
+	a.wake()
+}
+
+func (a *Agent) setTrustBundle(m *corev1.ConfigMap, deleted bool) {
+	if deleted {
+		return
+	}
+	roots := []byte(m.Data["ca.crt"])
+	var der [][]byte
+	for rest := roots; ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		der = append(der, block.Bytes)
+	}
+	err := a.roots.SetPEM(roots)
+	if err == nil {
+		err = a.identities.SetBundle(m.Data["trustDomain"], der)
+	}
+	if err != nil {
+		a.log.Error("trust bundle stays as it was", "error", fmt.Errorf("ConfigMap %s: %w", trustBundleConfigMap, err))
+		return
+	}
+	a.wake()
+}
+
+func (a *Agent) setUninstall(set func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	set()
+}
+
+// isUninstalled reports, when the agent is told to end, whether it is for good.
+func (a *Agent) isUninstalled() bool {
+	a.mu.Lock()
+	flag := a.daemonSetGone || a.namespaceGone
+	a.mu.Unlock()
+	if flag {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	var d appsv1.DaemonSet
+	err := a.kube.Get(ctx, client.ObjectKey{Namespace: a.o.Namespace, Name: daemonSet}, &d)
+	// Any other error, a lack of rights too, tells nothing: then all of it stays.
+	return apierrors.IsNotFound(err) || (err == nil && d.DeletionTimestamp != nil)
+}
+
+// removeContents empties a directory, which may be a mount point.
+func removeContents(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(errs...)
+}

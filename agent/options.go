@@ -1,0 +1,104 @@
+package agent
+
+import (
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"time"
+)
+
+// Names of the objects that all agents read; config/default makes them.
+const (
+	membershipConfigMap  = "bulkhead-membership"
+	trustBundleConfigMap = "bulkhead-trust-bundle"
+	daemonSet            = "bulkhead-agent"
+)
+
+// Options of an Agent. Node is required, all else has a default.
+type Options struct {
+	// Node that this is the agent of.
+	Node string
+	// Namespace of the operator, the agents and the ConfigMaps. Default
+	// bulkhead-system.
+	Namespace string
+	// Version of this program, for the status.
+	Version string
+	// Operator is host:port of the operator. Default
+	// bulkhead-operator.<Namespace>.svc:15012. Its certificate must be for the host.
+	Operator string
+	// TokenFile holds the token for the operator. Default
+	// /var/run/secrets/bulkhead/token.
+	TokenFile string
+	// RunDir holds what ends with a reboot. Default /run/bulkhead.
+	RunDir string
+	// LibDir holds what stays. Default /var/lib/bulkhead.
+	LibDir string
+	// EnvoyDir holds a directory for each version of Envoy. Default
+	// /opt/bulkhead/envoy.
+	EnvoyDir string
+	// PinDir is where the kernel keeps programs and maps. Default
+	// /sys/fs/bpf/bulkhead.
+	PinDir string
+	// CNIPlugin is the plugin to install on the node. Default
+	// /opt/bulkhead/bin/bulkhead-cni.
+	CNIPlugin string
+	// CNIConfDir and CNIBinDir of the node. Default /etc/cni/net.d and /opt/cni/bin.
+	CNIConfDir, CNIBinDir string
+	// HealthAddress serves /healthz, /readyz and /metrics. Default 127.0.0.1:15021.
+	HealthAddress string
+	// Linger is for how long a tenant's proxy stays after its last pod has left the
+	// node: a rolling restart shouldn't start it anew. Default 10 s.
+	Linger time.Duration
+	// Drain is for how long a generation that isn't wanted any more may finish its
+	// connections. Default 15 s.
+	Drain time.Duration
+	// Log; default slog.Default().
+	Log *slog.Logger
+}
+
+func (o Options) withDefaults() (Options, error) {
+	if o.Node == "" {
+		return o, errors.New("the agent must know its node's name: set NODE_NAME from spec.nodeName")
+	}
+	for _, d := range []struct {
+		field *string
+		value string
+	}{
+		{&o.Namespace, "bulkhead-system"},
+		{&o.TokenFile, "/var/run/secrets/bulkhead/token"},
+		{&o.RunDir, "/run/bulkhead"},
+		{&o.LibDir, "/var/lib/bulkhead"},
+		{&o.EnvoyDir, "/opt/bulkhead/envoy"},
+		{&o.PinDir, "/sys/fs/bpf/bulkhead"},
+		{&o.CNIPlugin, "/opt/bulkhead/bin/bulkhead-cni"},
+		{&o.CNIConfDir, "/etc/cni/net.d"},
+		{&o.CNIBinDir, "/opt/cni/bin"},
+		{&o.HealthAddress, "127.0.0.1:15021"},
+	} {
+		if *d.field == "" {
+			*d.field = d.value
+		}
+	}
+	if o.Operator == "" {
+		o.Operator = "bulkhead-operator." + o.Namespace + ".svc:15012"
+	}
+	if o.Linger == 0 {
+		o.Linger = 10 * time.Second
+	}
+	if o.Drain == 0 {
+		o.Drain = 15 * time.Second
+	}
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	return o, nil
+}
+
+func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni", "membership.json") }
+func (o Options) keysDir() string        { return filepath.Join(o.RunDir, "keys") }
+func (o Options) sandboxDir() string     { return filepath.Join(o.RunDir, "sandboxes") }
+func (o Options) lastGoodDir() string    { return filepath.Join(o.LibDir, "lastgood") }
+func (o Options) cniSocket() string      { return filepath.Join(o.RunDir, "cni.sock") }
+
+// ControlSocket is where the agent answers its own command line.
+func (o Options) ControlSocket() string { return filepath.Join(o.RunDir, "agent.sock") }

@@ -1,0 +1,142 @@
+package agent
+
+import (
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/agent/relay"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func nodeProxy() *v1alpha1.NodeProxy {
+	return &v1alpha1.NodeProxy{
+		ObjectMeta: metav1.ObjectMeta{Name: "node1", Generation: 7},
+		Spec: v1alpha1.NodeProxySpec{
+			TrustDomain: "cluster.local",
+			Tenants: []v1alpha1.NodeTenant{
+				{Name: "team-b", Version: "1.40.0"},
+				{Name: "team-a", Version: "1.39.3", Limits: v1alpha1.Limits{CPUMillis: 500},
+					Canary: &v1alpha1.CanaryGeneration{Version: "1.40.0", Weight: 25}},
+			},
+			Pods: []v1alpha1.NodePod{
+				{UID: "2", Namespace: "team-b", Name: "web", ServiceAccount: "web", Tenant: "team-b"},
+				{UID: "1", Namespace: "team-a", Name: "api", ServiceAccount: "default", Tenant: "team-a"},
+			},
+		},
+	}
+}
+
+func TestMakePlan(t *testing.T) {
+	p, err := makePlan(nodeProxy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.generation != 7 || len(p.tenants) != 2 || len(p.pods) != 2 {
+		t.Fatalf("plan is %+v", p)
+	}
+	a := p.tenants[0]
+	if a.tenant != model.NamespaceTenant("team-a") || a.limits.CPUMillis != 500 || a.weight != 25 ||
+		len(a.generations) != 2 || a.generations[1] != (isolation.Generation{Generation: 1, Version: "1.40.0"}) {
+		t.Errorf("team-a is planned as %+v", a)
+	}
+	pod, ok := p.pod("2")
+	if !ok || pod.Identity.String() != "spiffe://cluster.local/ns/team-b/sa/web" || pod.Tenant != model.NamespaceTenant("team-b") {
+		t.Errorf("pod 2 is %+v, %v", pod, ok)
+	}
+	if _, ok := p.pod("3"); ok {
+		t.Error("a pod that isn't planned was found")
+	}
+}
+
+// TestMakePlanBadInput shows that what makes no sense is named and doesn't take
+// the rest with it.
+func TestMakePlanBadInput(t *testing.T) {
+	for name, c := range map[string]struct {
+		change  func(*v1alpha1.NodeProxySpec)
+		wrong   string
+		tenants int
+		pods    int
+	}{
+		"tenant's name":    {func(s *v1alpha1.NodeProxySpec) { s.Tenants[0].Name = "../etc" }, "../etc", 1, 1},
+		"no version":       {func(s *v1alpha1.NodeProxySpec) { s.Tenants[0].Version = "" }, "team-b", 1, 2},
+		"unknown tenant":   {func(s *v1alpha1.NodeProxySpec) { s.Pods[0].Tenant = "team-c" }, "team-c", 2, 1},
+		"no identity":      {func(s *v1alpha1.NodeProxySpec) { s.Pods[1].ServiceAccount = "" }, "team-a/api", 2, 1},
+		"no trust domain":  {func(s *v1alpha1.NodeProxySpec) { s.TrustDomain = "" }, "team-a/api", 2, 0},
+		"identity escapes": {func(s *v1alpha1.NodeProxySpec) { s.Pods[1].ServiceAccount = "x/../y" }, "x/../y", 2, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			np := nodeProxy()
+			c.change(&np.Spec)
+			p, err := makePlan(np)
+			if err == nil || !strings.Contains(err.Error(), c.wrong) {
+				t.Errorf("error %v doesn't name %s", err, c.wrong)
+			}
+			if len(p.tenants) != c.tenants || len(p.pods) != c.pods {
+				t.Errorf("%d tenants and %d pods are left, want %d and %d", len(p.tenants), len(p.pods), c.tenants, c.pods)
+			}
+		})
+	}
+}
+
+func TestMakeStatus(t *testing.T) {
+	p, err := makePlan(nodeProxy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := model.NamespaceTenant("team-a"), model.NamespaceTenant("team-b")
+	live := func(generation int, version string) isolation.Process {
+		return isolation.Process{Generation: generation, Version: version, PID: 40 + generation, Live: true}
+	}
+	good := func() observation {
+		return observation{
+			round: round{plan: p, known: true, serving: map[model.Tenant]bool{a: true, b: true}, problems: map[model.Tenant]string{},
+				steered: map[string]bpf.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
+			states: map[model.Tenant]isolation.State{
+				a: {Limits: isolation.Limits{CPUMillis: 500}, Processes: []isolation.Process{live(0, "1.39.3"), live(1, "1.40.0")}},
+				b: {Processes: []isolation.Process{live(0, "1.40.0")}},
+			},
+			configs: map[relay.Key]relay.State{{Tenant: a}: {Connected: true, Listeners: 6}, {Tenant: b}: {Connected: true, Listeners: 6}},
+		}
+	}
+	s := makeStatus(good())
+	if c := meta.FindStatusCondition(s.Conditions, "Ready"); c == nil || c.Status != metav1.ConditionTrue {
+		t.Errorf("conditions are %+v", s.Conditions)
+	}
+	if got := s.Tenants[0]; !got.Ready || got.Pods != 1 || got.Weight != 25 || got.Limits.CPUMillis != 500 || len(got.Generations) != 2 {
+		t.Errorf("team-a's status is %+v", got)
+	}
+	for name, c := range map[string]struct {
+		change func(*observation)
+		reason string
+	}{
+		"starting":      {func(o *observation) { o.round.serving[b] = false; o.states[b] = isolation.State{} }, "starting"},
+		"not connected": {func(o *observation) { o.round.serving[b] = false; o.configs[relay.Key{Tenant: b}] = relay.State{} }, "asked"},
+		"no operator": {func(o *observation) {
+			o.round.serving[b] = false
+			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true}
+		}, "operator"},
+		"rejected": {func(o *observation) {
+			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true, Listeners: 6, Rejection: "bad thing"}
+		}, "bad thing"},
+		"problem": {func(o *observation) { o.round.problems[b] = "version 9.9.9 isn't there" }, "9.9.9"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := good()
+			c.change(&o)
+			s := makeStatus(o)
+			if got := s.Tenants[1].Reason; !strings.Contains(got, c.reason) {
+				t.Errorf("reason is %q, want %q in it", got, c.reason)
+			}
+			if s.Tenants[0].Reason != "" || !s.Tenants[0].Ready {
+				t.Errorf("the other tenant is %+v", s.Tenants[0])
+			}
+		})
+	}
+}

@@ -1,0 +1,154 @@
+package podnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestPodOf(t *testing.T) {
+	const uid = "0f8c1a2b-3d4e-4f50-8123-456789abcdef"
+	wanted := map[string]string{"pod" + uid: uid, "pod" + strings.ReplaceAll(uid, "-", "_"): uid}
+	for in, want := range map[string]string{
+		"0::/kubepods/burstable/pod" + uid + "/4f2a":                     uid,
+		"11:memory:/kubepods/pod" + uid + "/x\n10:pids:/\n":              uid,
+		"3:cpuset:/\n0::/node2/kubepods/besteffort/pod" + uid + "/a/b\n": uid,
+		"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f8c1a2b_3d4e_4f50_8123_456789abcdef.slice/cri-containerd-1.scope": uid,
+		"0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod0f8c1a2b_3d4e_4f50_8123_456789abcdef.slice/x":                           "",
+		"0::/kubepods.slice/kubepods-pod0f8c1a2b_3d4e_4f50_8123_456789abcdef.slice/cri-containerd-1.scope":                                    uid,
+		"0::/kubepods/burstable/pod" + uid + "0/4f2a":                                                                                         "",
+		"0::/user.slice/pod" + uid[:8]:         "",
+		"0::/x-pod" + uid + ".slice":           "",
+		"":                                     "",
+		"garbage":                              "",
+		"0::/pod" + strings.Repeat("a", 1<<16): "",
+	} {
+		if got := podOf(in, wanted); got != want {
+			t.Errorf("podOf(%.200q) = %q, want %q", in, got, want)
+		}
+	}
+}
+
+// TestFind uses a made-up procfs, whose links are as the kernel writes them.
+func TestFind(t *testing.T) {
+	const uid = "0f8c1a2b-3d4e-4f50-8123-456789abcdef"
+	proc := t.TempDir()
+	process := func(name, cgroup, ns string, started int) {
+		dir := filepath.Join(proc, name)
+		if err := errors.Join(os.MkdirAll(filepath.Join(dir, "ns"), 0o755), os.WriteFile(filepath.Join(dir, "cgroup"), []byte(cgroup), 0o644),
+			os.WriteFile(filepath.Join(dir, "stat"), fmt.Appendf(nil, "%s (a) b) S 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 %d 1 1", name, started), 0o644),
+			os.Symlink("net:["+ns+"]", filepath.Join(dir, "ns/net"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	process("self", "0::/", "1", 1)
+	process("7", "0::/kubepods/pod"+uid+"/a", "1", 5) // hostNetwork
+	process("9", "0::/kubepods/pod"+uid+"/b", "42", 20)
+	process("12", "0::/kubepods/pod"+uid+"/c", "42", 10)
+	process("13", "0::/kubepods/podother/c", "43", 1)
+	if err := os.Mkdir(filepath.Join(proc, "14"), 0o755); err != nil { // just ended
+		t.Fatal(err)
+	}
+	got, err := Find(proc, []string{uid, "absent"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (Process{12, filepath.Join(proc, "12/ns/net"), 42}); len(got) != 1 || got[uid] != want {
+		t.Errorf("found %+v, want %+v", got, want)
+	}
+}
+
+func ip(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+		t.Fatalf("ip %v: %v: %s", args, err, out)
+	}
+}
+
+func TestInspect(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs root: make test-kernel")
+	}
+	ns := fmt.Sprintf("bh-podnet-%d", os.Getpid())
+	host := fmt.Sprintf("bhp%d", os.Getpid()%100000)
+	ip(t, "netns", "add", ns)
+	t.Cleanup(func() { ip(t, "netns", "del", ns) })
+	ip(t, "link", "add", host, "type", "veth", "peer", "name", "eth0", "netns", ns)
+	ip(t, "-n", ns, "addr", "add", "10.77.0.9/32", "dev", "eth0")
+	ip(t, "-n", ns, "addr", "add", "fd77::9/128", "dev", "eth0", "nodad")
+	ip(t, "-n", ns, "link", "set", "eth0", "up", "mtu", "1400")
+	ip(t, "link", "set", host, "up")
+	path := "/run/netns/" + ns
+	n, err := Inspect(path, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []netip.Addr{netip.MustParseAddr("10.77.0.9"), netip.MustParseAddr("fd77::9")}; !slices.Equal(n.IPs, want) || n.Ifname != host || n.MTU != 1400 {
+		t.Errorf("%+v, want %v behind %s with MTU 1400", n, want, host)
+	}
+	if _, err := Inspect(path, "eth1"); !errors.Is(err, ErrGone) {
+		t.Errorf("no such interface: %v", err)
+	}
+	if _, err := Inspect(path+"x", "eth0"); !errors.Is(err, ErrGone) {
+		t.Errorf("no such namespace: %v", err)
+	}
+	if _, err := Inspect(path, "lo"); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("loopback: %v", err)
+	}
+	// A veth whose other end is in a third namespace.
+	ip(t, "-n", ns, "link", "add", "inner", "type", "veth", "peer", "name", "inner2")
+	if _, err := Inspect(path, "inner"); err == nil {
+		t.Error("a veth within the namespace passes for a pod's")
+	}
+}
+
+func TestWatchNodeAddresses(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs root: make test-kernel")
+	}
+	dev := fmt.Sprintf("bhd%d", os.Getpid()%100000)
+	ip(t, "link", "add", dev, "type", "veth", "peer", "name", dev+"p")
+	t.Cleanup(func() { ip(t, "link", "del", dev) })
+	ctx, cancel := context.WithCancel(context.Background())
+	seen, done := make(chan []netip.Addr, 64), make(chan struct{})
+	fail := errors.New("once")
+	go func() {
+		defer close(done)
+		WatchNodeAddresses(ctx, func(a []netip.Addr) error {
+			if err := fail; err != nil {
+				fail = nil
+				return err
+			}
+			seen <- a
+			return nil
+		}, func(err error) { t.Log(err) })
+	}()
+	wait := func(want bool) {
+		t.Helper()
+		for end := time.After(10 * time.Second); ; {
+			select {
+			case a := <-seen:
+				if slices.Contains(a, netip.MustParseAddr("10.77.1.1")) == want {
+					return
+				}
+			case <-end:
+				t.Fatalf("address present = %t wasn't seen", want)
+			}
+		}
+	}
+	wait(false)
+	ip(t, "addr", "add", "10.77.1.1/32", "dev", dev)
+	wait(true)
+	ip(t, "addr", "del", "10.77.1.1/32", "dev", dev)
+	wait(false)
+	cancel()
+	<-done
+}

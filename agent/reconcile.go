@@ -1,0 +1,428 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
+	"github.com/bulkhead-mesh/bulkhead/agent/relay"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/identity"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const (
+	// resync repeats what no event asked for.
+	resync = 10 * time.Second
+	// soon is when something that isn't ready yet is looked at again.
+	soon = 50 * time.Millisecond
+	// defaultMTU of a tenant none of whose pods is known yet.
+	defaultMTU = 1500
+)
+
+// round is what one run of reconcile found out, for others to read.
+type round struct {
+	plan plan
+	// known is false before the first plan.
+	known bool
+	// serving tenants have generation 0 ready: its sockets take connections.
+	serving map[model.Tenant]bool
+	// problems of tenants, for people.
+	problems map[model.Tenant]string
+	// steered pods, with the veth that carries their programs.
+	steered map[string]bpf.Pod
+	// weights that are in force.
+	weights map[model.Tenant]int
+}
+
+// loop runs reconcile until ctx ends.
+func (a *Agent) loop(ctx context.Context) {
+	for ctx.Err() == nil {
+		next := a.reconcile(ctx)
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+		case <-a.woken:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// reconcile makes the node what the plan says, as far as it gets now, and returns
+// when to come back.
+func (a *Agent) reconcile(ctx context.Context) time.Duration {
+	p, known := a.currentPlan()
+	next := resync
+	if !known {
+		a.finishRound(round{})
+		return next
+	}
+	r := round{plan: p, known: true, serving: map[model.Tenant]bool{}, problems: map[model.Tenant]string{},
+		steered: map[string]bpf.Pod{}, weights: map[model.Tenant]int{}}
+	a.identities.SetPods(p.pods)
+
+	indexes := map[model.Tenant]uint16{}
+	for _, tp := range p.tenants {
+		index, again, err := a.ensureTenant(ctx, tp, &r)
+		if err != nil {
+			a.log.Error("tenant isn't as planned", "tenant", tp.tenant.String(), "error", err)
+			r.problems[tp.tenant] = err.Error()
+			again = time.Second
+		}
+		if index != 0 {
+			indexes[tp.tenant] = index
+		}
+		if again > 0 {
+			next = min(next, again)
+		}
+	}
+	next = min(next, a.ensurePods(p, indexes, &r))
+	next = min(next, a.removeTenants(ctx, p))
+	a.finishRound(r)
+	return next
+}
+
+// ensureTenant runs one tenant's proxy. again is 0 if nothing has to be looked at
+// soon.
+func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (index uint16, again time.Duration, err error) {
+	t := tp.tenant
+	delete(a.idleSince, t)
+	b, err := a.bulkheads.Prepare(ctx, t, a.mtu(t, r.plan))
+	if err != nil {
+		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
+	}
+	if err := a.datapath.UpdateTenant(bpf.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
+		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2}); err != nil {
+		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
+	}
+	generations, again := a.withDraining(tp, b)
+	for _, g := range generations {
+		key := relay.Key{Tenant: t, Generation: g.Generation}
+		if err := a.bulkheads.MakeXDSDir(t, g.Generation); err != nil {
+			return b.Index, again, err
+		}
+		if err := a.relay.Listen(key, relay.Socket{Path: b.XDSSocket(g.Generation), UID: b.UID, Version: g.Version}); err != nil {
+			return b.Index, again, fmt.Errorf("serve its configuration: %w", err)
+		}
+	}
+	// What runs is looked at even if the update fails: bad input changes nothing.
+	updateErr := a.bulkheads.Update(ctx, isolation.Spec{Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Generations: generations})
+	ready, err := a.takeListeners(tp, b)
+	if err != nil {
+		again = soon
+		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
+	}
+	r.serving[t] = ready[0]
+	weight := 0
+	if ready[1] {
+		weight = tp.weight
+	}
+	if err := a.datapath.SetWeight(b.Index, weight); err != nil {
+		return b.Index, again, errors.Join(updateErr, fmt.Errorf("set weight: %w", err))
+	}
+	r.weights[t] = weight
+	return b.Index, again, updateErr
+}
+
+// withDraining adds generations that run and aren't wanted any more, for as long
+// as they may finish what they have; they get nothing new.
+func (a *Agent) withDraining(tp tenantPlan, b isolation.Bulkhead) ([]isolation.Generation, time.Duration) {
+	generations := slices.Clone(tp.generations)
+	state, ok := a.bulkheads.State(tp.tenant)
+	if !ok {
+		return generations, 0
+	}
+	var again time.Duration
+	for _, p := range state.Processes {
+		key := relay.Key{Tenant: tp.tenant, Generation: p.Generation}
+		if slices.ContainsFunc(tp.generations, func(g isolation.Generation) bool { return g.Generation == p.Generation }) {
+			delete(a.draining, key)
+			continue
+		}
+		deadline, ok := a.draining[key]
+		if !ok {
+			deadline = time.Now().Add(a.o.Drain)
+			a.draining[key] = deadline
+		}
+		if err := a.datapath.ClearListeners(b.Index, p.Generation); err != nil {
+			a.log.Error("generation still gets connections", "tenant", tp.tenant.String(), "generation", p.Generation, "error", err)
+		}
+		delete(a.taken, key)
+		left := time.Until(deadline)
+		if left <= 0 {
+			delete(a.draining, key)
+			a.relay.Close(key)
+			continue
+		}
+		generations = append(generations, isolation.Generation{Generation: p.Generation, Version: p.Version})
+		again = left
+	}
+	return generations, again
+}
+
+// takeListeners hands the sockets of each generation that can serve to the
+// kernel's steering. ready says which generations take connections now.
+func (a *Agent) takeListeners(tp tenantPlan, b isolation.Bulkhead) (ready [2]bool, err error) {
+	state, ok := a.bulkheads.State(tp.tenant)
+	if !ok {
+		return ready, nil
+	}
+	var errs []error
+	for _, g := range tp.generations {
+		key := relay.Key{Tenant: tp.tenant, Generation: g.Generation}
+		i := slices.IndexFunc(state.Processes, func(p isolation.Process) bool { return p.Generation == g.Generation })
+		if i < 0 || state.Processes[i].PID == 0 {
+			delete(a.taken, key)
+			continue
+		}
+		p := state.Processes[i]
+		taken := process{p.PID, p.StartTicks}
+		if a.taken[key] == taken {
+			ready[g.Generation] = true
+			continue
+		}
+		// The sockets of a process that ended have left the kernel's map by
+		// themselves. One that an earlier agent took and that has just come back to
+		// our relay goes on serving meanwhile.
+		if !p.Live || a.relay.State(key).Listeners == 0 {
+			continue
+		}
+		if err := a.datapath.SetListeners(b.Index, g.Generation, p.PID); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		a.log.Info("proxy takes connections", "tenant", tp.tenant.String(), "generation", g.Generation, "version", p.Version, "pid", p.PID)
+		a.taken[key] = taken
+		ready[g.Generation] = true
+	}
+	return ready, errors.Join(errs...)
+}
+
+// mtu is the smallest of the tenant's pods: a larger packet would be lost on the
+// way to one of them.
+func (a *Agent) mtu(t model.Tenant, p plan) int {
+	mtu := 0
+	for _, pod := range p.pods {
+		if pod.Tenant != t {
+			continue
+		}
+		if r, ok := a.sandboxes.get(pod.UID); ok && r.MTU > 0 && (mtu == 0 || r.MTU < mtu) {
+			mtu = r.MTU
+		}
+	}
+	if mtu == 0 {
+		return defaultMTU
+	}
+	return mtu
+}
+
+// ensurePods steers the planned pods and lets go of all others.
+func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, r *round) time.Duration {
+	next := resync
+	steered, err := a.datapath.Pods()
+	if err != nil {
+		a.log.Error("steered pods can't be read", "error", err)
+		return time.Second
+	}
+	a.discover(p)
+	for _, pod := range p.pods {
+		record, ok := a.sandboxes.get(pod.UID)
+		index := indexes[pod.Tenant]
+		if !ok || index == 0 {
+			continue
+		}
+		// A pod that isn't steered yet either waits in the CNI plugin, or ran before
+		// its namespace joined: its traffic must have somewhere to go.
+		if !slices.Contains(steered, pod.UID) && !r.serving[pod.Tenant] {
+			continue
+		}
+		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC}
+		if err := a.datapath.UpdatePod(want); err != nil {
+			if !a.linkExists(record) {
+				a.sandboxes.drop(pod.UID) // it has ended; the plan will say so soon
+				continue
+			}
+			a.log.Error("pod isn't steered", "pod", pod.Namespace+"/"+pod.Name, "error", err)
+			r.problems[pod.Tenant] = fmt.Sprintf("pod %s/%s isn't steered: %v", pod.Namespace, pod.Name, err)
+			next = time.Second
+			continue
+		}
+		r.steered[pod.UID] = want
+	}
+	for _, uid := range steered {
+		if _, ok := p.pod(uid); ok {
+			continue
+		}
+		if err := a.datapath.DeletePod(uid); err != nil {
+			a.log.Error("pod is still steered", "uid", uid, "error", err)
+			next = time.Second
+		}
+	}
+	for _, uid := range a.sandboxes.uids() {
+		if _, ok := p.pod(uid); ok {
+			continue
+		}
+		if record, ok := a.sandboxes.get(uid); ok && !a.linkExists(record) {
+			a.sandboxes.drop(uid)
+		}
+	}
+	return next
+}
+
+// discover finds the networks of planned pods that no CNI ADD told of.
+func (a *Agent) discover(p plan) {
+	var unknown []string
+	for _, pod := range p.pods {
+		if _, ok := a.sandboxes.get(pod.UID); !ok {
+			unknown = append(unknown, pod.UID)
+		}
+	}
+	found, err := podnet.Find("/proc", unknown)
+	if err != nil {
+		a.log.Error("running pods can't be found", "error", err)
+		return
+	}
+	for uid, process := range found {
+		pod, _ := p.pod(uid)
+		n, err := podnet.Inspect(process.Netns, "eth0")
+		if err == nil {
+			err = a.sandboxes.put(sandboxRecord{UID: uid, Namespace: pod.Namespace, Name: pod.Name,
+				IPs: n.IPs, Ifindex: n.Ifindex, Ifname: n.Ifname, MTU: n.MTU, MAC: n.MAC})
+		}
+		if err != nil {
+			a.log.Error("running pod can't join", "pod", pod.Namespace+"/"+pod.Name, "error", err)
+		}
+	}
+}
+
+// removeTenants ends the proxies of tenants that have no pods here any more.
+func (a *Agent) removeTenants(ctx context.Context, p plan) time.Duration {
+	next := resync
+	for _, t := range a.bulkheads.Tenants() {
+		if p.has(t) {
+			continue
+		}
+		since, ok := a.idleSince[t]
+		if !ok {
+			since = time.Now()
+			a.idleSince[t] = since
+		}
+		if left := a.o.Linger - time.Since(since); left > 0 {
+			next = min(next, left)
+			continue
+		}
+		if err := a.removeTenant(ctx, t); err != nil {
+			a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
+			next = time.Second
+			continue
+		}
+		delete(a.idleSince, t)
+	}
+	a.removeUnknownTenants()
+	if err := a.relay.KeepLastGood(p.has); err != nil {
+		a.log.Error("last good configuration stays", "error", err)
+	}
+	return next
+}
+
+// removeTenant ends the processes first: while one runs, the programs guard what
+// leaves its namespace.
+func (a *Agent) removeTenant(ctx context.Context, t model.Tenant) error {
+	state, known := a.bulkheads.State(t)
+	for generation := range 2 {
+		if known {
+			if err := a.datapath.ClearListeners(state.Index, generation); err != nil {
+				return err
+			}
+		}
+		key := relay.Key{Tenant: t, Generation: generation}
+		a.relay.Close(key)
+		delete(a.taken, key)
+		delete(a.draining, key)
+	}
+	if err := a.bulkheads.Delete(ctx, t); err != nil {
+		return err
+	}
+	if !known {
+		return nil // removeUnknownTenants finds what is left
+	}
+	return a.datapath.DeleteTenant(state.Index)
+}
+
+// removeUnknownTenants removes steering to tenants of which nothing else is left.
+func (a *Agent) removeUnknownTenants() {
+	indexes, err := a.datapath.Tenants()
+	if err != nil {
+		a.log.Error("steered tenants can't be read", "error", err)
+		return
+	}
+	known := map[uint16]bool{}
+	for _, t := range a.bulkheads.Tenants() {
+		if s, ok := a.bulkheads.State(t); ok {
+			known[s.Index] = true
+		}
+	}
+	for _, index := range indexes {
+		if known[index] {
+			continue
+		}
+		if err := a.datapath.DeleteTenant(index); err != nil {
+			a.log.Error("steering to a tenant that is gone stays", "index", index, "error", err)
+		}
+	}
+}
+
+// wake asks for a round of reconcile.
+func (a *Agent) wake() {
+	select {
+	case a.woken <- struct{}{}:
+	default:
+	}
+}
+
+// finishRound publishes what a round found out and wakes those who wait for it.
+func (a *Agent) finishRound(r round) {
+	a.mu.Lock()
+	a.last = r
+	close(a.roundEnd)
+	a.roundEnd = make(chan struct{})
+	a.mu.Unlock()
+	a.reportStatus()
+}
+
+// roundDone is closed at the end of the next round.
+func (a *Agent) roundDone() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.roundEnd
+}
+
+func (a *Agent) currentPlan() (plan, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.plan, a.planKnown
+}
+
+func (a *Agent) planned(uid string) (identity.Pod, bool) {
+	p, _ := a.currentPlan()
+	return p.pod(uid)
+}
+
+// isSteered reports whether the pod's programs are on this very veth.
+func (a *Agent) isSteered(record sandboxRecord) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	pod, ok := a.last.steered[record.UID]
+	return ok && pod.Ifindex == record.Ifindex
+}
+
+func (a *Agent) isServing(t model.Tenant) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.last.serving[t]
+}

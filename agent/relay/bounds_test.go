@@ -1,0 +1,145 @@
+package relay
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// TestRelaySlowTenant floods one proxy that doesn't read; the other one's changes
+// must arrive all the same.
+func TestRelaySlowTenant(t *testing.T) {
+	f := setUp(t, nil)
+	slow := f.proxy(teamA)
+	slow.subscribe(TypeCluster)
+	slowUp := f.op.stream()
+	slowUp.await(t, TypeCluster, "")
+	quick := f.proxy(teamB)
+	quick.subscribe(TypeCluster)
+	quickUp := f.op.stream()
+	quickUp.await(t, TypeCluster, "")
+	flooded := make(chan struct{})
+	go func() {
+		defer close(flooded)
+		big := strings.Repeat("x", 64<<10)
+		for i := range 5000 {
+			if slowUp.st.Send(&discovery.DeltaDiscoveryResponse{TypeUrl: TypeCluster, Nonce: fmt.Sprint(i),
+				Resources: []*discovery.Resource{{Name: fmt.Sprint(i), Version: "1", Resource: &anypb.Any{TypeUrl: TypeCluster, Value: []byte(big)}}}}) != nil {
+				return
+			}
+		}
+	}()
+	for i := range 200 {
+		quickUp.send(t, fmt.Sprint(i), resource(TypeCluster, "deliver", fmt.Sprint(i)))
+		wantNames(t, quick.next(), "deliver@"+fmt.Sprint(i))
+	}
+	select {
+	case <-flooded:
+		t.Error("the flood went through: the relay buffers without bound")
+	default:
+	}
+	slowUp.end <- nil
+}
+
+func TestRelayRefuses(t *testing.T) {
+	for name, r := range map[string]*discovery.DeltaDiscoveryRequest{
+		"unknown type":    {TypeUrl: "type.googleapis.com/evil"},
+		"no type":         {},
+		"wildcard EDS":    {TypeUrl: TypeEndpoints, ResourceNamesSubscribe: []string{wildcard}},
+		"wildcard SDS":    {TypeUrl: TypeSecret, ResourceNamesSubscribe: []string{wildcard}},
+		"long name":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{strings.Repeat("a", maxName+1)}},
+		"control in name": {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{"a\nb"}},
+		"empty name":      {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{""}},
+		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 1200)},
+		"long version":    {TypeUrl: TypeCluster, InitialResourceVersions: map[string]string{"a": strings.Repeat("v", maxName+1)}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := setUp(t, nil)
+			p := f.proxy(teamA)
+			p.subscribe(TypeRoute, "fine")
+			up := f.op.stream()
+			receive(t, "request", up.requests)
+			p.send(r)
+			if c := grpcstatus.Code(receive(t, "refusal", p.err)); c != codes.InvalidArgument && c != codes.ResourceExhausted {
+				t.Errorf("ended with %s", c)
+			}
+			receive(t, "end of the operator's stream", up.gone)
+			if n := len(up.requests); n > 0 {
+				t.Errorf("reached the operator: %v", <-up.requests)
+			}
+		})
+	}
+}
+
+func TestRelayBoundsNames(t *testing.T) {
+	f := setUp(t, func(o *Options) { o.NamesPerSecond = 1e6 })
+	p := f.proxy(teamA)
+	for i := 0; i < maxNames+2000; i += 1000 {
+		var batch []string
+		for j := range 1000 {
+			batch = append(batch, fmt.Sprintf("vip|%d", i+j))
+		}
+		p.subscribe(TypeCluster, batch...)
+	}
+	p.subscribe(TypeEndpoints, "last")
+	up, n := f.op.stream(), 0
+	for {
+		r := receive(t, "request", up.requests)
+		if r.TypeUrl == TypeEndpoints {
+			break
+		}
+		n += len(r.ResourceNamesSubscribe)
+	}
+	if n != maxNames {
+		t.Errorf("%d names reached the operator, want %d", n, maxNames)
+	}
+}
+
+func TestRelayHoldsFastAskerBack(t *testing.T) {
+	f := setUp(t, func(o *Options) { o.NamesPerSecond = 50 }) // a burst of 200
+	p := f.proxy(teamA)
+	start := time.Now()
+	for i := range 225 {
+		p.subscribe(TypeCluster, fmt.Sprintf("vip|%d", i))
+	}
+	up, n := f.op.stream(), 0
+	for n < 225 {
+		n += len(receive(t, "request", up.requests).ResourceNamesSubscribe)
+	}
+	if d := time.Since(start); d < 450*time.Millisecond {
+		t.Errorf("225 names at 50/s after a burst of 200 took %s", d)
+	}
+}
+
+func FuzzSubscription(f *testing.F) {
+	f.Add(TypeCluster, "a", "b", "*", true)
+	f.Add(TypeSecret, "", "\x00", "x", false)
+	f.Fuzz(func(t *testing.T, typeURL, a, b, c string, first bool) {
+		s := newSubscription()
+		for i := range 3 {
+			_, err := s.apply(&discovery.DeltaDiscoveryRequest{
+				TypeUrl: typeURL, ResourceNamesSubscribe: []string{a, b}, ResourceNamesUnsubscribe: []string{c, a},
+				InitialResourceVersions: map[string]string{b: c},
+			}, first && i == 0)
+			if err != nil {
+				return
+			}
+		}
+		r := s.resume(typeURL)
+		for _, n := range r.ResourceNamesSubscribe {
+			if checkName(n) != nil || (n == wildcard && !kinds[typeURL].wildcard) {
+				t.Errorf("name %q would reach the operator", n)
+			}
+		}
+		if kinds[typeURL].short == "" {
+			t.Errorf("type %q was accepted", typeURL)
+		}
+	})
+}

@@ -1,0 +1,93 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxConns bounds the connections to one socket; an Envoy makes one.
+const maxConns = 8
+
+// peerListener accepts connections of one uid, and of root.
+type peerListener struct {
+	*net.UnixListener
+	uid   uint32
+	conns atomic.Int32
+}
+
+// listenUnix binds a socket that only uid may connect to. A socket path has at
+// most 107 bytes and tenants' names are longer, so it is bound relative to its
+// directory.
+func listenUnix(path string, uid uint32) (*peerListener, error) {
+	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open directory of %s: %w", path, err)
+	}
+	defer unix.Close(dir)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d/%s", dir, filepath.Base(path))})
+	if err != nil {
+		return nil, fmt.Errorf("bind %s: %w", path, err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chown(path, int(uid), int(uid)), os.Chmod(path, 0o600)); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("hand socket to its proxy: %w", err)
+	}
+	return &peerListener{UnixListener: l, uid: uid}, nil
+}
+
+// Accept returns the next connection whose peer may have one, and closes others.
+func (l *peerListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		uid, err := peerUID(c)
+		if err != nil || (uid != l.uid && uid != 0) || l.conns.Load() >= maxConns {
+			c.Close()
+			continue
+		}
+		l.conns.Add(1)
+		return &countedConn{UnixConn: c, conns: &l.conns}, nil
+	}
+}
+
+func peerUID(c *net.UnixConn) (uint32, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}
+
+type countedConn struct {
+	*net.UnixConn
+	conns  *atomic.Int32
+	closed atomic.Bool
+}
+
+func (c *countedConn) Close() error {
+	if c.closed.CompareAndSwap(false, true) {
+		c.conns.Add(-1)
+	}
+	return c.UnixConn.Close()
+}

@@ -1,0 +1,300 @@
+package relay
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// Key names one Envoy process of the node.
+type Key struct {
+	Tenant     model.Tenant
+	Generation int
+}
+
+// Options of a Relay. Operator and Secrets are required.
+type Options struct {
+	// Operator is the connection that all streams share. The caller closes it.
+	Operator grpc.ClientConnInterface
+	// Secrets of the node's workloads.
+	Secrets Secrets
+	// Log; default slog.Default().
+	Log *slog.Logger
+	// LastGoodDir is where the last good resources are kept, without secrets.
+	// Default "": in memory only.
+	LastGoodDir string
+	// Patience is how long the operator may take to answer before last good
+	// resources are served. Default 1 s.
+	Patience time.Duration
+	// Backoff between streams to the operator.
+	Backoff Backoff
+	// NamesPerSecond that one proxy may newly ask for; a burst of four seconds'
+	// worth is free. Default 500.
+	NamesPerSecond float64
+	// Changed is called, if set, after a proxy connected, left, accepted or
+	// rejected configuration. It must not block.
+	Changed func(model.Tenant)
+}
+
+// Relay serves the tenant proxies of a node. Its methods may be called from any
+// goroutine.
+type Relay struct {
+	opts Options
+	log  *slog.Logger
+	ads  discovery.AggregatedDiscoveryServiceClient
+	good *lastGood
+
+	mu        sync.Mutex
+	endpoints map[Key]*endpoint
+	closed    bool
+}
+
+// State is what the relay knows of one proxy.
+type State struct {
+	// Connected: the proxy has a stream.
+	Connected bool
+	// Listeners that it acknowledged. None means that it serves nothing.
+	Listeners int
+	// Rejection is the last configuration that it refused and hasn't got a better
+	// version of, for people.
+	Rejection string
+}
+
+// Socket is where one proxy connects.
+type Socket struct {
+	// Path to bind; its directory must exist.
+	Path string
+	// UID of the proxy: nobody else but root may connect.
+	UID uint32
+	// Version of Envoy: last good resources are kept by it.
+	Version string
+}
+
+// endpoint is one proxy's socket.
+type endpoint struct {
+	key      Key
+	socket   Socket
+	listener net.Listener
+	server   *grpc.Server
+	done     chan struct{}
+	limiter  *rate.Limiter
+
+	mu sync.Mutex
+	// current is the stream that State is about: the newest.
+	current  downstream
+	state    State
+	rejected map[string]string // by type and resource
+}
+
+// New returns a relay that serves nobody yet. The caller closes it.
+func New(o Options) *Relay {
+	o.Log = cmp.Or(o.Log, slog.Default())
+	o.Patience = cmp.Or(o.Patience, time.Second)
+	o.Backoff.Min = cmp.Or(o.Backoff.Min, 200*time.Millisecond)
+	o.Backoff.Max = cmp.Or(o.Backoff.Max, 10*time.Second)
+	o.NamesPerSecond = cmp.Or(o.NamesPerSecond, 500)
+	return &Relay{
+		opts: o, log: o.Log, ads: discovery.NewAggregatedDiscoveryServiceClient(o.Operator),
+		good: newLastGood(o.LastGoodDir, o.Log), endpoints: map[Key]*endpoint{},
+	}
+}
+
+// Listen serves the proxy on its socket. It replaces one that a former agent
+// left, and does nothing if it serves the proxy there already.
+func (r *Relay) Listen(key Key, socket Socket) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return errors.New("listen for proxy: the relay is closed")
+	}
+	if e := r.endpoints[key]; e != nil {
+		if e.socket == socket && present(socket.Path) {
+			return nil
+		}
+		e.stop()
+		delete(r.endpoints, key)
+	}
+	l, err := listenUnix(socket.Path, socket.UID)
+	if err != nil {
+		return fmt.Errorf("listen for proxy %s/%d: %w", key.Tenant, key.Generation, err)
+	}
+	e := &endpoint{
+		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[string]string{},
+		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
+	}
+	e.server = grpc.NewServer(
+		grpc.MaxRecvMsgSize(1<<20), grpc.MaxConcurrentStreams(4), grpc.MaxHeaderListSize(16<<10),
+		grpc.ReadBufferSize(16<<10), grpc.WriteBufferSize(16<<10), grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+	discovery.RegisterAggregatedDiscoveryServiceServer(e.server, &service{relay: r, endpoint: e})
+	r.endpoints[key] = e
+	go func() {
+		defer close(e.done)
+		if err := e.server.Serve(l); err != nil {
+			r.log.Error("proxy's socket closed", "tenant", key.Tenant.String(), "generation", key.Generation, "error", err)
+		}
+	}()
+	return nil
+}
+
+// Close stops serving one proxy and removes its socket.
+func (r *Relay) Close(key Key) {
+	r.mu.Lock()
+	e := r.endpoints[key]
+	delete(r.endpoints, key)
+	r.mu.Unlock()
+	if e != nil {
+		e.stop()
+		os.Remove(e.socket.Path)
+	}
+}
+
+// KeepLastGood drops the last good resources of all tenants that f doesn't want.
+func (r *Relay) KeepLastGood(f func(model.Tenant) bool) error { return r.good.keep(f) }
+
+// State returns what is known of the proxy; the zero State if it isn't served.
+func (r *Relay) State(key Key) State {
+	r.mu.Lock()
+	e := r.endpoints[key]
+	r.mu.Unlock()
+	if e == nil {
+		return State{}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s := e.state
+	for _, k := range slices.Sorted(maps.Keys(e.rejected)) {
+		s.Rejection = e.rejected[k]
+		break
+	}
+	return s
+}
+
+// Shutdown stops serving, writes last good resources out and leaves the sockets'
+// files, which a next relay replaces: proxies keep what they have.
+func (r *Relay) Shutdown() {
+	r.mu.Lock()
+	r.closed = true
+	all := slices.Collect(maps.Values(r.endpoints))
+	r.endpoints = map[Key]*endpoint{}
+	r.mu.Unlock()
+	for _, e := range all {
+		e.stop()
+	}
+	r.good.close()
+}
+
+func (e *endpoint) stop() {
+	e.server.Stop()
+	<-e.done
+}
+
+func present(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+func (r *Relay) endpoint(key Key) *endpoint {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.endpoints[key]
+}
+
+// wait holds a proxy back that asks for n names faster than it may.
+func (r *Relay) wait(ctx context.Context, key Key, n int) error {
+	e := r.endpoint(key)
+	if e == nil {
+		return errors.New("proxy isn't served any more")
+	}
+	for n > 0 {
+		k := min(n, e.limiter.Burst())
+		if err := e.limiter.WaitN(ctx, k); err != nil {
+			return err
+		}
+		n -= k
+	}
+	return nil
+}
+
+func (r *Relay) changed(t model.Tenant) {
+	if r.opts.Changed != nil {
+		r.opts.Changed(t)
+	}
+}
+
+func (r *Relay) accepted(key Key, st downstream, typeURL string, held int, names []string) {
+	e := r.endpoint(key)
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	for _, n := range names {
+		delete(e.rejected, typeURL+"/"+n)
+	}
+	tell := false
+	if typeURL == TypeListener && e.current == st {
+		tell = e.state.Listeners != held
+		e.state.Listeners = held
+	}
+	e.mu.Unlock()
+	if tell {
+		r.changed(key.Tenant)
+	}
+}
+
+func (r *Relay) rejected(key Key, typeURL string, names []string, reason string) {
+	e := r.endpoint(key)
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	for _, n := range names {
+		if len(e.rejected) < 64 {
+			e.rejected[typeURL+"/"+n] = fmt.Sprintf("%s %s: %s", kinds[typeURL].short, n, printable(reason, 256))
+		}
+	}
+	e.mu.Unlock()
+	r.changed(key.Tenant)
+}
+
+// service is the ADS server of one socket.
+type service struct {
+	discovery.UnimplementedAggregatedDiscoveryServiceServer
+	relay    *Relay
+	endpoint *endpoint
+}
+
+// DeltaAggregatedResources serves one stream of the socket's proxy.
+func (s *service) DeltaAggregatedResources(st downstream) error {
+	e, key := s.endpoint, s.endpoint.key
+	e.mu.Lock()
+	e.current, e.state, e.rejected = st, State{Connected: true}, map[string]string{}
+	e.mu.Unlock()
+	s.relay.changed(key.Tenant)
+	defer func() {
+		e.mu.Lock()
+		if e.current == st {
+			e.current, e.state = nil, State{}
+		}
+		e.mu.Unlock()
+		s.relay.changed(key.Tenant)
+	}()
+	return newStream(s.relay, e, st).run(st.Context())
+}

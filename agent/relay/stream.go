@@ -1,0 +1,369 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"strconv"
+	"time"
+
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+)
+
+type downstream = discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
+
+// sent is a response that the proxy hasn't acknowledged.
+type sent struct {
+	epoch     int    // of the operator's stream it came from; 0: the relay's own
+	nonce     string // the operator's
+	typeURL   string
+	resources []*discovery.Resource
+	removed   []string
+}
+
+// stream is one ADS stream of one Envoy. Everything in it belongs to run's loop.
+type stream struct {
+	key   Key
+	relay *Relay
+	down  downstream
+	log   *slog.Logger
+	good  *goodSet
+	node  *core.Node
+
+	subs    map[string]*subscription
+	unacked map[string]sent
+	nonces  int
+
+	up      upstreamClient // nil while there is no stream to the operator
+	epoch   int
+	started map[string]bool // types that the operator's stream has heard of
+
+	// fallback fires when the operator has had its time to answer.
+	fallback *time.Timer
+	armed    bool
+	secrets  *secretWatch
+}
+
+func newStream(r *Relay, e *endpoint, down downstream) *stream {
+	key := e.key
+	fallback := time.NewTimer(time.Hour)
+	fallback.Stop()
+	return &stream{
+		key: key, relay: r, down: down, log: r.log.With("tenant", key.Tenant.String(), "generation", key.Generation),
+		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback,
+		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version),
+	}
+}
+
+// run serves the stream until the proxy goes away or sends what no Envoy would.
+func (s *stream) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer s.fallback.Stop()
+
+	requests, ended := make(chan *discovery.DeltaDiscoveryRequest), make(chan error, 1)
+	go func() {
+		for {
+			r, err := s.down.Recv()
+			if err != nil {
+				ended <- err
+				return
+			}
+			select {
+			case requests <- r:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	events := make(chan upstreamEvent)
+	go upstreamLoop(ctx, s.relay.ads, s.key, s.relay.opts.Backoff, events)
+
+	for {
+		incoming, secrets := events, s.secrets.changed()
+		if len(s.unacked) >= maxUnacked {
+			incoming, secrets = nil, nil // all wait for this proxy, and nobody else does
+		}
+		select {
+		case err := <-ended:
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		case <-ctx.Done():
+			return grpcstatus.Error(codes.Unavailable, "the agent stops")
+		case r := <-requests:
+			if err := s.request(ctx, r); err != nil {
+				if errors.Is(err, errRefused) {
+					s.log.Warn("proxy's request refused", "error", err)
+					return grpcstatus.Error(codes.InvalidArgument, err.Error())
+				}
+				return err
+			}
+		case e := <-incoming:
+			if err := s.event(e); err != nil {
+				return err
+			}
+		case <-secrets:
+			if err := s.pushSecrets(); err != nil {
+				return err
+			}
+		case <-s.fallback.C:
+			s.armed = false
+			if err := s.serveLastGood(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// request handles what the proxy sent.
+func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest) error {
+	sub, seen := s.subs[r.TypeUrl]
+	if !seen {
+		sub = newSubscription()
+	}
+	if s.node == nil {
+		s.identify(r.Node)
+	}
+	c, err := sub.apply(r, !seen)
+	if err != nil {
+		return err
+	}
+	s.subs[r.TypeUrl] = sub
+	if !seen && r.TypeUrl == TypeListener && len(sub.held) > 0 {
+		s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), nil) // it has kept them over a reconnection
+	}
+	if c.dropped > 0 {
+		s.log.Warn("proxy asks for too many names", "type", kinds[r.TypeUrl].short, "dropped", c.dropped, "limit", maxNames)
+	}
+	if n := len(c.subscribe); n > 0 {
+		// Only this proxy waits when it asks for names faster than it may.
+		if err := s.relay.wait(ctx, s.key, n); err != nil {
+			return err
+		}
+	}
+	ack := s.acknowledge(r, sub)
+	if r.TypeUrl == TypeSecret {
+		s.secrets.want(c.subscribe, c.unsubscribe)
+		return s.pushSecrets()
+	}
+	if len(sub.waiting) > 0 && (len(c.subscribe) > 0 || !seen) {
+		s.armFallback()
+	}
+	if s.up == nil {
+		return nil
+	}
+	if !s.started[r.TypeUrl] {
+		s.resume(r.TypeUrl)
+		return nil
+	}
+	if ack == nil && c.empty() {
+		return nil
+	}
+	if ack == nil {
+		ack = &discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl}
+	}
+	ack.ResourceNamesSubscribe, ack.ResourceNamesUnsubscribe = c.subscribe, c.unsubscribe
+	s.sendUp(ack)
+	return nil
+}
+
+// identify keeps of the node what configuration depends on. Who it is, the agent
+// says, never Envoy.
+func (s *stream) identify(n *core.Node) {
+	s.node = &core.Node{Id: s.key.Tenant.String() + "/" + strconv.Itoa(s.key.Generation), UserAgentName: "envoy"}
+	if v := n.GetUserAgentBuildVersion().GetVersion(); v != nil {
+		s.node.UserAgentVersionType = &core.Node_UserAgentBuildVersion{UserAgentBuildVersion: &core.BuildVersion{Version: v}}
+	}
+	s.log.Info("proxy connected", "version", s.node.GetUserAgentBuildVersion().GetVersion().String())
+}
+
+// acknowledge settles the response that r answers and returns the request that
+// tells the operator, or nil if it isn't to know.
+func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscription) *discovery.DeltaDiscoveryRequest {
+	if r.ResponseNonce == "" {
+		return nil
+	}
+	p, ok := s.unacked[r.ResponseNonce]
+	if !ok || p.typeURL != r.TypeUrl {
+		return nil
+	}
+	delete(s.unacked, r.ResponseNonce)
+	up := &discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl, ResponseNonce: p.nonce}
+	if e := r.ErrorDetail; e != nil {
+		message := printable(e.Message, 2048)
+		up.ErrorDetail = &status.Status{Code: e.Code, Message: message}
+		names := resourceNames(p.resources)
+		s.relay.rejected(s.key, r.TypeUrl, names, message)
+		s.log.Warn("proxy rejected configuration", "type", kinds[r.TypeUrl].short, "resources", names, "lastGood", p.epoch == 0, "reason", message)
+	} else {
+		sub.acknowledged(p.resources, p.removed)
+		if r.TypeUrl != TypeSecret {
+			s.good.update(r.TypeUrl, sub, p.resources, p.removed)
+			s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), resourceNames(p.resources))
+		}
+	}
+	if p.epoch == 0 || p.epoch != s.epoch || s.up == nil {
+		return nil
+	}
+	return up
+}
+
+// event handles what happened on the operator's side.
+func (s *stream) event(e upstreamEvent) error {
+	switch {
+	case e.stream != nil:
+		s.up, s.epoch, s.started = e.stream, s.epoch+1, map[string]bool{}
+		for typeURL, sub := range s.subs {
+			if typeURL != TypeSecret && !sub.idle() {
+				s.resume(typeURL)
+			}
+		}
+	case e.err != nil:
+		if s.up != nil || s.epoch == 0 {
+			s.log.Info("operator's stream ended", "error", e.err)
+		}
+		s.up = nil
+		if s.anyWaiting() {
+			s.armFallback()
+		}
+	case e.response != nil:
+		return s.forward(e.response)
+	}
+	return nil
+}
+
+// forward hands the operator's response to the proxy.
+func (s *stream) forward(r *discovery.DeltaDiscoveryResponse) error {
+	sub := s.subs[r.TypeUrl]
+	if sub == nil || r.TypeUrl == TypeSecret {
+		s.log.Warn("operator sent what wasn't asked for", "type", printable(r.TypeUrl, 128))
+		return nil
+	}
+	sub.answered(r.Resources, r.RemovedResources)
+	return s.send(sent{epoch: s.epoch, nonce: r.Nonce, typeURL: r.TypeUrl, resources: r.Resources, removed: r.RemovedResources}, r.SystemVersionInfo)
+}
+
+func (s *stream) send(p sent, version string) error {
+	s.nonces++
+	nonce := strconv.Itoa(s.nonces)
+	s.unacked[nonce] = p
+	return s.down.Send(&discovery.DeltaDiscoveryResponse{
+		TypeUrl: p.typeURL, Nonce: nonce, Resources: p.resources, RemovedResources: p.removed, SystemVersionInfo: version,
+	})
+}
+
+func (s *stream) resume(typeURL string) {
+	sub := s.subs[typeURL]
+	if sub.idle() {
+		return
+	}
+	r := sub.resume(typeURL)
+	if len(s.started) == 0 {
+		r.Node = s.node
+	}
+	s.started[typeURL] = true
+	s.sendUp(r)
+}
+
+// sendUp leaves a failure to the receiving side of the same stream, which ends
+// with it.
+func (s *stream) sendUp(r *discovery.DeltaDiscoveryRequest) {
+	if err := s.up.Send(r); err != nil {
+		s.up = nil
+		if s.anyWaiting() {
+			s.armFallback()
+		}
+	}
+}
+
+func (s *stream) anyWaiting() bool {
+	for typeURL, sub := range s.subs {
+		if typeURL != TypeSecret && len(sub.waiting) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// armFallback gives the operator time before last good is used: little while it
+// is away.
+func (s *stream) armFallback() {
+	if s.armed {
+		return
+	}
+	d := s.relay.opts.Patience
+	if s.up == nil {
+		d /= 4
+	}
+	s.armed = true
+	s.fallback.Reset(d)
+}
+
+// serveLastGood answers what the operator hasn't. What isn't known stays open
+// until the operator is back.
+func (s *stream) serveLastGood() error {
+	// Clusters before listeners, or the first connections find none.
+	for _, typeURL := range []string{TypeCluster, TypeEndpoints, TypeListener, TypeFilterChain, TypeRoute} {
+		sub := s.subs[typeURL]
+		if sub == nil || len(sub.waiting) == 0 {
+			continue
+		}
+		resources := s.good.lookup(typeURL, sub)
+		if len(resources) == 0 {
+			continue
+		}
+		s.log.Info("serving last good configuration", "type", kinds[typeURL].short, "resources", len(resources))
+		sub.answered(resources, nil)
+		if err := s.send(sent{typeURL: typeURL, resources: resources}, "last-good"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stream) pushSecrets() error {
+	for _, u := range s.secrets.updates(maxUnacked - len(s.unacked)) {
+		p := sent{typeURL: TypeSecret}
+		if u.resource != nil {
+			p.resources = []*discovery.Resource{u.resource}
+		} else {
+			p.removed = []string{u.name}
+		}
+		if err := s.send(p, ""); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func resourceNames(rs []*discovery.Resource) []string {
+	names := make([]string, 0, min(len(rs), 16))
+	for _, r := range rs {
+		if len(names) == 16 {
+			return append(names, "…")
+		}
+		names = append(names, r.Name)
+	}
+	return names
+}
+
+// printable cuts s and takes out what could forge log lines.
+func printable(s string, limit int) string {
+	if len(s) > limit {
+		s = s[:limit] + "…"
+	}
+	b := []rune(s)
+	for i, r := range b {
+		if r < ' ' || r == 0x7f || r == '\u2028' {
+			b[i] = ' '
+		}
+	}
+	return string(b)
+}

@@ -1,0 +1,188 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+)
+
+// The types that a tenant proxy may ask for. Secrets are answered on the node,
+// the others by the operator.
+const (
+	TypeListener    = "type.googleapis.com/envoy.config.listener.v3.Listener"
+	TypeFilterChain = "type.googleapis.com/envoy.config.listener.v3.FilterChain"
+	TypeCluster     = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+	TypeEndpoints   = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+	TypeRoute       = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+	TypeSecret      = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
+)
+
+// kinds says which types exist and which of them may be asked for by wildcard.
+var kinds = map[string]struct {
+	short    string
+	wildcard bool
+}{
+	TypeListener:    {"LDS", true},
+	TypeFilterChain: {"FCDS", false},
+	TypeCluster:     {"CDS", true},
+	TypeEndpoints:   {"EDS", false},
+	TypeRoute:       {"RDS", false},
+	TypeSecret:      {"SDS", false},
+}
+
+const (
+	// maxNames bounds what one proxy can make the relay remember per type.
+	maxNames = 8192
+	// maxName is the longest resource name. A SPIFFE ID has at most 588 bytes.
+	maxName = 1024
+	// maxUnacked bounds the responses that a proxy hasn't answered yet.
+	maxUnacked = 512
+	wildcard   = "*"
+)
+
+// errRefused is what a proxy gets whose request no Envoy would send.
+var errRefused = errors.New("request refused")
+
+// subscription is what one proxy wants of one type and what it has. It is owned
+// by one stream's loop.
+type subscription struct {
+	wildcard bool
+	names    map[string]struct{}
+	// held are the versions that the proxy acknowledged, by name.
+	held map[string]string
+	// waiting are the names that nobody has answered yet ("*" for the wildcard).
+	waiting map[string]struct{}
+}
+
+// change is what one request does to a subscription.
+type change struct {
+	subscribe, unsubscribe []string
+	// dropped names were over the bound: they stay unanswered.
+	dropped int
+}
+
+func (c change) empty() bool { return len(c.subscribe)+len(c.unsubscribe) == 0 }
+
+func newSubscription() *subscription {
+	return &subscription{names: map[string]struct{}{}, held: map[string]string{}, waiting: map[string]struct{}{}}
+}
+
+func checkName(name string) error {
+	if name == "" || len(name) > maxName || !utf8.ValidString(name) || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+		return fmt.Errorf("%w: a resource name of %d bytes isn't one", errRefused, len(name))
+	}
+	return nil
+}
+
+// apply takes a proxy's request in. Only the first request of a stream and type
+// may be an implicit wildcard or tell what the proxy holds. Errors wrap
+// errRefused and leave the subscription unusable.
+func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (change, error) {
+	kind, ok := kinds[r.TypeUrl]
+	if !ok {
+		return change{}, fmt.Errorf("%w: type %.128q isn't served", errRefused, r.TypeUrl)
+	}
+	var c change
+	if first {
+		if len(r.InitialResourceVersions) > maxNames {
+			return c, fmt.Errorf("%w: %d initial versions, at most %d", errRefused, len(r.InitialResourceVersions), maxNames)
+		}
+		for name, version := range r.InitialResourceVersions {
+			if err := checkName(name); err != nil {
+				return c, err
+			}
+			if len(version) > maxName {
+				return c, fmt.Errorf("%w: a version of %d bytes", errRefused, len(version))
+			}
+			s.held[name] = version
+		}
+		if len(r.ResourceNamesSubscribe) == 0 && kind.wildcard {
+			s.wildcard = true
+			s.waiting[wildcard] = struct{}{}
+		}
+	}
+	for _, name := range r.ResourceNamesUnsubscribe {
+		if name == wildcard {
+			if s.wildcard {
+				c.unsubscribe = append(c.unsubscribe, name)
+			}
+			s.wildcard = false
+			delete(s.waiting, name)
+			continue
+		}
+		if _, ok := s.names[name]; !ok {
+			continue
+		}
+		delete(s.names, name)
+		delete(s.waiting, name)
+		if !s.wildcard {
+			delete(s.held, name)
+		}
+		c.unsubscribe = append(c.unsubscribe, name)
+	}
+	for _, name := range r.ResourceNamesSubscribe {
+		if name == wildcard {
+			if !kind.wildcard {
+				return c, fmt.Errorf("%w: %s has no wildcard", errRefused, kind.short)
+			}
+			s.wildcard = true
+		} else {
+			if err := checkName(name); err != nil {
+				return c, err
+			}
+			if _, ok := s.names[name]; !ok && len(s.names) >= maxNames {
+				c.dropped++
+				continue
+			}
+			s.names[name] = struct{}{}
+		}
+		s.waiting[name] = struct{}{}
+		c.subscribe = append(c.subscribe, name)
+	}
+	return c, nil
+}
+
+// resume is the first request of a type on a new stream to the operator: all
+// that the proxy wants, and what it has.
+func (s *subscription) resume(typeURL string) *discovery.DeltaDiscoveryRequest {
+	r := &discovery.DeltaDiscoveryRequest{TypeUrl: typeURL, InitialResourceVersions: maps.Clone(s.held)}
+	if len(s.names) == 0 {
+		return r // the wildcard in its implicit form, if the type has one
+	}
+	if s.wildcard {
+		r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, wildcard)
+	}
+	r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, slices.Sorted(maps.Keys(s.names))...)
+	return r
+}
+
+// idle reports that there is nothing to ask the operator for.
+func (s *subscription) idle() bool { return !s.wildcard && len(s.names) == 0 }
+
+// answered takes names off the waiting list; any answer is one to the wildcard.
+func (s *subscription) answered(resources []*discovery.Resource, removed []string) {
+	delete(s.waiting, wildcard)
+	for _, r := range resources {
+		delete(s.waiting, r.Name)
+	}
+	for _, name := range removed {
+		delete(s.waiting, name)
+	}
+}
+
+// acknowledged notes what the proxy has now.
+func (s *subscription) acknowledged(resources []*discovery.Resource, removed []string) {
+	for _, name := range removed {
+		delete(s.held, name)
+	}
+	for _, r := range resources {
+		if _, named := s.names[r.Name]; named || s.wildcard {
+			s.held[r.Name] = r.Version
+		}
+	}
+}

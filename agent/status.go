@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/agent/relay"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// observation is what the status is made from.
+type observation struct {
+	agentVersion  string
+	proxyVersions []string
+	planError     string
+	round         round
+	states        map[model.Tenant]isolation.State
+	configs       map[relay.Key]relay.State
+}
+
+// makeStatus says how the node is, in the order of the plan. Conditions carry no
+// time: the writer knows when they changed.
+func makeStatus(o observation) v1alpha1.NodeProxyStatus {
+	s := v1alpha1.NodeProxyStatus{
+		ObservedGeneration: o.round.plan.generation,
+		AgentVersion:       o.agentVersion,
+		ProxyVersions:      o.proxyVersions,
+	}
+	pods := map[model.Tenant]int32{}
+	for _, p := range o.round.plan.pods {
+		if _, ok := o.round.steered[p.UID]; ok {
+			pods[p.Tenant]++
+		}
+	}
+	var waiting []string
+	for _, tp := range o.round.plan.tenants {
+		t := tenantStatus(tp, o)
+		t.Pods = pods[tp.tenant]
+		if !t.Ready {
+			waiting = append(waiting, t.Name+": "+t.Reason)
+		}
+		s.Tenants = append(s.Tenants, t)
+	}
+	condition := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "Ready",
+		Message: fmt.Sprintf("%d tenant proxies serve", len(s.Tenants)), ObservedGeneration: s.ObservedGeneration}
+	switch {
+	case o.planError != "":
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, "InvalidPlan", o.planError
+	case len(waiting) > 0:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, "ProxiesNotReady", strings.Join(waiting, "; ")
+	}
+	const maxMessage = 4096 // of 32768 that the API takes
+	if len(condition.Message) > maxMessage {
+		condition.Message = strings.ToValidUTF8(condition.Message[:maxMessage], "") + "…"
+	}
+	s.Conditions = []metav1.Condition{condition}
+	return s
+}
+
+func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
+	state, running := o.states[tp.tenant]
+	t := v1alpha1.NodeTenantStatus{
+		Name:   tp.tenant.String(),
+		Ready:  o.round.serving[tp.tenant] && o.round.problems[tp.tenant] == "",
+		Limits: v1alpha1.Limits(state.Limits),
+		Weight: int32(o.round.weights[tp.tenant]),
+	}
+	for _, p := range state.Processes {
+		g := v1alpha1.GenerationStatus{Generation: int32(p.Generation), Version: p.Version, PID: int32(p.PID),
+			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit}
+		if !p.StartedAt.IsZero() {
+			at := metav1.NewTime(p.StartedAt.UTC().Truncate(time.Second))
+			g.StartedAt = &at
+		}
+		t.Generations = append(t.Generations, g)
+	}
+	config := o.configs[relay.Key{Tenant: tp.tenant}]
+	switch {
+	case o.round.problems[tp.tenant] != "":
+		t.Reason = o.round.problems[tp.tenant]
+	case state.Problem != "":
+		t.Reason = state.Problem
+	case config.Rejection != "":
+		t.Reason = "configuration refused: " + config.Rejection
+	case t.Ready:
+	case !running || len(state.Processes) == 0 || !state.Processes[0].Live:
+		t.Reason = "Envoy is starting"
+	case !config.Connected:
+		t.Reason = "Envoy hasn't asked for configuration yet"
+	case config.Listeners == 0:
+		t.Reason = "Envoy has no listeners yet: is the operator running?"
+	default:
+		t.Reason = "Envoy's listeners are being taken"
+	}
+	return t
+}
+
+// observe gathers what makeStatus needs.
+func (a *Agent) observe() observation {
+	a.mu.Lock()
+	o := observation{agentVersion: a.o.Version, planError: a.planError, round: a.last,
+		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
+	a.mu.Unlock()
+	entries, err := os.ReadDir(a.o.EnvoyDir)
+	if err != nil {
+		a.log.Error("Envoy's versions can't be listed", "error", err)
+	}
+	for _, e := range entries {
+		o.proxyVersions = append(o.proxyVersions, e.Name())
+	}
+	for _, tp := range o.round.plan.tenants {
+		if s, ok := a.bulkheads.State(tp.tenant); ok {
+			o.states[tp.tenant] = s
+		}
+		for g := range 2 {
+			key := relay.Key{Tenant: tp.tenant, Generation: g}
+			o.configs[key] = a.relay.State(key)
+		}
+	}
+	return o
+}
+
+// reportStatus hands the status of the last round to its writer.
+func (a *Agent) reportStatus() {
+	o := a.observe()
+	if o.round.known {
+		a.status.report(makeStatus(o))
+	}
+}
+
+// statusWriter writes NodeProxy.status on change, and not more than five times a
+// second.
+type statusWriter struct {
+	kube client.Client
+	node string
+	log  *slog.Logger
+
+	changed chan struct{}
+	mu      sync.Mutex
+	wanted  *v1alpha1.NodeProxyStatus
+}
+
+func newStatusWriter(kube client.Client, node string, log *slog.Logger) *statusWriter {
+	return &statusWriter{kube: kube, node: node, log: log, changed: make(chan struct{}, 1)}
+}
+
+func (w *statusWriter) report(s v1alpha1.NodeProxyStatus) {
+	w.mu.Lock()
+	w.wanted = &s
+	w.mu.Unlock()
+	select {
+	case w.changed <- struct{}{}:
+	default:
+	}
+}
+
+// run writes until ctx ends.
+func (w *statusWriter) run(ctx context.Context) {
+	var written *v1alpha1.NodeProxyStatus
+	const pause, maxBackoff = 200 * time.Millisecond, 10 * time.Second
+	backoff := pause
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-w.changed:
+		}
+		w.mu.Lock()
+		s := w.wanted.DeepCopy()
+		w.mu.Unlock()
+		if written != nil {
+			keepTransitionTimes(s, written)
+		}
+		for i := range s.Conditions {
+			if c := &s.Conditions[i]; c.LastTransitionTime.IsZero() {
+				c.LastTransitionTime = metav1.NewTime(time.Now().UTC().Truncate(time.Second))
+			}
+		}
+		wait := pause
+		if written == nil || !equality.Semantic.DeepEqual(s, written) {
+			if err := w.write(ctx, s); err != nil {
+				if ctx.Err() == nil {
+					w.log.Error("status isn't written", "node", w.node, "error", err)
+				}
+				backoff = min(2*backoff, maxBackoff)
+				wait = backoff
+				w.again()
+			} else {
+				written, backoff = s, pause
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (w *statusWriter) again() {
+	select {
+	case w.changed <- struct{}{}:
+	default:
+	}
+}
+
+// keepTransitionTimes lets a condition that is as it was keep its time.
+func keepTransitionTimes(s, before *v1alpha1.NodeProxyStatus) {
+	for i := range s.Conditions {
+		c := &s.Conditions[i]
+		if old := meta.FindStatusCondition(before.Conditions, c.Type); old != nil && old.Status == c.Status {
+			c.LastTransitionTime = old.LastTransitionTime
+		}
+	}
+}
+
+// write replaces the status as a merge patch: the status has no other writer.
+func (w *statusWriter) write(ctx context.Context, s *v1alpha1.NodeProxyStatus) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	status, err := runtime.DefaultUnstructuredConverter.ToUnstructured(s)
+	if err != nil {
+		return fmt.Errorf("convert the status: %w", err)
+	}
+	u := &unstructured.Unstructured{Object: map[string]any{"status": status}}
+	u.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind("NodeProxy"))
+	u.SetName(w.node)
+	return w.kube.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(u),
+		client.FieldOwner("bulkhead-agent"), client.ForceOwnership)
+}

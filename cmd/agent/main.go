@@ -1,0 +1,101 @@
+// Command agent runs on each node of the mesh: it runs the node's tenant proxies,
+// steers its pods to them and relays their configuration.
+//
+//	agent run                            what the DaemonSet starts
+//	agent inspect                        what runs here, read back from the kernel
+//	agent log --tenant T [--generation]  a proxy's log
+//	agent kill --signal KILL PID         a signal to a tenant proxy, and to nothing else
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+	ctrl "sigs.k8s.io/controller-runtime/pkg/client/config"
+	crlog "sigs.k8s.io/controller-runtime/pkg/log"
+
+	"github.com/go-logr/logr"
+
+	"github.com/bulkhead-mesh/bulkhead/agent"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+)
+
+// version is set when an image is built.
+var version = "dev"
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == "sandbox-init" {
+		isolation.SandboxInit()
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "agent:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	const usage = "usage: agent run | inspect | log --tenant TENANT | kill --signal NAME PID"
+	if len(args) == 0 {
+		return fmt.Errorf("%s", usage)
+	}
+	o := agent.Options{Node: os.Getenv("NODE_NAME"), Namespace: os.Getenv("POD_NAMESPACE"), Version: version}
+	flags := flag.NewFlagSet("agent "+args[0], flag.ContinueOnError)
+	flags.StringVar(&o.RunDir, "run-dir", "/run/bulkhead", "what ends with a reboot")
+	switch args[0] {
+	case "run":
+		flags.StringVar(&o.Operator, "operator", "", "host:port of the operator")
+		flags.StringVar(&o.TokenFile, "token-file", "", "token for the operator")
+		flags.StringVar(&o.LibDir, "lib-dir", "", "what stays")
+		flags.StringVar(&o.EnvoyDir, "envoy-dir", "", "versions of Envoy")
+		flags.StringVar(&o.HealthAddress, "health-address", "", "probes and metrics")
+		debug := flags.Bool("debug", false, "log more")
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		level := slog.LevelInfo
+		if *debug {
+			level = slog.LevelDebug
+		}
+		o.Log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+		slog.SetDefault(o.Log)
+		crlog.SetLogger(logr.FromSlogHandler(o.Log.Handler()))
+		config, err := ctrl.GetConfig()
+		if err != nil {
+			return fmt.Errorf("find the API server: %w", err)
+		}
+		o.Log.Info("agent starts", "version", version, "node", o.Node)
+		return agent.Run(ctx, config, o)
+	case "inspect":
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/inspect", nil, os.Stdout)
+	case "log":
+		tenant := flags.String("tenant", "", "whose proxy")
+		generation := flags.Int("generation", 0, "0, or 1 for a canary")
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/log",
+			url.Values{"tenant": {*tenant}, "generation": {strconv.Itoa(*generation)}}, os.Stdout)
+	case "kill":
+		name := flags.String("signal", "TERM", "name of the signal, without SIG")
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		return agent.Control(ctx, o.ControlSocket(), http.MethodPost, "/kill",
+			url.Values{"pid": {flags.Arg(0)}, "signal": {*name}}, os.Stdout)
+	}
+	return fmt.Errorf("unknown command %q; %s", args[0], usage)
+}
