@@ -1,0 +1,135 @@
+// Package system is what a cluster needs of the machine it runs on: commands,
+// and daemons that outlive the process that started them.
+package system
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// sbin is where distributions put commands that PATH of a plain user lacks.
+var sbin = []string{"/usr/local/sbin", "/usr/sbin", "/sbin"}
+
+// RequireRoot returns an error unless this process runs as root.
+func RequireRoot() error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("a cluster makes namespaces, mounts and cgroups: run this as root, not as user %d", os.Geteuid())
+	}
+	return nil
+}
+
+// EnsurePackages makes sure that commands are there, in PATH or where commands
+// for root are: packages gives the Debian package of each. On Debian and its
+// descendants missing ones are installed if this process is root; elsewhere the
+// error names all that are missing. log is told before something is installed,
+// and may be nil.
+func EnsurePackages(ctx context.Context, packages map[string]string, log func(format string, args ...any)) error {
+	osRelease, err := os.ReadFile("/etc/os-release")
+	mayInstall := err == nil && isDebian(string(osRelease)) && os.Geteuid() == 0
+	return ensurePackages(ctx, packages, log, mayInstall)
+}
+
+func ensurePackages(ctx context.Context, packages map[string]string, log func(format string, args ...any), mayInstall bool) error {
+	absent := missing(packages)
+	if len(absent) == 0 {
+		return nil
+	}
+	names := packagesOf(packages, absent)
+	hint := fmt.Errorf("missing commands: %s; install them (Debian packages: %s)", strings.Join(absent, ", "), strings.Join(names, " "))
+	if !mayInstall {
+		return hint
+	}
+	apt, err := exec.LookPath("apt-get")
+	if err != nil {
+		return hint
+	}
+	if log != nil {
+		log("installing %s", strings.Join(names, " "))
+	}
+	// The lists of a fresh container are empty, those of a machine mostly
+	// good enough: update them only if they are not.
+	install := append([]string{"install", "--yes", "--no-install-recommends"}, names...)
+	first := run(ctx, apt, install...)
+	if first != nil {
+		if err := run(ctx, apt, "update"); err != nil {
+			return fmt.Errorf("%w: %w", hint, errors.Join(first, err))
+		}
+		if err := run(ctx, apt, install...); err != nil {
+			return fmt.Errorf("%w: %w", hint, err)
+		}
+	}
+	if absent := missing(packages); len(absent) > 0 {
+		return fmt.Errorf("installed %s, but these commands are still missing: %s", strings.Join(names, " "), strings.Join(absent, ", "))
+	}
+	return nil
+}
+
+// missing returns the commands that are not there, sorted.
+func missing(packages map[string]string) []string {
+	var absent []string
+	for _, command := range slices.Sorted(maps.Keys(packages)) {
+		if !found(command) {
+			absent = append(absent, command)
+		}
+	}
+	return absent
+}
+
+func found(command string) bool {
+	if _, err := exec.LookPath(command); err == nil {
+		return true
+	}
+	return slices.ContainsFunc(sbin, func(dir string) bool {
+		_, err := exec.LookPath(filepath.Join(dir, command))
+		return err == nil
+	})
+}
+
+// packagesOf returns the packages of commands, sorted, each once.
+func packagesOf(packages map[string]string, commands []string) []string {
+	var names []string
+	for _, c := range commands {
+		names = append(names, packages[c])
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// isDebian tells whether os-release(5) is that of Debian or a descendant.
+func isDebian(osRelease string) bool {
+	for line := range strings.Lines(osRelease) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		if key != "ID" && key != "ID_LIKE" {
+			continue
+		}
+		for id := range strings.FieldsSeq(strings.Trim(value, `"'`)) {
+			if id == "debian" || id == "ubuntu" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func run(ctx context.Context, apt string, args ...string) error {
+	// Another apt may be at work, such as unattended upgrades.
+	cmd := exec.CommandContext(ctx, apt, append([]string{"-qq", "-o", "DPkg::Lock::Timeout=120"}, args...)...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+	// Killed midway it would leave packages half configured.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = time.Minute
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("apt-get %s: %w: %s", args[0], err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
