@@ -27,13 +27,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/cluster/machine"
-	"github.com/bulkhead-mesh/bulkhead/hack/cluster/system"
+	"github.com/bulkhead-mesh/bulkhead/hack/cluster/packages"
 )
 
 const usage = "up [--nodes N] | down | status | load ARCHIVE… | kubectl ARG… | env | exec NODE -- COMMAND"
 
-// packages of Debian and Ubuntu, by a command that is theirs.
-var packages = map[string]string{
+// commands that a cluster needs, with the package of Debian and Ubuntu of each.
+var commands = map[string]string{
 	"runc": "runc", "nft": "nftables", "conntrack": "conntrack", "ip": "iproute2",
 	"nsenter": "util-linux", "mount": "mount",
 }
@@ -70,8 +70,8 @@ func run(ctx context.Context, args []string) error {
 	default:
 		return fmt.Errorf("unknown command %q; usage: cluster [--name NAME] %s", command, usage)
 	}
-	if err := system.RequireRoot(); err != nil {
-		return err
+	if uid := os.Geteuid(); uid != 0 {
+		return fmt.Errorf("a cluster makes namespaces, mounts and cgroups: run this as root, not as user %d", uid)
 	}
 	switch command {
 	case "up", "down":
@@ -92,7 +92,7 @@ func run(ctx context.Context, args []string) error {
 		if flags.NArg() > 0 || nodes < 1 || nodes > maxNodes {
 			return fmt.Errorf("usage: up [--nodes N], N from 1 to %d", maxNodes)
 		}
-		if err := system.EnsurePackages(ctx, packages, say); err != nil {
+		if err := packages.Ensure(ctx, commands, say); err != nil {
 			return err
 		}
 		return up(ctx, *name, nodes)

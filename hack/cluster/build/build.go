@@ -1,6 +1,6 @@
 // Package build makes the programs of a Kubernetes cluster from their Go
 // modules, with no container engine and no download but Go's own, whose sums
-// are pinned in modules/*/go.sum. What is built stays in a cache.
+// are pinned in programs/go.sum. What is built stays in a cache.
 package build
 
 import (
@@ -10,8 +10,10 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,33 +24,22 @@ import (
 // rootModule is the module that the source tree is recognized by.
 const rootModule = "github.com/bulkhead-mesh/bulkhead"
 
-// group is a set of programs built from one module at one version.
+// group is a set of programs built by one go command.
 type group struct {
 	name     string
-	module   string   // empty: the root module
-	version  string   // of module
-	takes    string   // how long the first build takes, if minutes
-	stamps   []string // importpath.variable=value, set by the linker
-	sources  []string // files of the root module that the programs are made of
+	dir      string            // slash-separated, from the root: where the go command runs
+	versions map[string]string // of the modules that the programs come from
+	takes    string            // how long the first build takes, if minutes
+	stamps   []string          // importpath.variable=value, set by the linker
+	sources  []string          // files from the root that the programs are made of; none: dir is a module of its own, and all of it is
 	programs []program
 }
 
-// program is a main package and its slash-separated name below Binaries.Dir.
+// program is a main package and its slash-separated name below Binaries.Dir. One
+// package may be several programs, told apart by the name they are started by.
 type program struct {
 	name string
 	pkg  string
-}
-
-// dir is where the group is built: the directory of its go.mod.
-func (g group) dir(root string) string {
-	if g.module == "" {
-		return root
-	}
-	return filepath.Join(root, "hack/cluster/build/modules", g.name)
-}
-
-func (g group) title() string {
-	return strings.TrimSpace(g.name + " " + strings.TrimPrefix(g.version, "v"))
 }
 
 // Binaries is a directory of built programs, complete and never changed.
@@ -111,7 +102,7 @@ type cache struct {
 	dir     string
 	root    string
 	log     func(format string, args ...any)
-	compile func(ctx context.Context, root string, g group, p program, output, tmp string) error
+	compile func(ctx context.Context, root string, g group, dir, tmp string) error
 }
 
 func (c cache) ensure(ctx context.Context, groups []group) (Binaries, error) {
@@ -166,31 +157,35 @@ func (c cache) build(ctx context.Context, g group, dir, tmp string) error {
 		return nil
 	}
 	if g.takes != "" {
-		c.log("building %s (%s the first time)", g.title(), g.takes)
+		c.log("building %s (%s the first time)", g.name, g.takes)
 	} else {
-		c.log("building %s", g.title())
+		c.log("building %s", g.name)
 	}
 	begin := time.Now()
 	out := Binaries{Dir: filepath.Join(tmp, g.name)}
 	scratch := filepath.Join(tmp, "go")
 	if err := os.MkdirAll(scratch, 0o755); err != nil {
-		return fmt.Errorf("make a directory to build %s in: %w", g.title(), err)
+		return fmt.Errorf("make a directory to build %s in: %w", g.name, err)
 	}
-	for i, p := range g.programs {
+	built := filepath.Join(tmp, g.name+"-built")
+	if err := os.MkdirAll(built, 0o755); err != nil {
+		return fmt.Errorf("make a directory to build %s in: %w", g.name, err)
+	}
+	if err := c.compile(ctx, c.root, g, built, scratch); err != nil {
+		return fmt.Errorf("build %s: %w", g.name, err)
+	}
+	for _, p := range g.programs {
 		if err := os.MkdirAll(filepath.Dir(out.Path(p.name)), 0o755); err != nil {
-			return fmt.Errorf("make a directory to build %s in: %w", g.title(), err)
+			return fmt.Errorf("make a directory to build %s in: %w", g.name, err)
 		}
-		if err := c.compile(ctx, c.root, g, p, out.Path(p.name), scratch); err != nil {
-			return fmt.Errorf("build %s of %s: %w", p.name, g.title(), err)
-		}
-		if len(g.programs) > 1 {
-			c.log("  %s (%d of %d)", p.name, i+1, len(g.programs))
+		if err := os.Link(filepath.Join(built, executable(p.pkg)), out.Path(p.name)); err != nil {
+			return fmt.Errorf("keep %s of %s: %w", p.name, g.name, err)
 		}
 	}
 	if err := publish(out.Dir, dir); err != nil {
-		return fmt.Errorf("keep the programs of %s: %w", g.title(), err)
+		return fmt.Errorf("keep the programs of %s: %w", g.name, err)
 	}
-	c.log("built %s in %v", g.title(), time.Since(begin).Round(time.Second))
+	c.log("built %s in %v", g.name, time.Since(begin).Round(time.Second))
 	return nil
 }
 
@@ -273,14 +268,31 @@ func (c cache) lock(ctx context.Context) (unlock func(), err error) {
 	}
 }
 
-// compile builds one program with the go command, statically. tmp is the
-// directory for what the go command needs meanwhile.
-func compile(ctx context.Context, root string, g group, p program, output, tmp string) error {
+// executable is what the go command calls the program of a package: the last
+// element of its path that isn't a major version.
+func executable(pkg string) string {
+	dir, name := path.Split(pkg)
+	if v, ok := strings.CutPrefix(name, "v"); ok && strings.Trim(v, "0123456789") == "" {
+		return path.Base(dir)
+	}
+	return name
+}
+
+// compile builds a group's programs into dir, statically, all with one go command:
+// while it links one it compiles the next. tmp is the directory for what the go
+// command needs meanwhile.
+func compile(ctx context.Context, root string, g group, dir, tmp string) error {
 	ldflags := "-s -w"
 	for _, s := range g.stamps {
 		ldflags += " -X " + s
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-C", g.dir(root), "-trimpath", "-ldflags="+ldflags, "-o", output, p.pkg)
+	args := []string{"build", "-C", filepath.Join(root, filepath.FromSlash(g.dir)), "-trimpath", "-ldflags=" + ldflags, "-o", dir + string(filepath.Separator)}
+	for _, p := range g.programs {
+		if !slices.Contains(args, p.pkg) {
+			args = append(args, p.pkg)
+		}
+	}
+	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(),
 		"CGO_ENABLED=0",
 		"GOOS=linux",

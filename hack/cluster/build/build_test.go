@@ -9,6 +9,7 @@ import (
 	"go/token"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,57 +18,65 @@ import (
 	"testing"
 )
 
-// The versions stand in versions.go and in each module: they must agree.
-func TestModulesAgreeWithVersions(t *testing.T) {
-	for _, g := range groups {
-		if g.module == "" {
-			continue
+// The versions stand in versions.go and in the programs' go.mod: they must agree.
+func TestModuleAgreesWithVersions(t *testing.T) {
+	g := groups[0]
+	mod, err := os.ReadFile("programs/go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for module, version := range g.versions {
+		if want := regexp.MustCompile(`(?m)^(require |\t)` + regexp.QuoteMeta(module+" "+version) + `$`); !want.Match(mod) {
+			t.Errorf("go.mod does not require %s %s itself", module, version)
 		}
-		t.Run(g.name, func(t *testing.T) {
-			mod, err := os.ReadFile(filepath.Join("modules", g.name, "go.mod"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if want := "require " + g.module + " " + g.version + "\n"; !strings.Contains(string(mod), want) {
-				t.Errorf("go.mod lacks %q", want)
-			}
-			for _, s := range g.stamps {
-				if v, ok := strings.CutPrefix(s, "k8s.io/component-base/version.gitVersion="); ok && v != g.version {
-					t.Errorf("stamped with version %s, built from %s", v, g.version)
-				}
-			}
-			file, err := parser.ParseFile(token.NewFileSet(), filepath.Join("modules", g.name, "tools.go"), nil, parser.ImportsOnly)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var imported, built []string
-			for _, i := range file.Imports {
-				path, err := strconv.Unquote(i.Path.Value)
-				if err != nil {
-					t.Fatal(err)
-				}
-				imported = append(imported, path)
-			}
-			for _, p := range g.programs {
-				built = append(built, p.pkg)
-			}
-			slices.Sort(imported)
-			slices.Sort(built)
-			if !slices.Equal(imported, built) {
-				t.Errorf("tools.go imports %q, built are %q", imported, built)
-			}
-		})
+	}
+	for _, s := range g.stamps {
+		variable, value, _ := strings.Cut(s, "=")
+		want := ""
+		switch {
+		case strings.HasPrefix(variable, "github.com/containerd/"):
+			want = g.versions["github.com/containerd/containerd/v2"]
+		case strings.HasPrefix(variable, "github.com/containernetworking/"):
+			want = g.versions["github.com/containernetworking/plugins"]
+		case strings.HasSuffix(variable, ".gitVersion"):
+			want = g.versions["k8s.io/kubernetes"]
+		}
+		if want != "" && value != want {
+			t.Errorf("stamped %s, built from %s", s, want)
+		}
+	}
+	file, err := parser.ParseFile(token.NewFileSet(), "programs/tools.go", nil, parser.ImportsOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var imported, built []string
+	for _, i := range file.Imports {
+		path, err := strconv.Unquote(i.Path.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		imported = append(imported, path)
+	}
+	for _, p := range g.programs {
+		if !strings.HasPrefix(p.pkg, programsModule) {
+			built = append(built, p.pkg)
+		}
+	}
+	slices.Sort(imported)
+	slices.Sort(built)
+	if !slices.Equal(imported, built) {
+		t.Errorf("tools.go imports %q, built are %q", imported, built)
 	}
 }
 
 func TestKeyChangesWithWhatIsBuilt(t *testing.T) {
 	base := func() group {
-		return group{name: "g", module: "example.com/g", version: "v1.2.3", stamps: []string{"a.b=c"}, programs: []program{{"p", "example.com/g/p"}}}
+		return group{name: "g-1.2.3", dir: "programs", stamps: []string{"a.b=c"}, programs: []program{{"p", "example.com/g/p"}}}
 	}
 	key := func(t *testing.T, g group, mod, sum, goVersion, arch string) string {
 		t.Helper()
 		root := t.TempDir()
-		dir := g.dir(root)
+		dir := filepath.Join(root, g.dir)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -90,7 +99,7 @@ func TestKeyChangesWithWhatIsBuilt(t *testing.T) {
 		t.Errorf("the same in another tree has key %q, want %q", again, first)
 	}
 	version, stamps, programs := base(), base(), base()
-	version.version = "v1.2.4"
+	version.name = "g-1.2.4"
 	stamps.stamps = nil
 	programs.programs = append(programs.programs, program{"q", "example.com/g/q"})
 	for what, got := range map[string]string{
@@ -116,12 +125,17 @@ func fake(t *testing.T, dir string, compiled *atomic.Int32) (cache, []group) {
 		t.Fatal(err)
 	}
 	groups := []group{
-		{name: "one", sources: []string{"src"}, programs: []program{{"a", "x/a"}, {"sub/b", "x/b"}}},
+		{name: "one", sources: []string{"src"}, programs: []program{{"a", "x/a"}, {"alias", "x/a"}, {"sub/b", "x/b/v2"}}},
 		{name: "two", sources: []string{"src"}, programs: []program{{"c", "x/c"}}},
 	}
-	return cache{dir: dir, root: root, log: t.Logf, compile: func(_ context.Context, _ string, _ group, p program, output, _ string) error {
+	return cache{dir: dir, root: root, log: t.Logf, compile: func(_ context.Context, _ string, g group, dir, _ string) error {
 		compiled.Add(1)
-		return os.WriteFile(output, []byte(p.pkg), 0o755)
+		for _, p := range g.programs {
+			if err := os.WriteFile(filepath.Join(dir, executable(p.pkg)), []byte(p.pkg), 0o755); err != nil {
+				return err
+			}
+		}
+		return nil
 	}}, groups
 }
 
@@ -143,8 +157,8 @@ func TestEnsureBuildsOnceForAll(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	if n := compiled.Load(); n != 3 {
-		t.Errorf("compiled %d times, want 3", n)
+	if n := compiled.Load(); n != 2 {
+		t.Errorf("compiled %d times, want once each group", n)
 	}
 	for _, dir := range dirs {
 		if dir != dirs[0] {
@@ -152,7 +166,7 @@ func TestEnsureBuildsOnceForAll(t *testing.T) {
 		}
 	}
 	data, err := os.ReadFile(Binaries{Dir: dirs[0]}.Path("sub/b"))
-	if err != nil || string(data) != "x/b" {
+	if err != nil || string(data) != "x/b/v2" {
 		t.Errorf("sub/b is %q, %v", data, err)
 	}
 	if _, err := os.Stat(filepath.Join(c.dir, "tmp")); !errors.Is(err, os.ErrNotExist) {
@@ -165,11 +179,11 @@ func TestEnsureTakesUpAfterAnyInterruption(t *testing.T) {
 	c, groups := fake(t, t.TempDir(), &compiled)
 	// A build that ended midway keeps the finished group and nothing else.
 	whole := c.compile
-	c.compile = func(ctx context.Context, root string, g group, p program, output, tmp string) error {
-		if p.name == "c" {
+	c.compile = func(ctx context.Context, root string, g group, dir, tmp string) error {
+		if g.name == "two" {
 			return fmt.Errorf("interrupted")
 		}
-		return whole(ctx, root, g, p, output, tmp)
+		return whole(ctx, root, g, dir, tmp)
 	}
 	if b, err := c.ensure(t.Context(), groups); err == nil {
 		t.Fatalf("a failed build gives %v", b)
@@ -184,8 +198,8 @@ func TestEnsureTakesUpAfterAnyInterruption(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := compiled.Load(); n != 3 {
-		t.Errorf("compiled %d times, want 3: the first group once", n)
+	if n := compiled.Load(); n != 2 {
+		t.Errorf("compiled %d times, want 2: the first group once", n)
 	}
 	if err := os.Remove(b.Path("c")); err != nil {
 		t.Fatal(err)
@@ -225,25 +239,26 @@ func TestCompilePause(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := groups[slices.IndexFunc(groups, func(g group) bool { return g.name == "pause" })]
-	output := filepath.Join(t.TempDir(), "pause")
-	if err := compile(t.Context(), root, g, g.programs[0], output, t.TempDir()); err != nil {
+	dir := t.TempDir()
+	if err := compile(t.Context(), root, g, dir, t.TempDir()); err != nil {
 		t.Fatal(err)
 	}
-	data, err := os.ReadFile(output)
+	data, err := os.ReadFile(filepath.Join(dir, "pause"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if bytes.Contains(data, []byte("ld-linux")) {
 		t.Error("pause is linked dynamically")
 	}
-	bad := program{"none", rootModule + "/hack/cluster/none"}
-	err = compile(t.Context(), root, g, bad, output, t.TempDir())
+	bad := g
+	bad.programs = []program{{"none", rootModule + "/hack/cluster/none"}}
+	err = compile(t.Context(), root, bad, dir, t.TempDir())
 	if err == nil || !strings.Contains(err.Error(), "hack/cluster/none") {
 		t.Errorf("building a package that is not there: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := compile(ctx, root, g, g.programs[0], output, t.TempDir()); !errors.Is(err, context.Canceled) {
+	if err := compile(ctx, root, g, dir, t.TempDir()); !errors.Is(err, context.Canceled) {
 		t.Errorf("a build called off: %v", err)
 	}
 }

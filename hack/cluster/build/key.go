@@ -4,9 +4,11 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 )
 
@@ -30,29 +32,30 @@ func cacheKeys(root string, groups []group) (keys []string, all string, err erro
 // for an architecture.
 func (g group) key(root, goVersion, arch string) (string, error) {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n%s\n%s\n%q\n%q\n%q\n", goVersion, arch, goFlags, g.module, g.version, g.stamps)
+	fmt.Fprintf(&b, "%s\n%s\n%s\n%q\n", goVersion, arch, goFlags, g.stamps)
 	for _, p := range g.programs {
 		fmt.Fprintf(&b, "%s %s\n", p.name, p.pkg)
 	}
-	files := []string{}
-	if g.module != "" {
-		files = append(files, filepath.Join(g.dir(root), "go.mod"), filepath.Join(g.dir(root), "go.sum"))
-	}
-	for _, s := range g.sources {
-		files = append(files, filepath.Join(root, s))
+	files := slices.Clone(g.sources)
+	if files == nil {
+		err := fs.WalkDir(os.DirFS(root), g.dir, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				files = append(files, path)
+			}
+			return err
+		})
+		if err != nil {
+			return "", fmt.Errorf("list what %s is built from: %w", g.name, err)
+		}
 	}
 	for _, f := range files {
-		data, err := os.ReadFile(f)
+		data, err := os.ReadFile(filepath.Join(root, f))
 		if err != nil {
-			return "", fmt.Errorf("read what %s is built from: %w", g.title(), err)
+			return "", fmt.Errorf("read what %s is built from: %w", g.name, err)
 		}
-		fmt.Fprintf(&b, "%s %x\n", filepath.Base(f), sha256.Sum256(data))
+		fmt.Fprintf(&b, "%s %x\n", f, sha256.Sum256(data))
 	}
-	name := g.name
-	if g.version != "" {
-		name += "-" + strings.TrimPrefix(g.version, "v")
-	}
-	return name + "-" + digest(b.String()), nil
+	return g.name + "-" + digest(b.String()), nil
 }
 
 func digest(s string) string {

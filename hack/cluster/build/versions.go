@@ -1,57 +1,26 @@
 package build
 
-// groups are the programs of a cluster: those of one group come from one Go
-// module and are built together. To change a version, change it here and in
-// modules/<name>/go.mod, and run `go mod tidy` there; a test compares the two.
+// programsModule is the module of a cluster's programs, in programs/.
+const programsModule = rootModule + "/hack/cluster/build/programs"
+
+// groups are the programs of a cluster. To change a version, change it here and in
+// programs/go.mod, and run `go mod tidy` there; a test compares the two.
 var groups = []group{
 	{
-		name:    "etcd",
-		module:  "go.etcd.io/etcd/server/v3",
-		version: "v3.6.7",
-		programs: []program{
-			{"etcd", "go.etcd.io/etcd/server/v3"},
+		name:  "kubernetes-1.36.3",
+		dir:   "hack/cluster/build/programs",
+		takes: "5 to 10 minutes",
+		versions: map[string]string{
+			"k8s.io/kubernetes":                      "v1.36.3",
+			"go.etcd.io/etcd/server/v3":              "v3.6.8",
+			"github.com/containerd/containerd/v2":    "v2.2.0",
+			"github.com/containernetworking/plugins": "v1.8.0",
+			"github.com/coredns/coredns":             "v1.12.4",
 		},
-	},
-	{
-		name:    "containerd",
-		module:  "github.com/containerd/containerd/v2",
-		version: "v2.2.0",
-		stamps:  []string{"github.com/containerd/containerd/v2/version.Version=v2.2.0"},
-		programs: []program{
-			{"containerd", "github.com/containerd/containerd/v2/cmd/containerd"},
-			{"containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"},
-			{"ctr", "github.com/containerd/containerd/v2/cmd/ctr"},
-		},
-	},
-	{
-		name:    "cni",
-		module:  "github.com/containernetworking/plugins",
-		version: "v1.8.0",
-		stamps:  []string{"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=v1.8.0"},
-		programs: []program{
-			{"cni/bridge", "github.com/containernetworking/plugins/plugins/main/bridge"},
-			{"cni/host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"},
-			{"cni/loopback", "github.com/containernetworking/plugins/plugins/main/loopback"},
-			{"cni/portmap", "github.com/containernetworking/plugins/plugins/meta/portmap"},
-			{"cni/ptp", "github.com/containernetworking/plugins/plugins/main/ptp"},
-		},
-	},
-	{
-		name:    "coredns",
-		module:  "github.com/coredns/coredns",
-		version: "v1.12.4",
-		takes:   "about 4 minutes",
-		programs: []program{
-			{"coredns", "github.com/coredns/coredns"},
-		},
-	},
-	{
-		name:    "kubernetes",
-		module:  "k8s.io/kubernetes",
-		version: "v1.36.3",
-		takes:   "10 to 20 minutes",
-		// Without them every component calls itself v0.0.0-master.
 		stamps: []string{
+			"github.com/containerd/containerd/v2/version.Version=v2.2.0",
+			"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=v1.8.0",
+			// Without them every component calls itself v0.0.0-master.
 			"k8s.io/component-base/version.gitVersion=v1.36.3",
 			"k8s.io/component-base/version.gitMajor=1",
 			"k8s.io/component-base/version.gitMinor=36",
@@ -64,17 +33,28 @@ var groups = []group{
 			"k8s.io/client-go/pkg/version.gitCommit=unknown",
 		},
 		programs: []program{
-			{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
-			{"kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"},
-			{"kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"},
-			{"kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"},
-			{"kubectl", "k8s.io/kubernetes/cmd/kubectl"},
-			{"kubelet", "k8s.io/kubernetes/cmd/kubelet"},
+			{"kube-apiserver", programsModule + "/kubernetes"},
+			{"kube-controller-manager", programsModule + "/kubernetes"},
+			{"kube-proxy", programsModule + "/kubernetes"},
+			{"kube-scheduler", programsModule + "/kubernetes"},
+			{"kubectl", programsModule + "/kubernetes"},
+			{"kubelet", programsModule + "/kubernetes"},
+			{"coredns", programsModule + "/coredns"},
+			{"etcd", "go.etcd.io/etcd/server/v3"},
+			{"containerd", "github.com/containerd/containerd/v2/cmd/containerd"},
+			{"containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"},
+			{"ctr", "github.com/containerd/containerd/v2/cmd/ctr"},
+			{"cni/bridge", "github.com/containernetworking/plugins/plugins/main/bridge"},
+			{"cni/host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"},
+			{"cni/loopback", "github.com/containernetworking/plugins/plugins/main/loopback"},
+			{"cni/portmap", "github.com/containernetworking/plugins/plugins/meta/portmap"},
+			{"cni/ptp", "github.com/containernetworking/plugins/plugins/main/ptp"},
 		},
 	},
 	{
 		// Of the root module: versioned by its source.
 		name:    "pause",
+		dir:     ".",
 		sources: []string{"hack/cluster/pause/main.go"},
 		programs: []program{
 			{"pause", rootModule + "/hack/cluster/pause"},

@@ -1,6 +1,6 @@
-// Package system is what a cluster needs of the machine it runs on: commands,
-// and daemons that outlive the process that started them.
-package system
+// Package packages makes sure that the commands that a cluster needs are
+// installed on the machine that it runs on.
+package packages
 
 import (
 	"context"
@@ -19,26 +19,18 @@ import (
 // sbin is where distributions put commands that PATH of a plain user lacks.
 var sbin = []string{"/usr/local/sbin", "/usr/sbin", "/sbin"}
 
-// RequireRoot returns an error unless this process runs as root.
-func RequireRoot() error {
-	if os.Geteuid() != 0 {
-		return fmt.Errorf("a cluster makes namespaces, mounts and cgroups: run this as root, not as user %d", os.Geteuid())
-	}
-	return nil
-}
-
-// EnsurePackages makes sure that commands are there, in PATH or where commands
+// Ensure makes sure that commands are there, in PATH or where commands
 // for root are: packages gives the Debian package of each. On Debian and its
 // descendants missing ones are installed if this process is root; elsewhere the
 // error names all that are missing. log is told before something is installed,
 // and may be nil.
-func EnsurePackages(ctx context.Context, packages map[string]string, log func(format string, args ...any)) error {
+func Ensure(ctx context.Context, packages map[string]string, log func(format string, args ...any)) error {
 	osRelease, err := os.ReadFile("/etc/os-release")
 	mayInstall := err == nil && isDebian(string(osRelease)) && os.Geteuid() == 0
-	return ensurePackages(ctx, packages, log, mayInstall)
+	return ensure(ctx, packages, log, mayInstall)
 }
 
-func ensurePackages(ctx context.Context, packages map[string]string, log func(format string, args ...any), mayInstall bool) error {
+func ensure(ctx context.Context, packages map[string]string, log func(format string, args ...any), mayInstall bool) error {
 	absent := missing(packages)
 	if len(absent) == 0 {
 		return nil

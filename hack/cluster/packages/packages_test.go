@@ -1,4 +1,4 @@
-package system
+package packages
 
 import (
 	"os"
@@ -30,7 +30,7 @@ func script(t *testing.T, dir, name, body string) {
 	}
 }
 
-func TestEnsurePackages(t *testing.T) {
+func TestEnsure(t *testing.T) {
 	packages := map[string]string{"x-have": "p0", "x-one": "p1", "x-two": "p1", "x-three": "p3"}
 	// install makes the commands of p1, and logs how it was called; with no
 	// lists it fails, as in a fresh container.
@@ -64,7 +64,7 @@ esac`
 					t.Fatal(err)
 				}
 			}
-			err := ensurePackages(t.Context(), packages, t.Logf, tc.mayInstall)
+			err := ensure(t.Context(), packages, t.Logf, tc.mayInstall)
 			if tc.wantErr == "" && err != nil || tc.wantErr != "" && (err == nil || !strings.Contains(err.Error(), tc.wantErr)) {
 				t.Errorf("got %v, want %q", err, tc.wantErr)
 			}
@@ -74,7 +74,7 @@ esac`
 			}
 			// What is there is not installed again.
 			if tc.wantErr == "" {
-				if err := ensurePackages(t.Context(), packages, t.Logf, false); err != nil {
+				if err := ensure(t.Context(), packages, t.Logf, false); err != nil {
 					t.Error(err)
 				}
 			}
