@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -207,10 +206,7 @@ func (a *Agent) close() error {
 func (a *Agent) removeAll() error {
 	errs := []error{a.keeper.Remove(), a.releasePods(),
 		isolation.Uninstall(isolation.Options{RunDir: a.o.RunDir, LibDir: a.o.LibDir, EnvoyDir: a.o.EnvoyDir, Log: a.log}),
-		bpf.Uninstall(a.o.PinDir)}
-	if err := unix.Unmount(a.o.keysDir(), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		errs = append(errs, fmt.Errorf("unmount keys: %w", err))
-	}
+		bpf.Uninstall(a.o.PinDir), identity.Uninstall(a.o.keysDir())}
 	for _, dir := range []string{a.o.RunDir, a.o.LibDir} {
 		errs = append(errs, removeContents(dir))
 		// As the node sees it: here it may be a mount. What others put there stays.

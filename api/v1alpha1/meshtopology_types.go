@@ -81,7 +81,7 @@ type MeshTopologyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Accepted (reasons Accepted, NothingSelected, Overlaps,
-	// UnknownProxyVersion, InvalidSelector), Ready (reasons Ready, Progressing, NodesNotReady).
+	// UnknownProxyVersion, InvalidSelector, TrustDomainMismatch), Ready (reasons Ready, Progressing, NodesNotReady).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
