@@ -10,6 +10,7 @@
 //	echo hold --connections 1000 --interval 1s --duration 60s server:8082
 //	echo load --protocol http --connections 16 --duration 10s server:8080
 //	echo capture --address 10.0.0.1 --marker text
+//	echo node --root /host
 //
 // Clients print JSON and exit with 1 if anything failed, 2 if they were called
 // wrongly. `echo COMMAND -h` lists the flags.

@@ -3,12 +3,14 @@ package harness
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/test/capture"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 )
 
 // Inspection is what an agent reads back from its node's kernel: the output of
@@ -147,32 +149,66 @@ func (c *Cluster) AccessLog(ctx context.Context, node, tenant string) ([]Access,
 // node while work runs. It uses a pod in the node's network namespace, removed
 // afterwards.
 func (c *Cluster) Capture(ctx context.Context, node, address, marker string, limit time.Duration, work func(context.Context) error) (capture.Report, error) {
-	name := "capture-" + node
+	name, remove, err := c.nodePod(ctx, node)
+	if err != nil {
+		return capture.Report{}, err
+	}
+	report, err := c.capture(ctx, name, address, marker, limit, work)
+	if err := errors.Join(err, remove()); err != nil {
+		return report, fmt.Errorf("capture on %s: %w", node, err)
+	}
+	return report, nil
+}
+
+// LeftOnNode returns what of the mesh is on a node, whether it runs or was left.
+func (c *Cluster) LeftOnNode(ctx context.Context, node string) ([]string, error) {
+	name, remove, err := c.nodePod(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	var report app.NodeReport
+	err = c.ExecJSON(ctx, &report, nodeNamespace, name, "echo", "node", "--root", "/host")
+	return report.Found, errors.Join(err, remove())
+}
+
+// nodeNamespace is where the harness runs pods that see a whole node.
+const nodeNamespace = "bulkhead-test-node"
+
+// nodePod runs a pod with the namespaces and files of a node until remove.
+func (c *Cluster) nodePod(ctx context.Context, node string) (name string, remove func() error, err error) {
+	name = "look-" + node
 	if err := c.Apply(ctx, fmt.Sprintf(`
 apiVersion: v1
 kind: Namespace
 metadata:
-  name: bulkhead-capture
+  name: %[1]s
   labels: {pod-security.kubernetes.io/enforce: privileged}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {name: %s, namespace: bulkhead-capture}
+metadata: {name: %[2]s, namespace: %[1]s}
 spec:
-  nodeName: %s
+  nodeName: %[3]s
   hostNetwork: true
+  hostPID: true
   terminationGracePeriodSeconds: 0
   containers:
-  - name: capture
-    image: %s
+  - name: look
+    image: %[4]s
     imagePullPolicy: IfNotPresent
     args: [serve, --http=127.0.0.1:0, --grpc=, --tcp=, --bulk=]
-    securityContext: {runAsUser: 0, capabilities: {add: [NET_RAW, NET_ADMIN]}}
-`, name, node, EchoImage)); err != nil {
-		return capture.Report{}, err
+    securityContext: {runAsUser: 0, privileged: true}
+    volumeMounts: [{name: host, mountPath: /host, readOnly: true}]
+  volumes: [{name: host, hostPath: {path: /}}]
+`, nodeNamespace, name, node, EchoImage)); err != nil {
+		return "", nil, err
 	}
-	err := Wait(ctx, time.Minute, 200*time.Millisecond, "the capturing pod", func(ctx context.Context) error {
-		pods, err := c.Pods(ctx, "bulkhead-capture", "")
+	remove = func() error {
+		_, err := c.Kubectl(context.WithoutCancel(ctx), "", "delete", "pod", "-n", nodeNamespace, name, "--ignore-not-found", "--wait=true")
+		return err
+	}
+	err = Wait(ctx, time.Minute, 200*time.Millisecond, "the pod "+name, func(ctx context.Context) error {
+		pods, err := c.Pods(ctx, nodeNamespace, "")
 		if err != nil {
 			return err
 		}
@@ -184,8 +220,12 @@ spec:
 		return fmt.Errorf("%s isn't ready", name)
 	})
 	if err != nil {
-		return capture.Report{}, err
+		return "", nil, errors.Join(err, remove())
 	}
+	return name, remove, nil
+}
+
+func (c *Cluster) capture(ctx context.Context, pod, address, marker string, limit time.Duration, work func(context.Context) error) (capture.Report, error) {
 	type outcome struct {
 		lines []string
 		err   error
@@ -194,7 +234,7 @@ spec:
 	stdin, end := io.Pipe()
 	defer end.Close()
 	go func() {
-		lines, err := c.execLines(ctx, stdin, "bulkhead-capture", name, func() { close(capturing) },
+		lines, err := c.execLines(ctx, stdin, nodeNamespace, pod, func() { close(capturing) },
 			"echo", "capture", "--address", address, "--marker", marker, "--duration", limit.String())
 		captured <- outcome{lines, err}
 	}()
@@ -204,25 +244,11 @@ spec:
 		return capture.Report{}, ctx.Err()
 	}
 	workErr := work(ctx)
-	if _, err := io.WriteString(end, "\n"); err != nil {
-		return capture.Report{}, fmt.Errorf("end the capture on %s: %w", node, err)
-	}
+	_, endErr := io.WriteString(end, "\n")
 	o := <-captured
-	if _, err := c.Kubectl(ctx, "", "delete", "pod", "-n", "bulkhead-capture", name, "--wait=false"); err != nil {
+	if err := errors.Join(workErr, endErr, o.err); err != nil {
 		return capture.Report{}, err
-	}
-	if workErr != nil || o.err != nil {
-		return capture.Report{}, fmt.Errorf("capture on %s: %w", node, firstError(workErr, o.err))
 	}
 	var report capture.Report
 	return report, decode(o.lines[len(o.lines)-1], &report)
-}
-
-func firstError(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

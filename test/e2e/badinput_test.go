@@ -1,0 +1,186 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+// processes are the pids of all tenants' proxies, by node and tenant.
+func (e *env) processes(t *testing.T) map[string]int {
+	t.Helper()
+	pids := map[string]int{}
+	for _, node := range e.nodes {
+		for _, tenant := range tenants {
+			p, err := e.Proxy(t.Context(), node, tenant)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, g := range p.Generations {
+				pids[fmt.Sprintf("%s %s generation %d", node, tenant, g.Generation)] = g.PID
+			}
+		}
+	}
+	return pids
+}
+
+// goesOn fails the test if bad input changed what runs.
+func (e *env) goesOn(t *testing.T) {
+	t.Helper()
+	before := e.processes(t)
+	t.Cleanup(func() {
+		if t.Failed() {
+			return
+		}
+		if after := e.processes(t); !maps.Equal(before, after) {
+			t.Errorf("proxies were %v, are %v", before, after)
+		}
+		mustCall(t, e.pod(webA, 0), e.pod(webA, 0).IPv4, "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
+	})
+}
+
+func topologyManifest(name, selector, more string) string {
+	return fmt.Sprintf(`
+apiVersion: mesh.bulkhead.dev/v1alpha1
+kind: MeshTopology
+metadata: {name: %s}
+spec:
+  trustDomain: %s
+  rules: [{namespaceSelector: {%s}}]
+%s`, name, trustDomain, selector, more)
+}
+
+func TestRefusedAtAdmission(t *testing.T) {
+	e.goesOn(t)
+	policy := func(spec string) string {
+		return "apiVersion: mesh.bulkhead.dev/v1alpha1\nkind: IsolationPolicy\nmetadata: {name: bad, namespace: e2e-a}\nspec: {" + spec + "}\n"
+	}
+	for name, bad := range map[string]struct{ manifest, says string }{
+		"no rules":             {strings.Replace(topologyManifest("e2e-bad", "", ""), "[{namespaceSelector: {}}]", "[]", 1), "spec.rules"},
+		"a word as version":    {topologyManifest("e2e-bad", "", "  proxy: {version: latest}"), "spec.proxy.version"},
+		"a trust domain's URL": {strings.Replace(topologyManifest("e2e-bad", "", ""), trustDomain, "spiffe://x", 1), "spec.trustDomain"},
+		"another trust domain": {strings.Replace(topologyManifest("e2e", "", ""), trustDomain, "other.example", 1), "trustDomain can't be changed"},
+		"unknown isolation":    {strings.Replace(topologyManifest("e2e-bad", "", ""), "}}]", "}, isolation: Cluster}]", 1), "isolation"},
+		"hardly any CPU":       {policy("cpu: {limit: 1m}"), "cpu.limit must be at least"},
+		"negative CPU":         {policy("cpu: {limit: -1}"), "cpu.limit must be at least"},
+		"CPU that is no number": {policy("cpu: {limit: much}"),
+			"cpu.limit"},
+		"hardly any memory":   {policy("memory: {max: 1Mi}"), "memory.max must be at least"},
+		"high above max":      {policy("memory: {high: 200Mi, max: 100Mi}"), "memory.high must not be above"},
+		"more than a machine": {policy("memory: {max: 1000Ti}"), "memory.max must be at most"},
+		"a weight of nothing": {policy("cpu: {weight: 0}"), "weight"},
+		"no process":          {policy("pids: 1"), "pids"},
+		"a field that isn't":  {policy("cpus: {limit: 1}"), "cpus"},
+		"a plan by hand is not refused, but its nonsense": {`
+apiVersion: mesh.bulkhead.dev/v1alpha1
+kind: NodeProxy
+metadata: {name: nowhere}
+spec: {tenants: [{name: "../etc"}]}
+`, "name"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := e.Apply(t.Context(), bad.manifest)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if !strings.Contains(err.Error(), bad.says) {
+				t.Errorf("refused, but not with %q: %v", bad.says, err)
+			}
+		})
+	}
+}
+
+// accepted waits until the condition Accepted of a topology has a reason, and
+// returns its message.
+func accepted(t *testing.T, topology, reason string) string {
+	t.Helper()
+	message := ""
+	err := harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, topology+" to be "+reason, func(ctx context.Context) error {
+		var o v1alpha1.MeshTopology
+		if err := e.Client.Get(ctx, client.ObjectKey{Name: topology}, &o); err != nil {
+			return err
+		}
+		c := meta.FindStatusCondition(o.Status.Conditions, v1alpha1.ConditionAccepted)
+		if c == nil || c.Reason != reason || c.ObservedGeneration != o.Generation {
+			return fmt.Errorf("conditions of generation %d are %+v", o.Generation, o.Status.Conditions)
+		}
+		message = c.Message
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	return message
+}
+
+func (e *env) remove(t *testing.T, kind, name string) {
+	t.Helper()
+	t.Cleanup(func() {
+		if _, err := e.Kubectl(context.Background(), "", "delete", kind, name, "--ignore-not-found", "--wait=true"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestToldInAConditionOnly(t *testing.T) {
+	for _, bad := range []struct{ name, selector, more, reason, says string }{
+		{"e2e-nothing", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "", "NothingSelected", "labels"},
+		{"e2e-overlap", `matchLabels: {e2e.bulkhead.dev/mesh: "true"}`, "", "Overlaps", "e2e-a"},
+		{"e2e-selector", "matchExpressions: [{key: a, operator: In}]", "", "InvalidSelector", "spec.rules[0]"},
+	} {
+		t.Run(bad.reason, func(t *testing.T) {
+			e.goesOn(t)
+			e.remove(t, "meshtopology", bad.name)
+			if err := e.Apply(t.Context(), topologyManifest(bad.name, bad.selector, bad.more)); err != nil {
+				t.Fatal(err)
+			}
+			if message := accepted(t, bad.name, bad.reason); !strings.Contains(message, bad.says) {
+				t.Errorf("the message %q doesn't say %q", message, bad.says)
+			}
+			accepted(t, "e2e", "Accepted")
+		})
+	}
+}
+
+func TestUnknownProxyVersion(t *testing.T) {
+	e.goesOn(t)
+	set := func(ctx context.Context, version string) error {
+		_, err := e.Kubectl(ctx, "", "patch", "meshtopology", "e2e", "--type=merge", "--patch", `{"spec":{"proxy":{"version":"`+version+`"}}}`)
+		return err
+	}
+	var before v1alpha1.MeshTopology
+	if err := e.Client.Get(t.Context(), client.ObjectKey{Name: "e2e"}, &before); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := set(context.Background(), before.Spec.Proxy.Version); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := set(t.Context(), "9.9.9"); err != nil {
+		t.Fatal(err)
+	}
+	if message := accepted(t, "e2e", "UnknownProxyVersion"); !strings.Contains(message, "9.9.9") || !strings.Contains(message, e.nodes[0]) {
+		t.Errorf("the message names neither version nor node: %q", message)
+	}
+	mustCall(t, e.pod(jobA, 0), e.pod(jobA, 0).IPv4, "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
+	if err := set(t.Context(), before.Spec.Proxy.Version); err != nil {
+		t.Fatal(err)
+	}
+	accepted(t, "e2e", "Accepted")
+	for _, tenant := range tenants {
+		if _, err := e.WaitTenant(t.Context(), tenant, len(e.nodes), 30*time.Second); err != nil {
+			t.Error(err)
+		}
+	}
+}
