@@ -13,13 +13,13 @@ var groups = []group{
 		versions: map[string]string{
 			"k8s.io/kubernetes":                      "v1.36.3",
 			"go.etcd.io/etcd/server/v3":              "v3.6.8",
-			"github.com/containerd/containerd/v2":    "v2.2.0",
-			"github.com/containernetworking/plugins": "v1.8.0",
+			"github.com/containerd/containerd/v2":    "v2.2.9",
+			"github.com/containernetworking/plugins": "v1.9.0",
 			"github.com/coredns/coredns":             "v1.12.4",
 		},
 		stamps: []string{
-			"github.com/containerd/containerd/v2/version.Version=v2.2.0",
-			"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=v1.8.0",
+			"github.com/containerd/containerd/v2/version.Version=v2.2.9",
+			"github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=v1.9.0",
 			// Without them every component calls itself v0.0.0-master.
 			"k8s.io/component-base/version.gitVersion=v1.36.3",
 			"k8s.io/component-base/version.gitMajor=1",
