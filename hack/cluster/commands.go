@@ -155,7 +155,7 @@ func execNode(c cluster, args []string) error {
 }
 
 // checkFree refuses to start on a disk that would fill up.
-func checkFree(dir string) error {
+func checkFree(dir string, min uint64) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -163,9 +163,9 @@ func checkFree(dir string) error {
 	if err := unix.Statfs(dir, &s); err != nil {
 		return fmt.Errorf("statfs %s: %w", dir, err)
 	}
-	if free := s.Bavail * uint64(s.Bsize); free < minFree {
+	if free := s.Bavail * uint64(s.Bsize); free < min {
 		return fmt.Errorf("%s has %.1f GiB free and %d are needed: free some, or set BULKHEAD_STATE and BULKHEAD_CACHE to folders on another disk",
-			dir, float64(free)/(1<<30), minFree>>30)
+			dir, float64(free)/(1<<30), min>>30)
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ func (c cluster) down() error {
 			errs = append(errs, fmt.Errorf("stop %s: %w", filepath.Base(dir), err))
 		}
 	}
-	errs = append(errs, c.unplug(), c.unmergeKubeconfig())
+	errs = append(errs, c.unplug(), c.unmergeKubeconfig(), c.unlinkKubectl())
 	for name, value := range c.Restore {
 		errs = append(errs, restoreSysctl(name, value))
 	}
@@ -48,10 +48,16 @@ func (c cluster) down() error {
 	return nil
 }
 
+// otherClusters tells whether there is more than one.
+func otherClusters() (bool, error) {
+	all, err := filepath.Glob(filepath.Join(stateDir(), "*", "cluster.json"))
+	return len(all) > 1, err
+}
+
 // restoreSysctl sets a value of the whole machine back, unless another cluster
 // still needs it.
 func restoreSysctl(name, value string) error {
-	if others, err := filepath.Glob(filepath.Join(stateDir(), "*", "cluster.json")); err != nil || len(others) > 1 {
+	if others, err := otherClusters(); err != nil || others {
 		return err
 	}
 	if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {

@@ -2,7 +2,13 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
 
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
@@ -78,4 +84,55 @@ func (c cluster) unmergeKubeconfig() error {
 		return os.Remove(file)
 	}
 	return clientcmd.WriteToFile(*all, file)
+}
+
+// linkDir is where a kubectl is put if PATH has none.
+const linkDir = "/usr/local/bin"
+
+// linkKubectl gives a user without kubectl the cluster's own.
+func (c *cluster) linkKubectl(kubectl string) error {
+	if _, err := exec.LookPath("kubectl"); err == nil {
+		return nil
+	}
+	if !slices.Contains(filepath.SplitList(os.Getenv("PATH")), linkDir) {
+		say("there is no kubectl in PATH; this one fits: %s", kubectl)
+		return nil
+	}
+	// On record first, so that down finds it whatever happens.
+	c.Kubectl = filepath.Join(linkDir, "kubectl")
+	if err := c.save(); err != nil {
+		return err
+	}
+	// What is there isn't a program, or PATH would have it.
+	if info, err := os.Lstat(c.Kubectl); err == nil && info.Mode()&os.ModeSymlink != 0 {
+		if err := os.Remove(c.Kubectl); err != nil {
+			return err
+		}
+	}
+	if err := os.Symlink(kubectl, c.Kubectl); err != nil {
+		return fmt.Errorf("link kubectl: %w", err)
+	}
+	say("kubectl: %s, until down", c.Kubectl)
+	return nil
+}
+
+// unlinkKubectl removes the link, unless it leads elsewhere by now or another
+// cluster is there to be used by it.
+func (c cluster) unlinkKubectl() error {
+	if c.Kubectl == "" {
+		return nil
+	}
+	others, err := otherClusters()
+	if err != nil || others {
+		return err
+	}
+	target, err := os.Readlink(c.Kubectl)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	cache, cacheErr := cacheDir()
+	if err != nil || cacheErr != nil || !strings.HasPrefix(target, cache+string(filepath.Separator)) {
+		return nil // somebody put another there
+	}
+	return os.Remove(c.Kubectl)
 }

@@ -43,6 +43,8 @@ type cluster struct {
 	Restore map[string]string `json:"restore,omitempty"`
 	// Context that kubectl used before.
 	Context string `json:"context,omitempty"`
+	// Kubectl is the link in PATH to the cluster's kubectl, where there was none.
+	Kubectl string `json:"kubectl,omitempty"`
 
 	dir string
 }

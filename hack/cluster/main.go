@@ -103,7 +103,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	if command == "down" {
 		if !exists {
-			say("there is no cluster %s", *name)
+			say("there is no cluster %s; start one: go run ./hack/cluster up", *name)
 		}
 		return c.down()
 	}

@@ -60,7 +60,7 @@ func up(ctx context.Context, name string, nodes int) error {
 		return err
 	}
 	for _, dir := range []string{stateDir(), cache} {
-		if err := checkFree(dir); err != nil {
+		if err := checkFree(dir, minFree); err != nil {
 			return err
 		}
 	}
@@ -85,7 +85,7 @@ func up(ctx context.Context, name string, nodes int) error {
 		logs := c.keepLogs()
 		return errors.Join(fmt.Errorf("%w (logs: %s)", err, logs), c.down())
 	}
-	return c.mergeKubeconfig()
+	return errors.Join(c.mergeKubeconfig(), c.linkKubectl(bin.Path("kubectl")))
 }
 
 func (c cluster) start(ctx context.Context, bin build.Binaries) error {
