@@ -45,8 +45,10 @@ func connect(ctx context.Context, protocol, addr string, timeout time.Duration) 
 	switch protocol {
 	case "tcp":
 		err = s.startTCP(ctx)
-	case "http", "h2c":
-		s.startHTTP(protocol, addr)
+	case "http":
+		s.startHTTP(addr)
+	case "h2c":
+		s.startH2C(addr)
 	case "grpc":
 		err = s.startGRPC(addr)
 	default:
@@ -84,15 +86,22 @@ func (s *session) once() func(context.Context) (net.Conn, error) {
 	}
 }
 
+// bound makes reads and writes end with ctx, until stop.
+func (s *session) bound(ctx context.Context) (stop func() bool, err error) {
+	deadline, _ := ctx.Deadline()
+	if err := s.conn.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	return context.AfterFunc(ctx, func() { s.conn.SetDeadline(time.Unix(1, 0)) }), nil
+}
+
 func (s *session) startTCP(ctx context.Context) error {
 	r := bufio.NewReaderSize(s.conn, textLimit)
-	deadline := func(ctx context.Context) error {
-		t, _ := ctx.Deadline()
-		return s.conn.SetDeadline(t)
-	}
-	if err := deadline(ctx); err != nil {
+	stop, err := s.bound(ctx)
+	if err != nil {
 		return err
 	}
+	defer stop()
 	line, err := r.ReadBytes('\n')
 	if err != nil {
 		return fmt.Errorf("read greeting: %w", err)
@@ -102,10 +111,10 @@ func (s *session) startTCP(ctx context.Context) error {
 	}
 	s.exchange = func(ctx context.Context, payload string) (Answer, error) {
 		a := s.greeting
-		if err := deadline(ctx); err != nil {
+		stop, err := s.bound(ctx)
+		if err != nil {
 			return a, err
 		}
-		stop := context.AfterFunc(ctx, func() { s.conn.SetDeadline(time.Unix(1, 0)) })
 		defer stop()
 		if _, err := io.WriteString(s.conn, payload+"\n"); err != nil {
 			return a, err
@@ -117,7 +126,33 @@ func (s *session) startTCP(ctx context.Context) error {
 	return nil
 }
 
-func (s *session) startHTTP(protocol, addr string) {
+// startHTTP speaks HTTP/1.1 by itself: an http.Transport gives a connection up
+// when its writing goroutine doesn't report within 50 ms, which is no loss of the
+// network's (maxWriteWaitBeforeConnReuse in net/http).
+func (s *session) startHTTP(addr string) {
+	r := bufio.NewReader(s.conn)
+	s.exchange = func(ctx context.Context, payload string) (Answer, error) {
+		req, err := http.NewRequest(http.MethodPost, "http://"+addr+"/", strings.NewReader(payload))
+		if err != nil {
+			return Answer{}, err
+		}
+		stop, err := s.bound(ctx)
+		if err != nil {
+			return Answer{}, err
+		}
+		defer stop()
+		if err := req.Write(s.conn); err != nil {
+			return Answer{}, err
+		}
+		resp, err := http.ReadResponse(r, req)
+		if err != nil {
+			return Answer{}, err
+		}
+		return readHTTPAnswer(resp)
+	}
+}
+
+func (s *session) startH2C(addr string) {
 	dial := s.once()
 	transport := &http.Transport{
 		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
@@ -125,11 +160,7 @@ func (s *session) startHTTP(protocol, addr string) {
 		DisableCompression: true,
 		Protocols:          new(http.Protocols),
 	}
-	if protocol == "h2c" {
-		transport.Protocols.SetUnencryptedHTTP2(true)
-	} else {
-		transport.Protocols.SetHTTP1(true)
-	}
+	transport.Protocols.SetUnencryptedHTTP2(true)
 	s.close = func() {
 		transport.CloseIdleConnections()
 		s.conn.Close()
@@ -143,20 +174,24 @@ func (s *session) startHTTP(protocol, addr string) {
 		if err != nil {
 			return Answer{}, err
 		}
-		defer resp.Body.Close()
-		var a Answer
-		body, err := io.ReadAll(io.LimitReader(resp.Body, 4*textLimit))
-		if err != nil {
-			return a, fmt.Errorf("read answer: %w", err)
-		}
-		if resp.StatusCode/100 != 2 {
-			return a, statusError(resp.StatusCode)
-		}
-		if err := json.Unmarshal(body, &a); err != nil {
-			return a, fmt.Errorf("%w: %.100q", errMismatch, body)
-		}
-		return a, nil
+		return readHTTPAnswer(resp)
 	}
+}
+
+// readHTTPAnswer reads a response to its end and closes it.
+func readHTTPAnswer(resp *http.Response) (a Answer, err error) {
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4*textLimit))
+	if err != nil {
+		return a, fmt.Errorf("read answer: %w", err)
+	}
+	if resp.StatusCode/100 != 2 {
+		return a, statusError(resp.StatusCode)
+	}
+	if err := json.Unmarshal(body, &a); err != nil {
+		return a, fmt.Errorf("%w: %.100q", errMismatch, body)
+	}
+	return a, nil
 }
 
 func (s *session) startGRPC(addr string) error {
