@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -208,9 +207,7 @@ func (a *Agent) removeAll() error {
 		isolation.Uninstall(isolation.Options{RunDir: a.o.RunDir, LibDir: a.o.LibDir, EnvoyDir: a.o.EnvoyDir, Log: a.log}),
 		bpf.Uninstall(a.o.PinDir), identity.Uninstall(a.o.keysDir())}
 	for _, dir := range []string{a.o.RunDir, a.o.LibDir} {
-		errs = append(errs, removeContents(dir))
-		// As the node sees it: here it may be a mount. What others put there stays.
-		os.Remove(nodePath(dir))
+		errs = append(errs, removeContents(dir), removeNodeDir(dir))
 	}
 	return errors.Join(errs...)
 }

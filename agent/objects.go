@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -137,6 +139,25 @@ func (a *Agent) isUninstalled() bool {
 	err := a.kube.Get(ctx, client.ObjectKey{Namespace: a.o.Namespace, Name: daemonSet}, &d)
 	// Any other error, a lack of rights too, tells nothing: then all of it stays.
 	return apierrors.IsNotFound(err) || (err == nil && d.DeletionTimestamp != nil)
+}
+
+// removeNodeDir removes an empty directory of the node; here it may be a mount.
+// What others put there stays, and so does a mount point: removing one that is
+// another namespace's takes the mount away with it.
+func removeNodeDir(dir string) error {
+	table, err := os.ReadFile("/proc/1/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == dir {
+			return nil
+		}
+	}
+	if err := os.Remove(nodePath(dir)); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil
 }
 
 // removeContents empties a directory, which may be a mount point.

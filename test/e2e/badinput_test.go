@@ -17,12 +17,12 @@ import (
 )
 
 // processes are the pids of all tenants' proxies, by node and tenant.
-func (e *env) processes(t *testing.T) map[string]int {
+func (e *env) processes(ctx context.Context, t *testing.T) map[string]int {
 	t.Helper()
 	pids := map[string]int{}
 	for _, node := range e.nodes {
 		for _, tenant := range tenants {
-			p, err := e.Proxy(t.Context(), node, tenant)
+			p, err := e.Proxy(ctx, node, tenant)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -37,15 +37,14 @@ func (e *env) processes(t *testing.T) map[string]int {
 // goesOn fails the test if bad input changed what runs.
 func (e *env) goesOn(t *testing.T) {
 	t.Helper()
-	before := e.processes(t)
+	before := e.processes(t.Context(), t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			return
 		}
-		if after := e.processes(t); !maps.Equal(before, after) {
+		if after := e.processes(context.Background(), t); !maps.Equal(before, after) {
 			t.Errorf("proxies were %v, are %v", before, after)
 		}
-		mustCall(t, e.pod(webA, 0), e.pod(webA, 0).IPv4, "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
 	})
 }
 
@@ -81,11 +80,11 @@ func TestRefusedAtAdmission(t *testing.T) {
 		"a weight of nothing": {policy("cpu: {weight: 0}"), "weight"},
 		"no process":          {policy("pids: 1"), "pids"},
 		"a field that isn't":  {policy("cpus: {limit: 1}"), "cpus"},
-		"a plan by hand is not refused, but its nonsense": {`
+		"a path as tenant": {`
 apiVersion: mesh.bulkhead.dev/v1alpha1
 kind: NodeProxy
 metadata: {name: nowhere}
-spec: {tenants: [{name: "../etc"}]}
+spec: {tenants: [{name: "../etc", version: 1.40.0}]}
 `, "name"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -148,6 +147,7 @@ func TestToldInAConditionOnly(t *testing.T) {
 				t.Errorf("the message %q doesn't say %q", message, bad.says)
 			}
 			accepted(t, "e2e", "Accepted")
+			mustCall(t, e.pod(webA, 0), e.pod(webA, 0).IPv4, "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
 		})
 	}
 }

@@ -62,7 +62,7 @@ func TestEveryPairByEveryAddress(t *testing.T) {
 					if strings.Contains(r.Answer.ClientIP(), ":") {
 						want = from.IPv6
 					}
-					if r.Answer.Pod == from.Name && !strings.HasPrefix(how, "pod ") {
+					if r.Answer.Pod == from.Name && (how == "service name" || strings.HasPrefix(how, "VIP ")) {
 						want = harness.SelfAddress(want)
 					}
 					if r.Answer.ClientIP() != want {
@@ -122,6 +122,9 @@ func TestIdentities(t *testing.T) {
 		for _, from := range meshApps {
 			for _, to := range meshApps {
 				for node := range 2 {
+					if from == to && node == 0 {
+						continue // the pod itself, by its own address: that never leaves it
+					}
 					if p := (pair{e.pod(from, 0).IPv4, e.pod(to, node).IPv4}); !seen[p] {
 						return fmt.Errorf("no connection from %s to %s in the log yet", e.pod(from, 0), e.pod(to, node))
 					}

@@ -160,15 +160,15 @@ func (c *Cluster) Capture(ctx context.Context, node, address, marker string, lim
 	return report, nil
 }
 
-// LeftOnNode returns what of the mesh is on a node, whether it runs or was left.
-func (c *Cluster) LeftOnNode(ctx context.Context, node string) ([]string, error) {
+// LookAtNode returns what of the mesh is on a node, whether it runs or was left.
+func (c *Cluster) LookAtNode(ctx context.Context, node string) (app.NodeReport, error) {
+	var report app.NodeReport
 	name, remove, err := c.nodePod(ctx, node)
 	if err != nil {
-		return nil, err
+		return report, err
 	}
-	var report app.NodeReport
 	err = c.ExecJSON(ctx, &report, nodeNamespace, name, "echo", "node", "--root", "/host")
-	return report.Found, errors.Join(err, remove())
+	return report, errors.Join(err, remove())
 }
 
 // nodeNamespace is where the harness runs pods that see a whole node.

@@ -86,19 +86,40 @@ func cgroups(host string) ([]string, error) {
 	return found, err
 }
 
-// mounts of the node's first process, whose namespace is the node's own.
-func mounts(string) ([]string, error) {
+// Mounts returns the node's mount points, but for those of its pods, sorted.
+func Mounts() ([]string, error) {
+	all, err := mountPoints()
+	all = slices.DeleteFunc(all, func(m string) bool {
+		return strings.HasPrefix(m, "/run/") || strings.HasPrefix(m, "/var/lib/kubelet/") || strings.HasPrefix(m, "/var/lib/containerd/")
+	})
+	slices.Sort(all)
+	return slices.Compact(all), err
+}
+
+// mountPoints of the node's first process, whose namespace is the node's own.
+func mountPoints() ([]string, error) {
 	table, err := os.ReadFile("/proc/1/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	var found []string
+	var all []string
 	for line := range strings.Lines(string(table)) {
-		if f := strings.Fields(line); len(f) > 4 && (strings.HasPrefix(f[4], "/run/"+name+"/") || strings.HasPrefix(f[4], "/sys/fs/bpf/"+name)) {
-			found = append(found, "mount "+f[4])
+		if f := strings.Fields(line); len(f) > 4 {
+			all = append(all, f[4])
 		}
 	}
-	return found, nil
+	return all, nil
+}
+
+func mounts(string) ([]string, error) {
+	all, err := mountPoints()
+	var found []string
+	for _, m := range all {
+		if strings.HasPrefix(m, "/run/"+name+"/") || strings.HasPrefix(m, "/sys/fs/bpf/"+name) {
+			found = append(found, "mount "+m)
+		}
+	}
+	return found, err
 }
 
 func processes(string) ([]string, error) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -52,14 +53,16 @@ spec:
 	if _, err := c.WaitTenant(ctx, web.Namespace, len(pods), time.Minute); err != nil {
 		t.Fatal(err)
 	}
+	mounts := map[string][]string{}
 	for node := range pods {
-		found, err := c.LeftOnNode(ctx, node)
+		report, err := c.LookAtNode(ctx, node)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(found) < 5 {
-			t.Errorf("the mesh runs, and on %s there is only %q: looking there proves nothing", node, found)
+		if len(report.Found) < 5 || len(report.Mounts) < 3 {
+			t.Errorf("the mesh runs, and on %s there is only %+v: looking there proves nothing", node, report)
 		}
+		mounts[node] = report.Mounts
 	}
 
 	if _, err := c.Kubectl(ctx, "", "delete", "-k", root+"/config/default", "--wait=true", "--timeout=2m"); err != nil {
@@ -76,12 +79,17 @@ spec:
 		t.Fatal(err)
 	}
 	for node := range pods {
-		found, err := c.LeftOnNode(ctx, node)
+		report, err := c.LookAtNode(ctx, node)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, f := range found {
+		for _, f := range report.Found {
 			t.Errorf("left on %s: %s", node, f)
+		}
+		for _, m := range mounts[node] {
+			if !slices.Contains(report.Mounts, m) {
+				t.Errorf("%s was mounted on %s before, and isn't now", m, node)
+			}
 		}
 	}
 	// The pods that were in the mesh run on, and new ones start.

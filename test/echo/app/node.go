@@ -10,6 +10,8 @@ import (
 type NodeReport struct {
 	// Found of a mesh on the node, one line each; see package nodestate.
 	Found []string `json:"found"`
+	// Mounts are the node's mount points, but for those of its pods.
+	Mounts []string `json:"mounts"`
 }
 
 // node looks at the node that it runs on, as root and in the node's namespaces.
@@ -22,5 +24,9 @@ func (c *command) node() error {
 	if err != nil {
 		return fmt.Errorf("look at the node: %w", err)
 	}
-	return c.finish(true, NodeReport{Found: found})
+	mounts, err := nodestate.Mounts()
+	if err != nil {
+		return fmt.Errorf("look at the node's mounts: %w", err)
+	}
+	return c.finish(true, NodeReport{Found: found, Mounts: mounts})
 }
