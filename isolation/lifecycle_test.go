@@ -88,6 +88,13 @@ func TestGenerationsAndDelete(t *testing.T) {
 	if p, _ := m.State(tenantA); p.Problem == "" || !alive(p.Processes[0].PID) {
 		t.Errorf("beside a version that isn't there: %+v", p)
 	}
+	err = m.Update(t.Context(), Spec{Tenant: tenantA, MTU: 1400, Generations: []Generation{{2, "9.9.9"}}})
+	if !errors.Is(err, ErrVersion) {
+		t.Errorf("to a version that isn't there: %v", err)
+	}
+	if p, _ := m.State(tenantA); len(p.Processes) != 1 || p.Processes[0].PID != s.Processes[1].PID || p.Processes[0].Version != dist.Default {
+		t.Errorf("a version that isn't there changed what runs: %+v", p.Processes)
+	}
 
 	if err := m.Delete(t.Context(), tenantA); err != nil {
 		t.Fatal(err)

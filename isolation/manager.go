@@ -306,7 +306,8 @@ func (m *Manager) Prepare(ctx context.Context, name model.Tenant, mtu int) (Bulk
 // manager keeps running from then on. It returns when each new process has
 // become Envoy or failed to for the first time; State tells when it is live.
 // Generations that aren't wanted are ended. A limit that the kernel refuses and
-// a version that isn't there (ErrVersion) are told and hold up nothing else.
+// a version that isn't there (ErrVersion) are told and hold up nothing else; a
+// generation that runs another version goes on running that.
 func (m *Manager) Update(ctx context.Context, s Spec) error {
 	if err := s.validate(); err != nil {
 		return fmt.Errorf("update bulkhead of %s: %w", s.Tenant, err)
@@ -327,6 +328,12 @@ func (m *Manager) Update(ctx context.Context, s Spec) error {
 	t.setProblem(err)
 	t.changed()
 	return err
+}
+
+// HasVersion tells whether this version of Envoy can be run.
+func (m *Manager) HasVersion(version string) bool {
+	_, err := m.versions.tree(version)
+	return err == nil
 }
 
 func (s Spec) validate() error {

@@ -213,9 +213,11 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	t.mu.Unlock()
 	// A limit that the kernel refuses is a problem and no reason to have no proxy.
 	errs := []error{t.m.cgroups.limit(t.file, s.Limits)}
-	t.removeUnwanted(s.Generations)
+	generations, err := t.possible(s.Generations)
+	errs = append(errs, err)
+	t.removeUnwanted(generations)
 	var started []*process
-	for _, g := range s.Generations {
+	for _, g := range generations {
 		if p := t.process(g.Generation); p != nil {
 			t.checkNetns(p)
 			continue
@@ -244,6 +246,28 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// possible is what is wanted, but with the version that runs where there is no
+// other: a version that isn't there must not end one that is.
+func (t *tenant) possible(wanted []Generation) ([]Generation, error) {
+	possible := slices.Clone(wanted)
+	var errs []error
+	for i, g := range wanted {
+		p := t.process(g.Generation)
+		if p == nil {
+			continue
+		}
+		state, _, _ := p.snapshot()
+		if state.Version == g.Version {
+			continue
+		}
+		if _, err := t.m.versions.tree(g.Version); err != nil {
+			errs = append(errs, fmt.Errorf("generation %d stays at version %s: %w", g.Generation, state.Version, err))
+			possible[i].Version = state.Version
+		}
+	}
+	return possible, errors.Join(errs...)
 }
 
 func (t *tenant) process(generation int) *process {

@@ -27,6 +27,8 @@ type NodeProxySpec struct {
 type NodeTenant struct {
 	// Name of the tenant: of the namespace, or with what else the tenant is made
 	// of ("team-a.sa.reviews").
+	// +kubebuilder:validation:Pattern=`^(_node|[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.(sa|pod)\.[a-z0-9]([-.a-z0-9]*[a-z0-9])?)?)$`
+	// +kubebuilder:validation:MaxLength=330
 	Name string `json:"name"`
 	// Version of Envoy.
 	Version string `json:"version"`
