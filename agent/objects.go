@@ -79,9 +79,13 @@ func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
 		a.log.Error("NodeProxy has parts that make no sense", "error", err)
 	}
 	a.mu.Lock()
+	// The agent's own status comes back as an event as well.
+	same := a.planKnown && a.plan.generation == p.generation && a.plan.uid == p.uid
 	a.plan, a.planKnown, a.planError = p, true, problem
 	a.mu.Unlock()
-	a.wake()
+	if !same {
+		a.wake()
+	}
 }
 
 func (a *Agent) setMembership(m *corev1.ConfigMap, deleted bool) {

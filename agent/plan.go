@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 
+	"k8s.io/apimachinery/pkg/types"
+
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
@@ -14,7 +16,8 @@ import (
 
 // plan is what should run on the node.
 type plan struct {
-	// generation of the NodeProxy that it was made from.
+	// uid and generation of the NodeProxy that it was made from.
+	uid        types.UID
 	generation int64
 	tenants    []tenantPlan
 	pods       []identity.Pod
@@ -34,7 +37,7 @@ type tenantPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{generation: np.Generation}
+	p := plan{uid: np.UID, generation: np.Generation}
 	var errs []error
 	known := map[string]model.Tenant{}
 	for _, t := range np.Spec.Tenants {

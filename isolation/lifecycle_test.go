@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 func TestKilledProxyComesBack(t *testing.T) {
@@ -51,11 +53,27 @@ func TestKilledProxyComesBack(t *testing.T) {
 
 func TestGenerationsAndDelete(t *testing.T) {
 	n := newNode(t)
+	var changes atomic.Int32
+	n.o.Changed = func(name model.Tenant) {
+		if name == tenantA {
+			changes.Add(1)
+		}
+	}
 	m := n.open()
 	first := n.run(m, tenantA, Limits{})
 	b := n.run(m, tenantB, Limits{})
+	spec := Spec{Tenant: tenantA, MTU: 1400, Generations: []Generation{{1, dist.Default}}}
+	for range 2 {
+		changes.Store(0)
+		if err := m.Update(t.Context(), spec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if changes.Load() != 0 {
+		t.Error("an update that changed nothing was told as a change: who repeats it on each change would never end")
+	}
 	n.serveXDS(m, tenantA, 2)
-	spec := Spec{Tenant: tenantA, MTU: 1400, Generations: []Generation{{1, dist.Default}, {2, dist.Default}}}
+	spec.Generations = append(spec.Generations, Generation{2, dist.Default})
 	if err := m.Update(t.Context(), spec); err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -317,6 +318,7 @@ func (m *Manager) Update(ctx context.Context, s Spec) error {
 		return err
 	}
 	defer t.op.Unlock()
+	before := t.state()
 	if err = ctx.Err(); err == nil {
 		if err = t.prepare(s.MTU); err == nil {
 			err = t.update(ctx, s)
@@ -326,7 +328,10 @@ func (m *Manager) Update(ctx context.Context, s Spec) error {
 		err = fmt.Errorf("update bulkhead of %s: %w", s.Tenant, err)
 	}
 	t.setProblem(err)
-	t.changed()
+	// Whoever repeats what is so already must not be woken by it, to repeat it.
+	if !reflect.DeepEqual(before, t.state()) {
+		t.changed()
+	}
 	return err
 }
 
