@@ -23,8 +23,13 @@ const (
 // adminGet asks Envoy's admin interface, inside of the tenant's network
 // namespace, where its abstract socket is.
 func adminGet(ctx context.Context, netns string, generation int, path string, limit int64) ([]byte, error) {
+	return adminAsk(ctx, netns, generation, http.MethodGet, path, adminTimeout, limit)
+}
+
+// adminAsk returns ErrTooLarge if the answer has more than limit bytes.
+func adminAsk(ctx context.Context, netns string, generation int, method, path string, timeout time.Duration, limit int64) ([]byte, error) {
 	client := &http.Client{
-		Timeout: adminTimeout,
+		Timeout: timeout,
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(context.Context, string, string) (net.Conn, error) {
@@ -33,7 +38,7 @@ func adminGet(ctx context.Context, netns string, generation int, path string, li
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy/"+strings.TrimPrefix(path, "/"), nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://envoy/"+strings.TrimPrefix(path, "/"), nil)
 	if err != nil {
 		return nil, fmt.Errorf("ask Envoy: %w", err)
 	}
@@ -42,12 +47,15 @@ func adminGet(ctx context.Context, netns string, generation int, path string, li
 		return nil, fmt.Errorf("ask Envoy: %w", err)
 	}
 	defer res.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(res.Body, limit))
+	body, err := io.ReadAll(io.LimitReader(res.Body, limit+1))
 	if err != nil {
 		return nil, fmt.Errorf("ask Envoy: %w", err)
 	}
 	if res.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("ask Envoy for %s: %s", path, res.Status)
+		return nil, fmt.Errorf("ask Envoy for %s: %s: %.200q", path, res.Status, body)
+	}
+	if int64(len(body)) > limit {
+		return nil, fmt.Errorf("ask Envoy for %s: %w: more than %d bytes", path, ErrTooLarge, limit)
 	}
 	return body, nil
 }

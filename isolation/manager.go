@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -33,6 +34,12 @@ type Spec struct {
 	Limits Limits
 	// Generations that should run, side by side.
 	Generations []Generation
+	// Drain is for how long a generation that is no longer among them may finish
+	// its connections; it ends as soon as it has none. The caller has led new
+	// connections elsewhere before. 0 ends it at once. A generation that drains
+	// keeps the deadline that it got, over restarts of the manager too; without
+	// Drain in a later Update it ends then.
+	Drain time.Duration
 }
 
 // Manager owns all bulkheads of a node. There must be one per RunDir. Safe for
@@ -113,7 +120,10 @@ func (m *Manager) supervise(p *process) {
 		close(p.done)
 		return
 	}
-	m.wg.Go(func() { p.run(m.ctx) })
+	m.wg.Go(func() {
+		p.run(m.ctx)
+		p.tenant.drained(p)
+	})
 }
 
 // adoptAll takes over every tenant that has a whole state and removes the rest.
@@ -180,7 +190,7 @@ func (m *Manager) adoptAll() error {
 }
 
 func (m *Manager) adopt(s tenantState, name model.Tenant) error {
-	t := &tenant{m: m, name: name, file: fileName(name), index: s.Index, mtu: s.MTU, limits: s.Limits}
+	t := &tenant{m: m, name: name, file: fileName(name), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills}
 	if err := m.indexes.reserve(t.file, s.Index); err != nil {
 		return err
 	}
@@ -195,13 +205,27 @@ func (m *Manager) adopt(s tenantState, name model.Tenant) error {
 		}
 		if r == nil {
 			if ps.PID != 0 {
-				ps.LastExit = "ended while no agent watched"
+				ps.Exit = Exit{PID: ps.PID, At: time.Now(), Cause: CauseUnknown, Status: "ended while no agent watched",
+					Log: lastLog(m.o.logPath(name, ps.Generation), ps.LogStart)}
+				if t.takeOOMKill() {
+					ps.Exit.Cause, ps.Exit.Status = CauseOutOfMemory, ps.Exit.Status+": out of memory"
+				}
 				ps.Restarts++
+				m.log.Warn("A proxy ended.", "tenant", name, "generation", ps.Generation, "pid", ps.PID,
+					"cause", ps.Exit.Cause, "status", ps.Exit.Status, "log", ps.Exit.Log)
+				t.ended(ps.Generation, ps.Exit)
 			}
 			ps.PID, ps.StartTicks = 0, 0
+			if !ps.DrainUntil.IsZero() {
+				continue
+			}
 		}
 		kept = append(kept, r)
-		t.processes = append(t.processes, newProcess(t, ps, r))
+		p := newProcess(t, ps, r)
+		if !ps.DrainUntil.IsZero() {
+			p.drainOnce.Do(func() { close(p.draining) })
+		}
+		t.processes = append(t.processes, p)
 	}
 	if err := m.cgroups.killOthers(t.file, keepPIDs(kept)); err != nil {
 		return err
@@ -342,6 +366,9 @@ func (m *Manager) HasVersion(version string) bool {
 }
 
 func (s Spec) validate() error {
+	if s.Drain < 0 {
+		return fmt.Errorf("drain %s: can't be negative", s.Drain)
+	}
 	if s.MTU < 0 || (s.MTU > 0 && s.MTU < 1280) {
 		return fmt.Errorf("MTU %d: at least 1280, for IPv6", s.MTU)
 	}
@@ -429,15 +456,6 @@ func (m *Manager) Kill(pid int, sig syscall.Signal) error {
 // beside it with the suffix .1.
 func (m *Manager) LogFile(name model.Tenant, generation int) string {
 	return m.o.logPath(name, generation)
-}
-
-// Admin gets a path of Envoy's admin interface, for example "/stats". What comes
-// back is the proxy's word, which may be taken over, and at most 16 MiB.
-func (m *Manager) Admin(ctx context.Context, name model.Tenant, generation int, path string) ([]byte, error) {
-	if t := m.tenant(name); t == nil || t.process(generation) == nil {
-		return nil, fmt.Errorf("ask Envoy %d of %s: %w", generation, name, errNoProcess)
-	}
-	return adminGet(ctx, m.o.netnsPath(name), generation, path, adminLimit)
 }
 
 // XDSSocket is the path, on the node, of the socket that the given generation

@@ -40,6 +40,9 @@ type Options struct {
 	// Changed is called when a tenant's State changed. It must not block and may
 	// call State. Nil for nobody.
 	Changed func(model.Tenant)
+	// Exited is called for each proxy that ended, whatever the cause, before it is
+	// started again. It must not block. Nil for nobody.
+	Exited func(t model.Tenant, generation int, e Exit)
 	// Log is where faults go that no call can return. Default slog.Default().
 	Log *slog.Logger
 }

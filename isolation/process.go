@@ -15,10 +15,6 @@ import (
 )
 
 const (
-	firstDelay = 100 * time.Millisecond
-	lastDelay  = 10 * time.Second
-	// healthyAfter is how long a process has to live for its next start to be at once.
-	healthyAfter = 30 * time.Second
 	termGrace    = 2 * time.Second
 	startTimeout = 10 * time.Second
 
@@ -39,6 +35,10 @@ type process struct {
 	// end is closed to have it ended; the manager's context ends the watching only.
 	end     chan struct{}
 	endOnce sync.Once
+	// draining is closed to have it ended once it has no connections left, or at
+	// the deadline in state.
+	draining  chan struct{}
+	drainOnce sync.Once
 	// first is closed after the first attempt to start, with what came of it in firstErr.
 	first    chan struct{}
 	firstErr error
@@ -56,7 +56,7 @@ type process struct {
 func newProcess(t *tenant, s processState, r *running) *process {
 	return &process{
 		tenant: t, state: s, running: r,
-		end: make(chan struct{}), first: make(chan struct{}), done: make(chan struct{}),
+		end: make(chan struct{}), draining: make(chan struct{}), first: make(chan struct{}), done: make(chan struct{}),
 	}
 }
 
@@ -77,6 +77,15 @@ func (p *process) run(ctx context.Context) {
 	defer close(p.done)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	watching, unwatch := context.WithCancel(ctx)
+	defer unwatch()
+	go func() {
+		select {
+		case <-p.draining:
+			unwatch()
+		case <-ctx.Done():
+		}
+	}()
 	go func() {
 		select {
 		case <-p.end:
@@ -84,7 +93,7 @@ func (p *process) run(ctx context.Context) {
 		case <-ctx.Done():
 		}
 	}()
-	delay := firstDelay
+	var delays backoff
 	for {
 		p.mu.Lock()
 		r := p.running
@@ -94,23 +103,27 @@ func (p *process) run(ctx context.Context) {
 			r, err = p.start()
 		}
 		p.attempted(err)
+		var lived time.Duration
 		if err == nil {
-			p.watch(ctx, r)
+			p.watch(watching, r)
+			if ctx.Err() == nil && watching.Err() != nil {
+				p.drain(ctx, r)
+			}
 			if ctx.Err() != nil && !r.exited() {
 				p.leave(r)
 				return
 			}
-			if time.Since(p.startedAt()) > healthyAfter {
-				delay = firstDelay
-			}
+			lived = time.Since(p.startedAt())
 			p.gone(r)
 		}
-		select {
-		case <-ctx.Done():
+		if watching.Err() != nil {
 			return
-		case <-time.After(delay):
 		}
-		delay = min(2*delay, lastDelay)
+		select {
+		case <-watching.Done():
+			return
+		case <-time.After(delays.next(lived)):
+		}
 		p.mu.Lock()
 		p.state.Restarts++
 		p.mu.Unlock()
@@ -172,19 +185,37 @@ func (p *process) watch(ctx context.Context, r *running) {
 	}
 }
 
-// gone notes the end of a process.
+// gone notes the end of a process, and tells of it.
 func (p *process) gone(r *running) {
-	text := r.reap()
-	if p.tenant.outOfMemory() {
-		text += ": out of memory"
-	}
+	status := r.reap()
+	oom := p.tenant.takeOOMKill()
 	p.mu.Lock()
+	exit := Exit{PID: r.pid, At: time.Now(), Log: lastLog(p.logPath(), p.state.LogStart)}
+	exit.Cause, exit.Status = judge(status, oom, p.stopping())
 	p.running, p.live = nil, false
 	p.state.PID, p.state.StartTicks = 0, 0
-	p.state.LastExit = text
+	p.state.Exit = exit
+	generation := p.state.Generation
 	p.mu.Unlock()
 	p.persist()
+	if exit.Cause != CauseStopped {
+		p.tenant.m.log.Warn("A proxy ended.", "tenant", p.tenant.name, "generation", generation, "pid", exit.PID,
+			"cause", exit.Cause, "status", exit.Status, "log", exit.Log)
+	}
+	p.tenant.ended(generation, exit)
 	p.tenant.changed()
+}
+
+// stopping reports whether it was to end.
+func (p *process) stopping() bool {
+	for _, c := range []chan struct{}{p.end, p.draining} {
+		select {
+		case <-c:
+			return true
+		default:
+		}
+	}
+	return false
 }
 
 // leave ends the process, if that is what was asked for, or lets go of it.
@@ -242,6 +273,13 @@ func (p *process) start() (*running, error) {
 		return nil, err
 	}
 	defer log.Close()
+	info, err := log.Stat()
+	if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	p.state.LogStart = info.Size()
+	p.mu.Unlock()
 	l, err := launch(m.o.Launcher, log)
 	if err != nil {
 		return nil, err
@@ -291,7 +329,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	if err != nil {
 		return r, err
 	}
-	t.noteOutOfMemory()
+	t.forgetOOMKills()
 	p.mu.Lock()
 	p.running, p.live, p.served = r, false, false
 	p.state.PID, p.state.StartTicks, p.state.Tree, p.state.StartedAt = pid, ticks, tree, time.Now()

@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// reapWait is how long another parent may take to reap a process.
+const reapWait = 100 * time.Millisecond
+
 // running is a process that is held by its pidfd, so that signals can't reach
 // another one that got its pid.
 type running struct {
@@ -144,31 +147,31 @@ func (r *running) release() {
 	}
 }
 
-// reap says how an ended process ended.
-func (r *running) reap() string {
+// reap says how an ended process ended, as far as the kernel tells.
+func (r *running) reap() exitStatus {
 	defer r.pidfd.Close()
-	if r.child == nil {
-		// It may still be ours, of a manager that this program closed before.
-		if raw, err := r.pidfd.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) {
-				unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED|unix.WNOHANG, nil)
-			})
+	if r.child != nil {
+		state, err := r.child.Wait()
+		if err != nil {
+			return exitStatus{}
 		}
-		return "ended; its status is unknown, because another agent process had started it"
+		status, ok := state.Sys().(syscall.WaitStatus)
+		return exitStatus{ok, status}
 	}
-	state, err := r.child.Wait()
+	var s exitStatus
+	raw, err := r.pidfd.SyscallConn()
 	if err != nil {
-		return "ended; its status is unknown: " + err.Error()
+		return s
 	}
-	status, ok := state.Sys().(syscall.WaitStatus)
-	if !ok || !status.Signaled() {
-		return state.String()
-	}
-	text := "killed by " + unix.SignalName(status.Signal())
-	if status.Signal() == unix.SIGSYS {
-		text += ": a system call that isn't allowed"
-	}
-	return text
+	raw.Control(func(fd uintptr) {
+		// It may still be ours, of a manager that this program closed before.
+		unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED|unix.WNOHANG, nil)
+		// The status is there once its parent has reaped it. A parent that doesn't
+		// must not hold up the next start.
+		unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, int(reapWait/time.Millisecond))
+		s = exitOf(fd)
+	})
+	return s
 }
 
 // keepPIDs are those of ps, for killOthers.

@@ -21,6 +21,8 @@ type tenantState struct {
 	Boot      string         `json:"boot"`
 	MTU       int            `json:"mtu"`
 	Limits    Limits         `json:"limits"`
+	// OOMKills that were put down to a process.
+	OOMKills  uint64         `json:"oomKills"`
 	Processes []processState `json:"processes,omitempty"`
 }
 
@@ -35,7 +37,11 @@ type processState struct {
 	Tree      string    `json:"tree"`
 	StartedAt time.Time `json:"startedAt"`
 	Restarts  int       `json:"restarts"`
-	LastExit  string    `json:"lastExit,omitempty"`
+	Exit      Exit      `json:"exit"`
+	// LogStart is where in the log it began.
+	LogStart int64 `json:"logStart"`
+	// DrainUntil isn't zero once it is to end: then at the latest.
+	DrainUntil time.Time `json:"drainUntil,omitzero"`
 }
 
 // readState refuses what isn't whole: the caller removes what belongs to it.

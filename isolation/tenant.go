@@ -44,8 +44,13 @@ type Process struct {
 	StartedAt time.Time
 	// Restarts since the generation began.
 	Restarts int
-	// LastExit is how the one before ended, "" if there was none.
+	// LastExit is how the one before ended, "" if there was none: Exit.Status.
 	LastExit string
+	// Exit says more about it.
+	Exit Exit
+	// DrainUntil isn't zero while the process finishes its connections because its
+	// generation isn't wanted any more: it ends then at the latest.
+	DrainUntil time.Time
 }
 
 // State is what is, as far as the kernel and the processes say.
@@ -78,7 +83,7 @@ type tenant struct {
 	link      link
 	problem   string
 	processes []*process
-	// oomKills is the kernel's count when the last process was started.
+	// oomKills is how many of the kernel's count were put down to a process.
 	oomKills uint64
 }
 
@@ -121,7 +126,7 @@ func (t *tenant) persist() error {
 	t.saving.Lock()
 	defer t.saving.Unlock()
 	t.mu.Lock()
-	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits}
+	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits, OOMKills: t.oomKills}
 	t.mu.Unlock()
 	for _, p := range t.list() {
 		state, _, _ := p.snapshot()
@@ -130,18 +135,41 @@ func (t *tenant) persist() error {
 	return writeState(t.m.o.statePath(t.name), s)
 }
 
-func (t *tenant) noteOutOfMemory() {
+// forgetOOMKills is called before a start: while nothing else runs, kills until
+// now belong to processes that are gone.
+func (t *tenant) forgetOOMKills() {
+	for _, p := range t.list() {
+		p.mu.Lock()
+		runs := p.running != nil
+		p.mu.Unlock()
+		if runs {
+			return
+		}
+	}
 	n := t.m.cgroups.oomKills(t.file)
 	t.mu.Lock()
 	t.oomKills = n
 	t.mu.Unlock()
 }
 
-func (t *tenant) outOfMemory() bool {
+// takeOOMKill reports whether the kernel killed one more process of the tenant
+// than was asked for here: each kill is put down to one process.
+func (t *tenant) takeOOMKill() bool {
 	n := t.m.cgroups.oomKills(t.file)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return n > t.oomKills
+	if n <= t.oomKills {
+		t.oomKills = n
+		return false
+	}
+	t.oomKills++
+	return true
+}
+
+func (t *tenant) ended(generation int, e Exit) {
+	if t.m.o.Exited != nil {
+		t.m.o.Exited(t.name, generation, e)
+	}
 }
 
 func (t *tenant) bulkhead() Bulkhead {
@@ -164,7 +192,8 @@ func (t *tenant) state() State {
 		ps, live, problem := p.snapshot()
 		s.Processes = append(s.Processes, Process{
 			Generation: ps.Generation, Version: ps.Version, PID: ps.PID, StartTicks: ps.StartTicks,
-			Live: live, StartedAt: ps.StartedAt, Restarts: ps.Restarts, LastExit: ps.LastExit,
+			Live: live, StartedAt: ps.StartedAt, Restarts: ps.Restarts, LastExit: ps.Exit.Status, Exit: ps.Exit,
+			DrainUntil: ps.DrainUntil,
 		})
 		problems = append(problems, problem)
 	}
@@ -215,7 +244,7 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	errs := []error{t.m.cgroups.limit(t.file, s.Limits)}
 	generations, err := t.possible(s.Generations)
 	errs = append(errs, err)
-	t.removeUnwanted(generations)
+	t.removeUnwanted(generations, s.Drain)
 	var started []*process
 	for _, g := range generations {
 		if p := t.process(g.Generation); p != nil {
@@ -280,29 +309,43 @@ func (t *tenant) process(generation int) *process {
 }
 
 // removeUnwanted ends generations that aren't wanted, or with another version.
-func (t *tenant) removeUnwanted(wanted []Generation) {
+// One that isn't wanted at all has drain for its connections; the others have to
+// make room at once.
+func (t *tenant) removeUnwanted(wanted []Generation, drain time.Duration) {
 	var ended sync.WaitGroup
 	var kept []int
 	for _, p := range t.list() {
 		state, _, _ := p.snapshot()
-		if slices.Contains(wanted, Generation{state.Generation, state.Version}) {
+		if state.DrainUntil.IsZero() && slices.Contains(wanted, Generation{state.Generation, state.Version}) {
+			kept = append(kept, state.Generation)
+			continue
+		}
+		again := slices.ContainsFunc(wanted, func(g Generation) bool { return g.Generation == state.Generation })
+		if drain > 0 && !again && t.startDrain(p, drain) {
 			kept = append(kept, state.Generation)
 			continue
 		}
 		ended.Go(func() {
 			p.stop()
-			t.mu.Lock()
-			t.processes = slices.DeleteFunc(t.processes, func(other *process) bool { return other == p })
-			t.mu.Unlock()
-			if !slices.ContainsFunc(wanted, func(g Generation) bool { return g.Generation == state.Generation }) {
-				if err := os.RemoveAll(t.m.o.xdsDir(t.name, state.Generation)); err != nil {
-					t.m.log.Warn("Can't remove folder of an xDS socket.", "tenant", t.name, "error", err)
-				}
-			}
+			t.forget(p, !again)
 		})
 	}
 	ended.Wait()
 	t.m.o.pruneLogs(t.name, kept)
+}
+
+// forget drops a process that has ended, and the folder of its socket unless the
+// next one of that generation wants it.
+func (t *tenant) forget(p *process, removeDir bool) {
+	t.mu.Lock()
+	t.processes = slices.DeleteFunc(t.processes, func(other *process) bool { return other == p })
+	t.mu.Unlock()
+	if !removeDir {
+		return
+	}
+	if err := os.RemoveAll(t.m.o.xdsDir(t.name, p.state.Generation)); err != nil {
+		t.m.log.Warn("Can't remove folder of an xDS socket.", "tenant", t.name, "error", err)
+	}
 }
 
 // checkNetns kills a process whose network namespace was taken away from under
@@ -317,7 +360,7 @@ func (t *tenant) checkNetns(p *process) {
 
 // remove ends and removes everything. The caller holds op.
 func (t *tenant) remove() error {
-	t.removeUnwanted(nil)
+	t.removeUnwanted(nil, 0)
 	t.mu.Lock()
 	index := t.index
 	t.mu.Unlock()

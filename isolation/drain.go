@@ -1,0 +1,117 @@
+package isolation
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	drainFirst = 50 * time.Millisecond
+	drainLast  = time.Second
+)
+
+// startDrain has the process finish its connections by itself, and returns false
+// if there are none to finish.
+func (t *tenant) startDrain(p *process, d time.Duration) bool {
+	p.mu.Lock()
+	served := p.served || p.live
+	if p.running == nil || !served {
+		p.mu.Unlock()
+		return false
+	}
+	if p.state.DrainUntil.IsZero() {
+		p.state.DrainUntil = time.Now().Add(d)
+	}
+	p.mu.Unlock()
+	// The deadline is on disk first: who is killed now doesn't prolong it.
+	p.persist()
+	p.drainOnce.Do(func() { close(p.draining) })
+	return true
+}
+
+// drain asks Envoy to take its leave of all clients, and returns when the process
+// has ended, because nothing was left or at the deadline, or ctx is over.
+func (p *process) drain(ctx context.Context, r *running) {
+	p.mu.Lock()
+	until, generation := p.state.DrainUntil, p.state.Generation
+	p.served = true
+	p.mu.Unlock()
+	netns := p.tenant.netns()
+	asked := false
+	for interval := drainFirst; time.Now().Before(until); interval = min(2*interval, drainLast) {
+		if !asked {
+			// HTTP/2 peers, the ends of tunnels, get a GOAWAY and connect elsewhere.
+			_, err := adminAsk(ctx, netns, generation, http.MethodPost, "/drain_listeners?graceful", adminTimeout, 64)
+			asked = err == nil
+		}
+		if n, err := connections(ctx, netns, generation); asked && err == nil && n == 0 {
+			break
+		}
+		if r.wait(ctx, min(interval, time.Until(until))) || ctx.Err() != nil {
+			return
+		}
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if err := r.terminate(termGrace); err != nil {
+		p.tenant.m.log.Error("Can't end a proxy.", "tenant", p.tenant.name, "error", err)
+	}
+}
+
+// connections counts what Envoy's listeners have open, internal ones too. Its own
+// word is enough: a proxy that lies lives until the deadline at most.
+func connections(ctx context.Context, netns string, generation int) (int, error) {
+	filter := url.QueryEscape(`^listener\..*downstream_cx_active$`)
+	body, err := adminGet(ctx, netns, generation, "/stats?type=Gauges&filter="+filter, adminLimit)
+	if err != nil {
+		return 0, err
+	}
+	total, found := 0, false
+	for line := range strings.Lines(string(body)) {
+		name, value, ok := strings.Cut(strings.TrimSpace(line), ": ")
+		// The question is a connection itself.
+		if !ok || strings.HasPrefix(name, "listener.admin.") {
+			continue
+		}
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return 0, fmt.Errorf("count connections: %q", line)
+		}
+		total, found = total+n, true
+	}
+	if !found {
+		return 0, fmt.Errorf("count connections: Envoy has no listener, or its statistics are off")
+	}
+	return total, nil
+}
+
+// drained forgets a process that drained and has ended.
+func (t *tenant) drained(p *process) {
+	p.mu.Lock()
+	over := !p.state.DrainUntil.IsZero() && p.state.PID == 0
+	p.mu.Unlock()
+	if !over {
+		return
+	}
+	t.op.Lock()
+	defer t.op.Unlock()
+	mine, others := false, false
+	for _, other := range t.list() {
+		mine = mine || other == p
+		others = others || other != p && other.state.Generation == p.state.Generation
+	}
+	if t.deleted || !mine {
+		return
+	}
+	t.forget(p, !others)
+	if err := t.persist(); err != nil {
+		t.m.log.Error("Can't keep the state of a tenant.", "tenant", t.name, "error", err)
+	}
+	t.changed()
+}
