@@ -283,7 +283,7 @@ func (c *cgroups) tenants() []string {
 			continue
 		}
 		for _, e := range entries {
-			if e.IsDir() && !slices.Contains(names, e.Name()) {
+			if e.IsDir() && e.Name() != textCgroup && !slices.Contains(names, e.Name()) {
 				names = append(names, e.Name())
 			}
 		}
@@ -293,6 +293,9 @@ func (c *cgroups) tenants() []string {
 
 // removeAll removes the folder of all tenants, once they are gone.
 func (c *cgroups) removeAll() error {
+	if err := c.remove(textCgroup); err != nil {
+		return err
+	}
 	var errs []error
 	for _, h := range c.hierarchies {
 		dir := filepath.Join(h.mount, c.name)

@@ -99,10 +99,10 @@ func judge(s exitStatus, oom, stopped bool) (Cause, string) {
 
 // pidfdInfo is the kernel's struct pidfd_info in its first version.
 type pidfdInfo struct {
-	mask, cgroup                                uint64
-	pid, tgid, ppid                             uint32
+	mask, cgroup                                 uint64
+	pid, tgid, ppid                              uint32
 	ruid, rgid, euid, egid, suid, sgid, fsu, fsg uint32
-	exitCode                                    int32
+	exitCode                                     int32
 }
 
 const (

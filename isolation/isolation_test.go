@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -60,7 +61,9 @@ func newNode(t *testing.T) *node {
 	}
 	n := &node{t, Options{
 		RunDir: filepath.Join(dir, "run"), LibDir: filepath.Join(dir, "lib"), EnvoyDir: filepath.Dir(envoy.Dir),
-		CgroupName: "bhtest-isolation", LinkPrefix: "bhi", Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		// Another run of these tests, or an agent, may be on this machine.
+		CgroupName: fmt.Sprintf("bhtest-%d", os.Getpid()), LinkPrefix: "b" + strconv.FormatInt(int64(os.Getpid()), 36) + "x",
+		UIDBase: uint32(1_000_000_000 + os.Getpid()%100_000*8192), Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}}
 	t.Cleanup(func() {
 		if err := Uninstall(n.o); err != nil {
@@ -92,7 +95,7 @@ func (n *node) wantNothingLeft() {
 		n.t.Fatal(err)
 	}
 	for _, l := range links {
-		if strings.HasPrefix(l.Attrs().Name, "bhi") {
+		if strings.HasPrefix(l.Attrs().Name, n.o.LinkPrefix) {
 			n.t.Errorf("link %s is left", l.Attrs().Name)
 		}
 	}
@@ -103,7 +106,7 @@ func (n *node) wantNothingLeft() {
 	if strings.Contains(string(mounts), n.o.RunDir+"/netns") {
 		n.t.Error("network namespaces are left mounted")
 	}
-	cgroups, err := filepath.Glob("/sys/fs/cgroup/*/bhtest-isolation*")
+	cgroups, err := filepath.Glob("/sys/fs/cgroup/*/" + n.o.CgroupName)
 	if err != nil || len(cgroups) > 0 {
 		n.t.Errorf("cgroups are left: %v %v", cgroups, err)
 	}
@@ -112,17 +115,32 @@ func (n *node) wantNothingLeft() {
 			n.t.Errorf("%s is left", dir)
 		}
 	}
-	procs, err := filepath.Glob("/proc/[0-9]*/status")
+	for _, pid := range n.processes() {
+		n.t.Errorf("process %d is left", pid)
+	}
+}
+
+// processes are those that run with a uid of the node's tenants.
+func (n *node) processes() (pids []int) {
+	n.t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/status")
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	for _, status := range procs {
-		data, err := os.ReadFile(status)
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		var uid uint32
+		for line := range strings.Lines(string(data)) {
+			fmt.Sscanf(line, "Uid:\t%d", &uid)
+		}
 		// A child of a closed manager stays a zombie of this program.
-		if err == nil && strings.Contains(string(data), "Uid:\t19000000") && !strings.Contains(string(data), "State:\tZ") {
-			n.t.Errorf("a process is left: %s\n%s", status, data)
+		if err == nil && uid > n.o.UIDBase && uid <= n.o.UIDBase+maxIndex && !strings.Contains(string(data), "State:\tZ") {
+			var pid int
+			fmt.Sscanf(file, "/proc/%d", &pid)
+			pids = append(pids, pid)
 		}
 	}
+	return pids
 }
 
 // serveXDS answers on the generation's socket with nothing to configure.

@@ -124,7 +124,7 @@ func TestGenerationsAndDelete(t *testing.T) {
 		t.Error("a process is left")
 	}
 	paths := append(m.cgroups.dirs("bhi-a"), s.Netns, n.o.RunDir+"/state/bhi-a", n.o.RunDir+"/tenants/bhi-a", n.o.LibDir+"/log/bhi-a",
-		fmt.Sprintf("/sys/class/net/bhi%d", s.Index))
+		"/sys/class/net/"+n.o.linkName(s.Index))
 	for _, path := range paths {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", path, err)
@@ -162,8 +162,8 @@ func TestCloseAndOpenAdopts(t *testing.T) {
 	if err := m.Kill(a.PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	if again := n.waitLive(m, tenantA, a.PID); !strings.Contains(again.LastExit, "unknown") {
-		t.Errorf("last exit of an adopted process: %q", again.LastExit)
+	if again := n.waitLive(m, tenantA, a.PID); again.Exit.Cause != CauseKilled {
+		t.Errorf("last exit of an adopted process: %+v", again.Exit)
 	}
 }
 
@@ -176,7 +176,7 @@ func TestManagerIsKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	warm.Close()
-	options, err := json.Marshal(managed{n.o.RunDir, n.o.LibDir, n.o.EnvoyDir})
+	options, err := json.Marshal(n.managed())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,7 +233,14 @@ func (n *node) waitRunning(m *Manager) {
 }
 
 // managed are the options that manage can be given.
-type managed struct{ RunDir, LibDir, EnvoyDir string }
+type managed struct {
+	RunDir, LibDir, EnvoyDir, CgroupName, LinkPrefix string
+	UIDBase                                          uint32
+}
+
+func (n *node) managed() managed {
+	return managed{n.o.RunDir, n.o.LibDir, n.o.EnvoyDir, n.o.CgroupName, n.o.LinkPrefix, n.o.UIDBase}
+}
 
 // manage is a manager in a process of its own.
 func manage(options string) {
@@ -241,7 +248,8 @@ func manage(options string) {
 	err := json.Unmarshal([]byte(options), &o)
 	if err == nil {
 		var m *Manager
-		m, err = Open(Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir, CgroupName: "bhtest-isolation", LinkPrefix: "bhi"})
+		m, err = Open(Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir,
+			CgroupName: o.CgroupName, LinkPrefix: o.LinkPrefix, UIDBase: o.UIDBase})
 		if err == nil {
 			err = m.Update(context.Background(), Spec{Tenant: tenantA, Generations: []Generation{{1, dist.Default}}})
 		}

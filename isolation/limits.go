@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Limits of a tenant, over all its generations. 0 is no limit.
@@ -18,7 +20,8 @@ type Limits struct {
 	// CPUMillis is the quota in thousandths of a CPU; at least 10.
 	CPUMillis int64
 	// MemoryHigh in bytes: beyond it the kernel takes memory back and slows the
-	// tenant. Version 1 has only the wish for it (memory.soft_limit_in_bytes).
+	// tenant. Version 1 has only the wish for it (memory.soft_limit_in_bytes): State
+	// says so in Unenforced.
 	MemoryHigh int64
 	// MemoryMax in bytes: beyond it the kernel kills.
 	MemoryMax int64
@@ -125,12 +128,32 @@ func (c *cgroups) limit(tenant string, l Limits) error {
 		}
 		for _, s := range l.settings(controller, v2) {
 			err := writeFile(filepath.Join(dir, s.file), s.value)
-			if err != nil && !(s.optional && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission))) {
+			if err != nil && !(s.optional && notThere(err)) {
 				errs = append(errs, fmt.Errorf("limit %s of %s to %s: %w", controller, tenant, s.value, err))
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// notThere reports whether a kernel says with err that it lacks a control file.
+func notThere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EOPNOTSUPP)
+}
+
+// unenforced says which of the limits this node's cgroups don't hold as they are
+// meant.
+func (c *cgroups) unenforced(tenant string, l Limits) (told []string) {
+	for _, controller := range limiting {
+		if dir, _ := c.dir(tenant, controller); dir == "" && l.wants(controller) {
+			told = append(told, controller+": the node has no cgroup controller for it")
+		}
+	}
+	if dir, v2 := c.dir(tenant, "memory"); dir != "" && !v2 && l.MemoryHigh != 0 {
+		told = append(told, "memory high: cgroup version 1 takes it only for a wish, when the whole node is short; "+
+			"boot with cgroup version 2 to have it, or set a lower memory max")
+	}
+	return told
 }
 
 // limits reads back what the kernel enforces.

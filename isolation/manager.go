@@ -97,6 +97,7 @@ func newManager(o Options) (*Manager, error) {
 	if m.cgroups, err = openCgroups(o.CgroupRoot, o.CgroupName); err != nil {
 		return nil, err
 	}
+	m.versions.digest = m.neutralDigest
 	if m.indexes, err = openIndexes(o.LibDir); err != nil {
 		return nil, err
 	}
@@ -128,6 +129,9 @@ func (m *Manager) supervise(p *process) {
 
 // adoptAll takes over every tenant that has a whole state and removes the rest.
 func (m *Manager) adoptAll() error {
+	if err := m.cgroups.killOthers(textCgroup, nil); err != nil {
+		return err
+	}
 	entries, err := os.ReadDir(filepath.Join(m.o.RunDir, "state"))
 	if err != nil {
 		return fmt.Errorf("read states: %w", err)

@@ -341,7 +341,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	if err := t.m.cgroups.join(t.file, pid); err != nil {
 		return r, err
 	}
-	return r, l.release(config)
+	return r, l.configure(config, startTimeout)
 }
 
 // launched is a launcher's process that waits for its configuration.
@@ -382,9 +382,10 @@ func launch(command []string, log *os.File) (*launched, error) {
 	return &launched{child: child, config: configOut, failures: failuresIn}, nil
 }
 
-// release hands the configuration over and returns once it is Envoy, or why not.
-func (l *launched) release(config []byte) error {
-	if err := l.failures.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
+// configure hands the configuration over and returns what init says of it, or
+// nil when it has become something else or ended.
+func (l *launched) configure(config []byte, timeout time.Duration) error {
+	if err := l.failures.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 		return err
 	}
 	_, err := l.config.Write(config)

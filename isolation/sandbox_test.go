@@ -81,7 +81,7 @@ func TestSandbox(t *testing.T) {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(data)) {
-			if !strings.HasSuffix(strings.TrimSpace(line), "/bhtest-isolation/bhi-a") {
+			if !strings.HasSuffix(strings.TrimSpace(line), "/"+n.o.CgroupName+"/bhi-a") {
 				t.Errorf("not in a cgroup of the tenant: %s", line)
 			}
 		}

@@ -28,8 +28,10 @@ sigaltstack socket tgkill timerfd_create timerfd_settime uname write writev`
 const newNamespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET |
 	unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
 
-// families of sockets that Envoy needs; netlink to learn its own addresses.
-var families = []uint64{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
+// families of sockets that Envoy needs. Not netlink, with which a process learns
+// of links and addresses and reaches much of the kernel: Envoy asks for its own
+// address at the start and does without.
+var families = []uint64{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6}
 
 // filters are the two filters of a proxy, in the order of loading: the kernel
 // takes the stricter answer. They are two because a condition on an argument can

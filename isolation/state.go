@@ -16,11 +16,11 @@ import (
 
 // tenantState is what the next manager has to know of a tenant.
 type tenantState struct {
-	Tenant    string         `json:"tenant"`
-	Index     uint16         `json:"index"`
-	Boot      string         `json:"boot"`
-	MTU       int            `json:"mtu"`
-	Limits    Limits         `json:"limits"`
+	Tenant string `json:"tenant"`
+	Index  uint16 `json:"index"`
+	Boot   string `json:"boot"`
+	MTU    int    `json:"mtu"`
+	Limits Limits `json:"limits"`
 	// OOMKills that were put down to a process.
 	OOMKills  uint64         `json:"oomKills"`
 	Processes []processState `json:"processes,omitempty"`

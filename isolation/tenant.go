@@ -57,8 +57,11 @@ type Process struct {
 type State struct {
 	Bulkhead
 	// Limits as read back from the kernel.
-	Limits    Limits
-	Processes []Process
+	Limits Limits
+	// Unenforced says which limits the node's cgroups can't hold as they are meant,
+	// and why. It is no Problem: nothing but another node can change it.
+	Unenforced []string
+	Processes  []Process
 	// Problem is what is wrong right now, "" if nothing is.
 	Problem string
 }
@@ -184,7 +187,7 @@ func (t *tenant) bulkhead() Bulkhead {
 }
 
 func (t *tenant) state() State {
-	s := State{Bulkhead: t.bulkhead(), Limits: t.m.cgroups.limits(t.file)}
+	s := State{Bulkhead: t.bulkhead(), Limits: t.m.cgroups.limits(t.file), Unenforced: t.m.cgroups.unenforced(t.file, t.wantedLimits())}
 	t.mu.Lock()
 	problems := []string{t.problem}
 	t.mu.Unlock()

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrVersion is returned when a wanted version of Envoy isn't on the node.
@@ -25,6 +27,8 @@ var versionName = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.-]{0,63}$`)
 // concurrent use.
 type versions struct {
 	from, to string
+	// digest reads a copy, and so has its pages charged to whom it runs as.
+	digest func(tree string) (string, error)
 
 	mu    sync.Mutex
 	known map[string]knownVersion
@@ -38,8 +42,7 @@ type knownVersion struct {
 }
 
 // tree returns the folder with the version, copied and read. Reading it is not
-// only a check: the pages are then charged to the agent and not to the tenant
-// that happens to start first.
+// only a check: the pages are then charged to no tenant.
 func (v *versions) tree(version string) (string, error) {
 	if !versionName.MatchString(version) {
 		return "", fmt.Errorf("%w: %q is no version", ErrVersion, version)
@@ -81,7 +84,7 @@ func (v *versions) leftover(version string) (string, error) {
 		return "", fmt.Errorf("%w: %s is not in %s; use an agent image that has it", ErrVersion, version, v.from)
 	}
 	for _, tree := range trees {
-		digest, err := treeDigest(tree)
+		digest, err := v.digest(tree)
 		if err == nil && filepath.Base(tree) == version+"-"+digest[:12] {
 			v.known[version] = knownVersion{tree: tree}
 			return tree, nil
@@ -96,7 +99,7 @@ func (v *versions) copy(version, source string) (string, error) {
 		return "", err
 	}
 	target := filepath.Join(v.to, version+"-"+digest[:12])
-	if have, err := treeDigest(target); err == nil && have == digest {
+	if have, err := v.digest(target); err == nil && have == digest {
 		return target, nil
 	}
 	tmp, err := os.MkdirTemp(v.to, ".tmp-")
@@ -107,7 +110,7 @@ func (v *versions) copy(version, source string) (string, error) {
 	if err := copyTree(source, tmp); err != nil {
 		return "", err
 	}
-	if have, err := treeDigest(tmp); err != nil || have != digest {
+	if have, err := v.digest(tmp); err != nil || have != digest {
 		return "", errors.Join(err, errors.New("the files changed meanwhile; try again"))
 	}
 	// A damaged copy goes away; whoever runs from it keeps its files.
@@ -216,5 +219,19 @@ func copyFile(source, target string) error {
 		return err
 	}
 	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Chmod(0o755), out.Sync(), out.Close())
+	err = errors.Join(err, out.Chmod(0o755), out.Sync())
+	// Written pages are charged to this process; the next reader is to pay.
+	if err == nil {
+		err = dropCache(out)
+	}
+	return errors.Join(err, out.Close())
+}
+
+// dropCache drops a file's clean pages that nobody has mapped. On a tmpfs it does
+// nothing.
+func dropCache(f *os.File) error {
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return fmt.Errorf("drop cache of %s: %w", f.Name(), err)
+	}
+	return nil
 }
