@@ -16,6 +16,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -143,8 +145,8 @@ func (n *node) processes() (pids []int) {
 	return pids
 }
 
-// serveXDS answers on the generation's socket with nothing to configure.
-func (n *node) serveXDS(m *Manager, name model.Tenant, generation int) {
+// serveXDS answers on the generation's socket with these resources, by their names.
+func (n *node) serveXDS(m *Manager, name model.Tenant, generation int, resources map[string]proto.Message) {
 	n.t.Helper()
 	b, err := m.Prepare(n.t.Context(), name, 1400)
 	if err != nil {
@@ -167,25 +169,40 @@ func (n *node) serveXDS(m *Manager, name model.Tenant, generation int) {
 		n.t.Fatal(err)
 	}
 	s := grpc.NewServer()
-	clusterservice.RegisterAggregatedDiscoveryServiceServer(s, emptyADS{})
+	clusterservice.RegisterAggregatedDiscoveryServiceServer(s, fixedADS{resources: resources})
 	go s.Serve(l)
 	n.t.Cleanup(s.Stop)
 }
 
-type emptyADS struct {
+type fixedADS struct {
 	clusterservice.UnimplementedAggregatedDiscoveryServiceServer
+	resources map[string]proto.Message
 }
 
-func (emptyADS) DeltaAggregatedResources(stream clusterservice.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
+// DeltaAggregatedResources sends all of a type when it is first asked for.
+func (a fixedADS) DeltaAggregatedResources(stream clusterservice.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
 	for {
 		req, err := stream.Recv()
 		if err != nil {
 			return err
 		}
+		if req.ErrorDetail != nil {
+			return fmt.Errorf("%s was rejected: %s", req.TypeUrl, req.ErrorDetail.Message)
+		}
 		if req.ResponseNonce != "" {
 			continue
 		}
-		if err := stream.Send(&clusterservice.DeltaDiscoveryResponse{TypeUrl: req.TypeUrl, Nonce: "1"}); err != nil {
+		res := &clusterservice.DeltaDiscoveryResponse{TypeUrl: req.TypeUrl, Nonce: "1"}
+		for name, message := range a.resources {
+			packed, err := anypb.New(message)
+			if err != nil {
+				return err
+			}
+			if packed.TypeUrl == req.TypeUrl {
+				res.Resources = append(res.Resources, &clusterservice.Resource{Name: name, Version: "1", Resource: packed})
+			}
+		}
+		if err := stream.Send(res); err != nil {
 			return err
 		}
 	}
@@ -194,7 +211,7 @@ func (emptyADS) DeltaAggregatedResources(stream clusterservice.AggregatedDiscove
 // run starts generation 1 of the tenant and returns its live process.
 func (n *node) run(m *Manager, name model.Tenant, l Limits) Process {
 	n.t.Helper()
-	n.serveXDS(m, name, 1)
+	n.serveXDS(m, name, 1, nil)
 	err := m.Update(n.t.Context(), Spec{Tenant: name, MTU: 1400, Limits: l, Generations: []Generation{{1, dist.Default}}})
 	if err != nil {
 		n.t.Fatal(err, n.logs(m, name))

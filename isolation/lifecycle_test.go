@@ -72,7 +72,7 @@ func TestGenerationsAndDelete(t *testing.T) {
 	if changes.Load() != 0 {
 		t.Error("an update that changed nothing was told as a change: who repeats it on each change would never end")
 	}
-	n.serveXDS(m, tenantA, 2)
+	n.serveXDS(m, tenantA, 2, nil)
 	spec.Generations = append(spec.Generations, Generation{2, dist.Default})
 	if err := m.Update(t.Context(), spec); err != nil {
 		t.Fatal(err)
@@ -296,7 +296,7 @@ func TestOutOfMemory(t *testing.T) {
 	n := newNode(t)
 	m := n.open()
 	b := n.run(m, tenantB, Limits{})
-	n.serveXDS(m, tenantA, 1)
+	n.serveXDS(m, tenantA, 1, nil)
 	// Enough to become Envoy, not enough to be it.
 	err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: Limits{MemoryMax: 8 << 20}, Generations: []Generation{{1, dist.Default}}})
 	if err != nil {

@@ -290,6 +290,9 @@ func (p *process) start() (*running, error) {
 		if r != nil {
 			err = errors.Join(err, r.kill())
 			r.reap()
+			if t.takeOOMKill() {
+				err = fmt.Errorf("%w: out of memory", err)
+			}
 		} else {
 			l.child.Kill()
 			l.child.Wait()
