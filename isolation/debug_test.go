@@ -138,6 +138,13 @@ func TestDebug(t *testing.T) {
 			}
 		}
 	})
+	t.Run("all paths", func(t *testing.T) {
+		for _, path := range adminPaths {
+			if _, err := m.Admin(t.Context(), tenantA, 1, path); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+	})
 	t.Run("nothing else", func(t *testing.T) {
 		for _, path := range []string{
 			"/quitquitquit", "/drain_listeners", "/healthcheck/fail", "/reset_counters", "/runtime_modify?a=b", "/logging?level=off",

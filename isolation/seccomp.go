@@ -11,11 +11,11 @@ import (
 
 // allowed is what Envoy calls, from start to end, with HTTP/1, HTTP/2, mTLS, TCP
 // and on-demand configuration. Anything else ends the process. nanosleep is for
-// the Go runtime between filter and exec.
+// the Go runtime between filter and exec, getcwd for a heap profile.
 const allowed = `
 accept4 access arch_prctl bind brk clock_gettime clock_nanosleep close connect dup
 epoll_create1 epoll_ctl epoll_pwait epoll_wait eventfd2 execve exit exit_group fcntl fstat futex
-getegid geteuid getgid getpeername getpid getrandom getsockname getsockopt gettid getuid ioctl
+getcwd getegid geteuid getgid getpeername getpid getrandom getsockname getsockopt gettid getuid ioctl
 listen lseek madvise mincore mmap mprotect mremap munmap nanosleep newfstatat openat
 pipe2 prctl pread64 prlimit64 read readlink readv recvfrom recvmsg restart_syscall rseq rt_sigaction
 rt_sigprocmask rt_sigreturn sched_getaffinity sched_getparam sched_getscheduler
