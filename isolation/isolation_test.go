@@ -31,6 +31,8 @@ func TestMain(m *testing.M) {
 			SandboxInit()
 		case "manage":
 			manage(os.Args[2])
+		case "churn":
+			churn(os.Args[2])
 		case "filtered":
 			filtered(os.Args[2])
 		}

@@ -242,17 +242,20 @@ func (n *node) managed() managed {
 	return managed{n.o.RunDir, n.o.LibDir, n.o.EnvoyDir, n.o.CgroupName, n.o.LinkPrefix, n.o.UIDBase}
 }
 
+func openManaged(options string) (*Manager, error) {
+	var o managed
+	if err := json.Unmarshal([]byte(options), &o); err != nil {
+		return nil, err
+	}
+	return Open(Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir,
+		CgroupName: o.CgroupName, LinkPrefix: o.LinkPrefix, UIDBase: o.UIDBase})
+}
+
 // manage is a manager in a process of its own.
 func manage(options string) {
-	var o managed
-	err := json.Unmarshal([]byte(options), &o)
+	m, err := openManaged(options)
 	if err == nil {
-		var m *Manager
-		m, err = Open(Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir,
-			CgroupName: o.CgroupName, LinkPrefix: o.LinkPrefix, UIDBase: o.UIDBase})
-		if err == nil {
-			err = m.Update(context.Background(), Spec{Tenant: tenantA, Generations: []Generation{{1, dist.Default}}})
-		}
+		err = m.Update(context.Background(), Spec{Tenant: tenantA, Generations: []Generation{{1, dist.Default}}})
 	}
 	if err != nil {
 		fmt.Println(err)
