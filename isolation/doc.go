@@ -22,6 +22,14 @@
 // line what is left can be found by the next manager.
 //
 // Processes belong to no manager: Close leaves them running and Open adopts them
-// by pid, start time and cgroup. An adopted process is watched through its pidfd;
-// its exit status is not known, since it is somebody else's child.
+// by pid, start time and cgroup. An adopted process is watched through its pidfd,
+// which since Linux 6.15 also tells how it ended; before, only a kill for lack of
+// memory is known of somebody else's child.
+//
+// A generation that isn't wanted any more drains: Envoy takes its leave of its
+// clients, and the process ends with the last connection or at a deadline that
+// is in the state, whichever manager is there by then.
+//
+// Envoy's files are read by a process in the cgroup "_envoy", beside those of the
+// tenants, so that its text, which all share, is charged to no tenant.
 package isolation

@@ -2,6 +2,7 @@ package isolation
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -15,12 +16,15 @@ const (
 	drainLast  = time.Second
 )
 
+// errNoStats also is what a proxy without listeners gets: it waits for its
+// deadline, since nobody can tell.
+var errNoStats = errors.New("count connections: Envoy has no listener, or its statistics are off")
+
 // startDrain has the process finish its connections by itself, and returns false
 // if there are none to finish.
 func (t *tenant) startDrain(p *process, d time.Duration) bool {
 	p.mu.Lock()
-	served := p.served || p.live
-	if p.running == nil || !served {
+	if p.running == nil || !p.state.Served {
 		p.mu.Unlock()
 		return false
 	}
@@ -39,7 +43,6 @@ func (t *tenant) startDrain(p *process, d time.Duration) bool {
 func (p *process) drain(ctx context.Context, r *running) {
 	p.mu.Lock()
 	until, generation := p.state.DrainUntil, p.state.Generation
-	p.served = true
 	p.mu.Unlock()
 	netns := p.tenant.netns()
 	asked := false
@@ -86,7 +89,7 @@ func connections(ctx context.Context, netns string, generation int) (int, error)
 		total, found = total+n, true
 	}
 	if !found {
-		return 0, fmt.Errorf("count connections: Envoy has no listener, or its statistics are off")
+		return 0, errNoStats
 	}
 	return total, nil
 }

@@ -168,13 +168,40 @@ func TestDrain(t *testing.T) {
 			t.Error(err)
 		}
 		m = n.open()
-		if now := draining(p.PID).DrainUntil; !now.Equal(until) {
-			t.Errorf("the deadline is %s, was %s", now, until)
+		for range 2 {
+			if now := draining(p.PID).DrainUntil; !now.Equal(until) {
+				t.Errorf("the deadline is %s, was %s", now, until)
+			}
+			// Neither another manager nor another update prolongs it.
+			if err := m.Update(t.Context(), Spec{Tenant: tenantA, Generations: both.Generations[1:], Drain: time.Hour}); err != nil {
+				t.Fatal(err)
+			}
 		}
 		c.Close()
 		n.await(m, tenantA, "drained and didn't end", gone)
 	})
-	t.Run("not asked for", func(t *testing.T) {
+	t.Run("adopted", func(t *testing.T) {
+		n.serveXDS(m, tenantA, 1, echoListener(t))
+		if err := m.Update(t.Context(), both); err != nil {
+			t.Fatal(err)
+		}
+		s := n.await(m, tenantA, "isn't live", func(s State) bool {
+			return len(s.Processes) == 2 && s.Processes[0].Live && s.Processes[1].Live
+		})
+		c := dialInside(t, s.Netns)
+		m.Close()
+		m = n.open()
+		// At once: the manager hasn't seen it live itself.
+		if err := m.Update(t.Context(), Spec{Tenant: tenantA, Generations: both.Generations[1:], Drain: 5 * time.Minute}); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.echo("after adoption"); err != nil {
+			t.Errorf("a connection of an adopted proxy that drains: %v", err)
+		}
+		c.Close()
+		n.await(m, tenantA, "drained and didn't end", gone)
+	})
+	t.Run("wanted again", func(t *testing.T) {
 		n.serveXDS(m, tenantA, 1, echoListener(t))
 		_, p := begin(5 * time.Minute)
 		draining(p.PID)

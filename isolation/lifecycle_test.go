@@ -30,6 +30,9 @@ func TestKilledProxyComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := n.waitLive(m, tenantA, a.PID)
+	// TestBackoff says that the first try is due within 250 ms; how late a busy
+	// machine is, is only to be read here.
+	t.Logf("ended %s after the signal, was started again %s later", again.Exit.At.Sub(killed), again.StartedAt.Sub(again.Exit.At))
 	if d := again.StartedAt.Sub(killed); d > time.Second {
 		t.Errorf("was started again after %s", d)
 	}

@@ -48,8 +48,6 @@ type process struct {
 	state   processState
 	running *running
 	live    bool
-	// served says that the running process was live once.
-	served  bool
 	problem string
 }
 
@@ -162,9 +160,12 @@ func (p *process) watch(ctx context.Context, r *running) {
 			return
 		}
 		p.mu.Lock()
-		changed := p.live != live
-		p.live, p.served = live, p.served || live
+		changed, first := p.live != live, live && !p.state.Served
+		p.live, p.state.Served = live, p.state.Served || live
 		p.mu.Unlock()
+		if first {
+			p.persist()
+		}
 		if changed {
 			p.tenant.changed()
 		}
@@ -223,7 +224,7 @@ func (p *process) leave(r *running) {
 	select {
 	case <-p.end:
 		p.mu.Lock()
-		served := p.served
+		served := p.state.Served
 		p.mu.Unlock()
 		end := r.kill
 		if served {
@@ -334,7 +335,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	}
 	t.forgetOOMKills()
 	p.mu.Lock()
-	p.running, p.live, p.served = r, false, false
+	p.running, p.live, p.state.Served = r, false, false
 	p.state.PID, p.state.StartTicks, p.state.Tree, p.state.StartedAt = pid, ticks, tree, time.Now()
 	p.mu.Unlock()
 	// From here on a crash leaves a process that the next manager knows.

@@ -37,7 +37,9 @@ type processState struct {
 	Tree      string    `json:"tree"`
 	StartedAt time.Time `json:"startedAt"`
 	Restarts  int       `json:"restarts"`
-	Exit      Exit      `json:"exit"`
+	// Served says that it was live once, and so may have connections.
+	Served bool `json:"served"`
+	Exit   Exit `json:"exit"`
 	// LogStart is where in the log it began.
 	LogStart int64 `json:"logStart"`
 	// DrainUntil isn't zero once it is to end: then at the latest.
