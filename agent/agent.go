@@ -12,11 +12,9 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/chain"
-	"github.com/bulkhead-mesh/bulkhead/agent/cni"
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/agent/uplink"
@@ -33,11 +31,10 @@ type process struct {
 	startTicks uint64
 }
 
-// Agent is a node's agent. New makes one, Run runs it.
+// Agent is a node's agent. Run runs one by what Kubernetes says, RunPlan by a file.
 type Agent struct {
-	o    Options
-	log  *slog.Logger
-	kube client.WithWatch
+	o   Options
+	log *slog.Logger
 
 	bulkheads  *isolation.Manager
 	datapath   *bpf.Datapath
@@ -45,10 +42,12 @@ type Agent struct {
 	relay      *relay.Relay
 	operator   nodev1alpha1.NodeServiceClient
 	roots      *uplink.Roots
-	keeper     *chain.Keeper
 	sandboxes  *sandboxes
-	members    *membership
-	status     *statusWriter
+	// With Kubernetes only.
+	kube    client.WithWatch
+	keeper  *chain.Keeper
+	members *membership
+	status  *statusWriter
 
 	woken chan struct{}
 
@@ -67,43 +66,20 @@ type Agent struct {
 	daemonSetGone, namespaceGone bool
 }
 
-// Run runs the node's agent until ctx ends. What it made goes on without it,
-// unless its DaemonSet is being deleted: then all of it is removed. config is how
-// to reach the API server.
-func Run(ctx context.Context, config *rest.Config, o Options) error {
+// newAgent returns an agent that has nothing open yet.
+func newAgent(o Options) (*Agent, error) {
 	o, err := o.withDefaults()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := bpf.Probe(); err != nil {
-		return fmt.Errorf("this node's kernel can't steer: %w", err)
+		return nil, fmt.Errorf("this node's kernel can't steer: %w", err)
 	}
-	scheme, err := newScheme()
-	if err != nil {
-		return err
-	}
-	kube, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
-	if err != nil {
-		return fmt.Errorf("reach the API server: %w", err)
-	}
-	a := &Agent{
-		o: o, log: o.Log, kube: kube, roots: &uplink.Roots{},
-		members: &membership{file: o.membershipFile()},
-		woken:   make(chan struct{}, 1), roundEnd: make(chan struct{}),
+	return &Agent{
+		o: o, log: o.Log, roots: &uplink.Roots{},
+		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}),
 		taken: map[relay.Key]process{}, draining: map[relay.Key]time.Time{}, idleSince: map[model.Tenant]time.Time{},
-	}
-	if err := a.members.load(); err != nil {
-		a.log.Error("membership is read from the API alone", "error", err)
-	}
-	if err := a.open(); err != nil {
-		return errors.Join(err, a.close())
-	}
-	runErr := a.run(ctx)
-	if ctx.Err() != nil && a.isUninstalled() {
-		a.log.Info("the agents' DaemonSet is being deleted: removing everything from the node")
-		return errors.Join(a.close(), a.removeAll())
-	}
-	return errors.Join(runErr, a.close())
+	}, nil
 }
 
 // open opens the leaves, which adopt what an earlier agent left.
@@ -111,10 +87,9 @@ func (a *Agent) open() (err error) {
 	if a.sandboxes, err = openSandboxes(a.o.sandboxDir(), a.log); err != nil {
 		return err
 	}
-	if a.bulkheads, err = isolation.Open(isolation.Options{
-		RunDir: a.o.RunDir, LibDir: a.o.LibDir, EnvoyDir: a.o.EnvoyDir, Log: a.log,
-		Changed: func(model.Tenant) { a.wake() },
-	}); err != nil {
+	options := a.o.isolation()
+	options.Changed = func(model.Tenant) { a.wake() }
+	if a.bulkheads, err = isolation.Open(options); err != nil {
 		return fmt.Errorf("open tenants: %w", err)
 	}
 	if err := bpf.Mount(filepath.Dir(a.o.PinDir)); err != nil {
@@ -139,44 +114,38 @@ func (a *Agent) open() (err error) {
 		Operator: conn, Secrets: a.identities, LastGoodDir: a.o.lastGoodDir(), Log: a.log,
 		Changed: func(model.Tenant) { a.wake() },
 	})
-	a.keeper = chain.New(chain.Options{
-		ConfDir: a.o.CNIConfDir, BinDir: a.o.CNIBinDir, Binary: a.o.CNIPlugin, Log: a.log,
-		Entry: chain.Entry{Socket: a.o.cniSocket(), Membership: a.o.membershipFile(), TimeoutSeconds: 60},
-	})
-	a.status = newStatusWriter(a.kube, a.o.Node, a.log)
 	return nil
 }
 
-// run runs all of the agent's goroutines and returns when they have ended.
-func (a *Agent) run(ctx context.Context) error {
+// task is a goroutine of the agent. It ends with its context.
+type task struct {
+	what string
+	run  func(context.Context) error
+}
+
+// run runs the loop, what every agent needs for it, and others, the source of
+// plans among them. It returns when all have ended, with the first error.
+func (a *Agent) run(ctx context.Context, others ...task) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	server, err := cni.Listen(a.o.cniSocket(), a, a.log)
-	if err != nil {
-		return err
-	}
 	var wg sync.WaitGroup
-	start := func(what string, f func(context.Context) error) {
+	for _, t := range append([]task{
+		{"control socket", a.serveControl},
+		{"health", a.serveHealth},
+		{"node's addresses", func(ctx context.Context) error {
+			podnet.WatchNodeAddresses(ctx, func(addrs []netip.Addr) error { return a.datapath.SetNodeAddresses(addrs) },
+				func(err error) { a.log.Error("node's addresses", "error", err) })
+			return nil
+		}},
+		{"keys", a.identities.Run},
+		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
+	}, others...) {
 		wg.Go(func() {
-			if err := f(ctx); err != nil && ctx.Err() == nil {
-				cancel(fmt.Errorf("%s: %w", what, err))
+			if err := t.run(ctx); err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("%s: %w", t.what, err))
 			}
 		})
 	}
-	start("control socket", a.serveControl)
-	start("health", a.serveHealth)
-	start("watch objects", a.watch)
-	start("node's addresses", func(ctx context.Context) error {
-		podnet.WatchNodeAddresses(ctx, func(addrs []netip.Addr) error { return a.datapath.SetNodeAddresses(addrs) },
-			func(err error) { a.log.Error("node's addresses", "error", err) })
-		return nil
-	})
-	start("keys", a.identities.Run)
-	start("reconcile", func(ctx context.Context) error { a.loop(ctx); return nil })
-	start("status", func(ctx context.Context) error { a.status.run(ctx); return nil })
-	// Last, so that what they ask for has somebody to do it.
-	start("CNI server", server.Serve)
-	start("CNI chain", a.keeper.Run)
 	wg.Wait()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 		return cause
@@ -195,34 +164,6 @@ func (a *Agent) close() error {
 	}
 	if a.bulkheads != nil {
 		a.bulkheads.Close()
-	}
-	return errors.Join(errs...)
-}
-
-// removeAll removes what the agent made on the node. The plugin goes first, so
-// that no new pod waits for an agent; the programs that guard what leaves the
-// tenants' namespaces go after the processes in them.
-func (a *Agent) removeAll() error {
-	errs := []error{a.keeper.Remove(), a.releasePods(),
-		isolation.Uninstall(isolation.Options{RunDir: a.o.RunDir, LibDir: a.o.LibDir, EnvoyDir: a.o.EnvoyDir, Log: a.log}),
-		bpf.Uninstall(a.o.PinDir), identity.Uninstall(a.o.keysDir())}
-	for _, dir := range []string{a.o.RunDir, a.o.LibDir} {
-		errs = append(errs, removeContents(dir), removeNodeDir(dir))
-	}
-	return errors.Join(errs...)
-}
-
-// releasePods lets the node's pods be reached as without a mesh.
-func (a *Agent) releasePods() error {
-	d, err := bpf.Open(bpf.Options{PinDir: a.o.PinDir, Log: a.log})
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	uids, err := d.Pods()
-	errs := []error{err}
-	for _, uid := range uids {
-		errs = append(errs, d.DeletePod(uid))
 	}
 	return errors.Join(errs...)
 }

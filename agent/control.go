@@ -106,10 +106,10 @@ func (a *Agent) ready() error {
 	a.mu.Unlock()
 	switch {
 	case !known:
-		return errors.New("there is no NodeProxy for this node yet: is the operator running?")
+		return errors.New("there is no plan for this node yet, in Kubernetes a NodeProxy: is the operator running?")
 	case !a.roots.Known():
 		return errors.New("there is no trust bundle yet: is the operator running?")
-	case !a.keeper.Installed():
+	case a.keeper != nil && !a.keeper.Installed():
 		return errors.New("the CNI plugin isn't chained yet: is there a CNI configuration on the node?")
 	}
 	return nil

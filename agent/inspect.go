@@ -17,6 +17,8 @@ import (
 // proxies: the output of `agent inspect`.
 type Inspection struct {
 	Node string `json:"node"`
+	// Problem is what of the plan can't be done, "" if nothing.
+	Problem string `json:"problem,omitempty"`
 	// HostNamespaces are the node's own, to compare with.
 	HostNamespaces map[string]string `json:"hostNamespaces"`
 	Tenants        []InspectedTenant `json:"tenants"`
@@ -77,7 +79,7 @@ var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
 // inspect reads everything anew.
 func (a *Agent) inspect() (Inspection, error) {
 	o := a.observe()
-	i := Inspection{Node: a.o.Node, Tenants: []InspectedTenant{}}
+	i := Inspection{Node: a.o.Node, Problem: o.planError, Tenants: []InspectedTenant{}}
 	var err error
 	if i.HostNamespaces, err = namespacesOf("/proc/1"); err != nil {
 		return i, err

@@ -78,6 +78,11 @@ func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
 		problem = err.Error()
 		a.log.Error("NodeProxy has parts that make no sense", "error", err)
 	}
+	a.setPlan(p, problem)
+}
+
+// setPlan replaces the plan; problem names what was left out of it.
+func (a *Agent) setPlan(p plan, problem string) {
 	a.mu.Lock()
 	// The agent's own status comes back as an event as well.
 	same := a.planKnown && a.plan.generation == p.generation && a.plan.uid == p.uid
@@ -103,7 +108,15 @@ func (a *Agent) setTrustBundle(m *corev1.ConfigMap, deleted bool) {
 	if deleted {
 		return
 	}
-	roots := []byte(m.Data["ca.crt"])
+	if err := a.setRoots(m.Data["trustDomain"], []byte(m.Data["ca.crt"])); err != nil {
+		a.log.Error("trust bundle stays as it was", "error", fmt.Errorf("ConfigMap %s: %w", trustBundleConfigMap, err))
+		return
+	}
+	a.wake()
+}
+
+// setRoots says whom the agent and the workloads trust.
+func (a *Agent) setRoots(trustDomain string, roots []byte) error {
 	var der [][]byte
 	for rest := roots; ; {
 		var block *pem.Block
@@ -112,15 +125,10 @@ func (a *Agent) setTrustBundle(m *corev1.ConfigMap, deleted bool) {
 		}
 		der = append(der, block.Bytes)
 	}
-	err := a.roots.SetPEM(roots)
-	if err == nil {
-		err = a.identities.SetBundle(m.Data["trustDomain"], der)
+	if err := a.roots.SetPEM(roots); err != nil {
+		return err
 	}
-	if err != nil {
-		a.log.Error("trust bundle stays as it was", "error", fmt.Errorf("ConfigMap %s: %w", trustBundleConfigMap, err))
-		return
-	}
-	a.wake()
+	return a.identities.SetBundle(trustDomain, der)
 }
 
 func (a *Agent) setUninstall(set func()) {

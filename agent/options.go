@@ -1,10 +1,13 @@
 package agent
 
 import (
-	"errors"
+	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/isolation"
 )
 
 // Names of the objects that all agents read; config/default makes them.
@@ -14,9 +17,9 @@ const (
 	daemonSet            = "bulkhead-agent"
 )
 
-// Options of an Agent. Node is required, all else has a default.
+// Options of an Agent. Run needs Node, all else has a default.
 type Options struct {
-	// Node that this is the agent of.
+	// Node that this is the agent of. Default of RunPlan: the host's name.
 	Node string
 	// Namespace of the operator, the agents and the ConfigMaps. Default
 	// bulkhead-system.
@@ -39,6 +42,9 @@ type Options struct {
 	// PinDir is where the kernel keeps programs and maps. Default
 	// /sys/fs/bpf/bulkhead.
 	PinDir string
+	// CgroupName is the folder of all tenants in each cgroup hierarchy; agents of
+	// several nodes on one machine need one each. Default "bulkhead".
+	CgroupName string
 	// CNIPlugin is the plugin to install on the node. Default
 	// /opt/bulkhead/bin/bulkhead-cni.
 	CNIPlugin string
@@ -58,7 +64,11 @@ type Options struct {
 
 func (o Options) withDefaults() (Options, error) {
 	if o.Node == "" {
-		return o, errors.New("the agent must know its node's name: set NODE_NAME from spec.nodeName")
+		name, err := os.Hostname()
+		if err != nil {
+			return o, fmt.Errorf("name the node: %w", err)
+		}
+		o.Node = name
 	}
 	for _, d := range []struct {
 		field *string
@@ -70,6 +80,7 @@ func (o Options) withDefaults() (Options, error) {
 		{&o.LibDir, "/var/lib/bulkhead"},
 		{&o.EnvoyDir, "/opt/bulkhead/envoy"},
 		{&o.PinDir, "/sys/fs/bpf/bulkhead"},
+		{&o.CgroupName, "bulkhead"},
 		{&o.CNIPlugin, "/opt/bulkhead/bin/bulkhead-cni"},
 		{&o.CNIConfDir, "/etc/cni/net.d"},
 		{&o.CNIBinDir, "/opt/cni/bin"},
@@ -92,6 +103,10 @@ func (o Options) withDefaults() (Options, error) {
 		o.Log = slog.Default()
 	}
 	return o, nil
+}
+
+func (o Options) isolation() isolation.Options {
+	return isolation.Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir, CgroupName: o.CgroupName, Log: o.Log}
 }
 
 func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni", "membership.json") }

@@ -136,8 +136,10 @@ func (a *Agent) observe() observation {
 
 // reportStatus hands the status of the last round to its writer.
 func (a *Agent) reportStatus() {
-	o := a.observe()
-	if o.round.known {
+	if a.status == nil {
+		return
+	}
+	if o := a.observe(); o.round.known {
 		a.status.report(makeStatus(o))
 	}
 }

@@ -2,6 +2,7 @@
 // steers its pods to them and relays their configuration.
 //
 //	agent run                            what the DaemonSet starts
+//	agent run --plan FILE                the same without Kubernetes, by a plan in a file
 //	agent inspect                        what runs here, read back from the kernel
 //	agent log --tenant T [--generation]  a proxy's log
 //	agent kill --signal KILL PID         a signal to a tenant proxy, and to nothing else
@@ -59,6 +60,10 @@ func run(ctx context.Context, args []string) error {
 		flags.StringVar(&o.LibDir, "lib-dir", "", "what stays")
 		flags.StringVar(&o.EnvoyDir, "envoy-dir", "", "versions of Envoy")
 		flags.StringVar(&o.HealthAddress, "health-address", "", "probes and metrics")
+		flags.StringVar(&o.PinDir, "pin-dir", "", "where the kernel keeps programs and maps")
+		flags.StringVar(&o.CgroupName, "cgroup-name", "", "folder of the tenants' cgroups")
+		flags.DurationVar(&o.Linger, "linger", 0, "how long a proxy stays after its tenant's last pod")
+		plan := flags.String("plan", "", "a plan (YAML) in place of Kubernetes")
 		debug := flags.Bool("debug", false, "log more")
 		if err := flags.Parse(args[1:]); err != nil {
 			return err
@@ -70,6 +75,10 @@ func run(ctx context.Context, args []string) error {
 		o.Log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 		slog.SetDefault(o.Log)
 		crlog.SetLogger(logr.FromSlogHandler(o.Log.Handler()))
+		if *plan != "" {
+			o.Log.Info("agent starts", "version", version, "plan", *plan)
+			return agent.RunPlan(ctx, *plan, o)
+		}
 		config, err := ctrl.GetConfig()
 		if err != nil {
 			return fmt.Errorf("find the API server: %w", err)
