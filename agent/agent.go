@@ -43,6 +43,8 @@ type Agent struct {
 	operator   nodev1alpha1.NodeServiceClient
 	roots      *uplink.Roots
 	sandboxes  *sandboxes
+	// nodeProc is a process in the node's own namespaces.
+	nodeProc string
 	// With Kubernetes only.
 	kube    client.WithWatch
 	keeper  *chain.Keeper
@@ -76,7 +78,7 @@ func newAgent(o Options) (*Agent, error) {
 		return nil, fmt.Errorf("this node's kernel can't steer: %w", err)
 	}
 	return &Agent{
-		o: o, log: o.Log, roots: &uplink.Roots{},
+		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
 		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}),
 		taken: map[relay.Key]process{}, draining: map[relay.Key]time.Time{}, idleSince: map[model.Tenant]time.Time{},
 	}, nil

@@ -81,7 +81,7 @@ func (a *Agent) inspect() (Inspection, error) {
 	o := a.observe()
 	i := Inspection{Node: a.o.Node, Problem: o.planError, Tenants: []InspectedTenant{}}
 	var err error
-	if i.HostNamespaces, err = namespacesOf("/proc/1"); err != nil {
+	if i.HostNamespaces, err = namespacesOf(a.nodeProc); err != nil {
 		return i, err
 	}
 	counters, err := a.datapath.Counters()

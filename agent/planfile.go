@@ -65,6 +65,7 @@ func RunPlan(ctx context.Context, file string, o Options) error {
 	if err != nil {
 		return err
 	}
+	a.nodeProc = "/proc/self" // it isn't in a container
 	if err := a.open(); err != nil {
 		return errors.Join(err, a.close())
 	}
