@@ -38,6 +38,8 @@ type host struct {
 	identity model.Identity
 	// vip is the service whose only endpoint this is.
 	vip pair
+	// halfClosed is told how much serveHalfClose got after its own end.
+	halfClosed chan int64
 }
 
 // lab is all of it.
@@ -48,14 +50,12 @@ type lab struct {
 	authority *identity.Authority
 	store     *xds.Store
 
-	outside        *host
-	node1, node2   *node
-	a1, a2, a3     *host
-	b1, b2         *host
-	router         *namespace
-	router2        *namespace
-	pods           []*host
-	runningEchoers int
+	router, router2 *namespace
+	outside         *host
+	node1, node2    *node
+	a1, a2, a3      *host
+	b1, b2          *host
+	pods            []*host
 }
 
 func newLab(t *testing.T) *lab {

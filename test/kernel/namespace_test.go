@@ -100,6 +100,8 @@ func (p pair) of(family int) netip.Addr {
 	return p.v6
 }
 
+func (p pair) has(a netip.Addr) bool { return a == p.v4 || a == p.v6 }
+
 func (p pair) both() []netip.Addr { return []netip.Addr{p.v4, p.v6} }
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }

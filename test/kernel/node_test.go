@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,9 @@ type node struct {
 	number int
 	dir    string
 	pods   []*host
+	// canary is the share of new connections, in percent, that a second generation
+	// of each proxy gets; there is none with 0.
+	canary int
 
 	agent *exec.Cmd
 	log   *os.File
@@ -116,7 +120,11 @@ func (n *node) plan() string {
 	for _, p := range n.pods {
 		if name := p.tenant.String(); !seen[name] {
 			seen[name] = true
-			tenants = append(tenants, object{"name": name, "version": dist.Default, "limits": object{"memoryMax": int64(1 << 30)}})
+			tenant := object{"name": name, "version": dist.Default, "limits": object{"memoryMax": int64(1 << 30)}}
+			if n.canary > 0 {
+				tenant["canary"] = object{"version": dist.Default, "weight": n.canary}
+			}
+			tenants = append(tenants, tenant)
 		}
 		pods = append(pods, object{"uid": p.name, "namespace": p.identity.Namespace, "name": p.name,
 			"serviceAccount": p.identity.ServiceAccount, "tenant": p.tenant.String(), "netns": p.path})
@@ -141,6 +149,7 @@ func (n *node) start() {
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	n.do(t, func() { check(t, cmd.Start()) })
 	n.agent = cmd
+	t.Cleanup(n.kill) // before the pods' namespaces go
 }
 
 // kill kills the agent and waits for its end.
@@ -176,6 +185,9 @@ func (n *node) waitReady() {
 			if !tenant.Ready {
 				return fmt.Errorf("tenant %s: %s", tenant.Name, tenant.Reason)
 			}
+			if tenant.Weight != n.canary {
+				return fmt.Errorf("the canary of %s has weight %d", tenant.Name, tenant.Weight)
+			}
 			steered += len(tenant.Pods)
 		}
 		if i.Problem != "" || steered != len(n.pods) {
@@ -196,6 +208,23 @@ func (n *node) tenant(name string) agent.InspectedTenant {
 		t.Fatalf("%s has no tenant %s", n.name, name)
 	}
 	return i.Tenants[k]
+}
+
+// memory is what the kernel charges a tenant's proxy, in bytes.
+func (n *node) memory(t *testing.T, tenant string) (bytes int64) {
+	t.Helper()
+	for _, file := range []string{
+		"/sys/fs/cgroup/memory/" + n.isolation().CgroupName + "/" + tenant + "/memory.usage_in_bytes",
+		"/sys/fs/cgroup/" + n.isolation().CgroupName + "/" + tenant + "/memory.current",
+	} {
+		if b, err := os.ReadFile(file); err == nil {
+			_, err = fmt.Sscan(string(b), &bytes)
+			check(t, err)
+			return bytes
+		}
+	}
+	t.Fatalf("the node has no cgroup controller for the memory of %s", tenant)
+	return 0
 }
 
 // proxy is a tenant's network namespace.
