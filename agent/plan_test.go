@@ -96,7 +96,7 @@ func TestMakeStatus(t *testing.T) {
 	}
 	good := func() observation {
 		return observation{
-			round: round{plan: p, known: true, serving: map[model.Tenant]bool{a: true, b: true}, problems: map[model.Tenant]string{},
+			round: round{plan: p, known: true, serving: map[model.Tenant]process{a: {pid: 40}, b: {pid: 40}}, problems: map[model.Tenant]string{},
 				steered: map[string]bpf.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
 			states: map[model.Tenant]isolation.State{
 				a: {Limits: isolation.Limits{CPUMillis: 500}, Processes: []isolation.Process{live(0, "1.39.3"), live(1, "1.40.0")}},
@@ -116,10 +116,13 @@ func TestMakeStatus(t *testing.T) {
 		change func(*observation)
 		reason string
 	}{
-		"starting":      {func(o *observation) { o.round.serving[b] = false; o.states[b] = isolation.State{} }, "starting"},
-		"not connected": {func(o *observation) { o.round.serving[b] = false; o.configs[relay.Key{Tenant: b}] = relay.State{} }, "asked"},
+		"starting":      {func(o *observation) { delete(o.round.serving, b); o.states[b] = isolation.State{} }, "starting"},
+		"started again": {func(o *observation) {
+			o.states[b] = isolation.State{Processes: []isolation.Process{{Version: "1.40.0", PID: 41, Live: true}}}
+		}, "being taken"},
+		"not connected": {func(o *observation) { delete(o.round.serving, b); o.configs[relay.Key{Tenant: b}] = relay.State{} }, "asked"},
 		"no operator": {func(o *observation) {
-			o.round.serving[b] = false
+			delete(o.round.serving, b)
 			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true}
 		}, "operator"},
 		"rejected": {func(o *observation) {

@@ -29,8 +29,9 @@ type round struct {
 	plan plan
 	// known is false before the first plan.
 	known bool
-	// serving tenants have generation 0 ready: its sockets take connections.
-	serving map[model.Tenant]bool
+	// serving is the process of generation 0 whose sockets take connections, for
+	// tenants that have one.
+	serving map[model.Tenant]process
 	// problems of tenants, for people.
 	problems map[model.Tenant]string
 	// steered pods, with the veth that carries their programs.
@@ -62,7 +63,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		a.finishRound(round{})
 		return next
 	}
-	r := round{plan: p, known: true, serving: map[model.Tenant]bool{}, problems: map[model.Tenant]string{},
+	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
 		steered: map[string]bpf.Pod{}, weights: map[model.Tenant]int{}}
 	a.identities.SetPods(p.pods)
 
@@ -117,7 +118,9 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		again = soon
 		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
 	}
-	r.serving[t] = ready[0]
+	if ready[0] {
+		r.serving[t] = a.taken[relay.Key{Tenant: t}]
+	}
 	weight := 0
 	if ready[1] {
 		weight = tp.weight
@@ -250,7 +253,7 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, r *round) ti
 		}
 		// A pod that isn't steered yet either waits in the CNI plugin, or ran before
 		// its namespace joined: its traffic must have somewhere to go.
-		if !slices.Contains(steered, pod.UID) && !r.serving[pod.Tenant] {
+		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !serving {
 			continue
 		}
 		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC}
@@ -436,5 +439,6 @@ func (a *Agent) isSteered(record sandboxRecord) bool {
 func (a *Agent) isServing(t model.Tenant) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.last.serving[t]
+	_, ok := a.last.serving[t]
+	return ok
 }

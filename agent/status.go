@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -71,11 +72,20 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	return s
 }
 
+// serves reports whether connections are taken by a process that still runs: it may
+// have ended since the round.
+func (o observation) serves(t model.Tenant) bool {
+	taken, ok := o.round.serving[t]
+	return ok && slices.ContainsFunc(o.states[t].Processes, func(p isolation.Process) bool {
+		return p.Generation == 0 && taken == process{p.PID, p.StartTicks}
+	})
+}
+
 func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	state, running := o.states[tp.tenant]
 	t := v1alpha1.NodeTenantStatus{
 		Name:   tp.tenant.String(),
-		Ready:  o.round.serving[tp.tenant] && o.round.problems[tp.tenant] == "",
+		Ready:  o.serves(tp.tenant) && o.round.problems[tp.tenant] == "",
 		Limits: v1alpha1.Limits(state.Limits),
 		Weight: int32(o.round.weights[tp.tenant]),
 	}
