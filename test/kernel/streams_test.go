@@ -23,9 +23,6 @@ func TestBulk(t *testing.T) {
 			{name: "same node, same tenant", from: l.a1, to: l.a2},
 			{name: "same node, other tenant", from: l.a1, to: l.b1},
 			{name: "other node", from: l.a1, to: l.b2},
-			{name: "other node, back", from: l.b2, to: l.a1},
-			{name: "to outside", from: l.a1, to: l.outside},
-			{name: "from outside", from: l.outside, to: l.a1},
 			{name: "from outside, narrow", from: l.outside, to: l.b2},
 			{name: "to outside, narrow", from: l.b2, to: l.outside},
 		} {
@@ -201,7 +198,7 @@ func TestIdleConnections(t *testing.T) {
 	l := newLab(t)
 	memory := func(n *node, tenant string) int64 { return n.memory(t, tenant) }
 	before1, before2 := memory(l.node1, "team-a"), memory(l.node2, "team-b")
-	wait := l.a1.begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=10s", "--duration=10s", "--timeout=20s", at(l.b2.v4, app.GreetPort).String())
+	wait := l.a1.begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=8s", "--duration=14s", "--timeout=20s", at(l.b2.v4, app.GreetPort).String())
 	var most1, most2 int64
 	done := make(chan struct{})
 	var r app.RunResult
