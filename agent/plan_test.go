@@ -116,7 +116,7 @@ func TestMakeStatus(t *testing.T) {
 		change func(*observation)
 		reason string
 	}{
-		"starting":      {func(o *observation) { delete(o.round.serving, b); o.states[b] = isolation.State{} }, "starting"},
+		"starting": {func(o *observation) { delete(o.round.serving, b); o.states[b] = isolation.State{} }, "starting"},
 		"started again": {func(o *observation) {
 			o.states[b] = isolation.State{Processes: []isolation.Process{{Version: "1.40.0", PID: 41, Live: true}}}
 		}, "being taken"},
