@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/identity"
 )
 
 // planPeriod is how often a plan file is read, and what it asks for in vain is
@@ -57,8 +59,7 @@ type planPod struct {
 // Configuration and signatures come from the operator at Options.Operator, or
 // whoever speaks its protocol there. `agent inspect` tells what came of the plan.
 func RunPlan(ctx context.Context, file string, o Options) error {
-	first, err := readPlan(file)
-	if err != nil {
+	if _, err := readPlan(file); err != nil {
 		return err
 	}
 	a, err := newAgent(o)
@@ -69,7 +70,7 @@ func RunPlan(ctx context.Context, file string, o Options) error {
 	if err := a.open(); err != nil {
 		return errors.Join(err, a.close())
 	}
-	return errors.Join(a.run(ctx, task{"plan", func(ctx context.Context) error { a.followPlan(ctx, file, first); return nil }}), a.close())
+	return errors.Join(a.run(ctx, task{"plan", func(ctx context.Context) error { a.followPlan(ctx, file); return nil }}), a.close())
 }
 
 func readPlan(file string) ([]byte, error) {
@@ -89,47 +90,42 @@ func parsePlan(b []byte) (planFile, error) {
 	return f, err
 }
 
-// followPlan applies the plan, and again when the file is another one. What can't
-// be read leaves the plan as it was.
-func (a *Agent) followPlan(ctx context.Context, file string, now []byte) {
+// followPlan applies the plan, again when the file is another one, and until all of
+// it can be done. A file that can't be read leaves the plan as it was.
+func (a *Agent) followPlan(ctx context.Context, file string) {
 	var applied []byte
-	var told string
+	told := ""
 	for {
-		again := false
-		if now != nil && (applied == nil || !bytes.Equal(now, applied)) {
-			problem := a.applyPlan(now)
-			if applied = now; problem != nil {
-				if again = true; problem.Error() != told {
-					a.log.Error("the plan can't be done as a whole", "error", problem)
-				}
-				told = problem.Error()
-			} else {
-				told = ""
+		b, err := readPlan(file)
+		if err == nil && (a.lacksNetwork() || !bytes.Equal(b, applied)) {
+			if err = a.applyPlan(b); err == nil {
+				applied = b
 			}
 		}
+		problem := ""
+		if err != nil {
+			problem = err.Error()
+		}
+		if problem != "" && problem != told {
+			a.log.Error("the plan isn't in force as a whole", "file", file, "error", problem)
+		}
+		told = problem
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(planPeriod):
 		}
-		b, err := readPlan(file)
-		if err != nil {
-			if err.Error() != told {
-				a.log.Error("the plan stays as it was", "error", err)
-			}
-			told = err.Error()
-			continue
-		}
-		// A pod whose veth has gone may have a new one.
-		p, _ := a.currentPlan()
-		for _, pod := range p.pods {
-			_, known := a.sandboxes.get(pod.UID)
-			again = again || !known
-		}
-		if now = b; again {
-			applied = nil
-		}
 	}
+}
+
+// lacksNetwork reports whether a pod has lost its veth since the plan was applied:
+// it may have a new one.
+func (a *Agent) lacksNetwork() bool {
+	p, _ := a.currentPlan()
+	return slices.ContainsFunc(p.pods, func(pod identity.Pod) bool {
+		_, known := a.sandboxes.get(pod.UID)
+		return !known
+	})
 }
 
 // applyPlan makes the file's plan the agent's. A pod whose network isn't there

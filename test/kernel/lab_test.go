@@ -175,7 +175,7 @@ func (l *lab) pod(n *node, name, namespace, account string, number int) *host {
 		route(t, "eth0", "0.0.0.0/0", gateway.v4)
 		route(t, "eth0", "::/0", gateway.v6)
 	})
-	l.pods, n.pods = append(l.pods, p), append(n.pods, p)
+	l.pods, n.pods, n.planned = append(l.pods, p), append(n.pods, p), append(n.planned, p)
 	return p
 }
 

@@ -53,6 +53,16 @@ func TestMain(m *testing.M) {
 }
 
 func runRouter() int {
+	// Cgroups have no namespace: one run at a time.
+	lock, err := os.Create(filepath.Join(os.TempDir(), "bht-kernel.lock"))
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "wait for another run:", err)
+		return 1
+	}
+	defer lock.Close()
 	dir, err := os.MkdirTemp("", "bht-kernel-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -45,6 +45,8 @@ type node struct {
 	number int
 	dir    string
 	pods   []*host
+	// planned are those of them that the mesh has.
+	planned []*host
 	// canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	canary int
@@ -117,7 +119,7 @@ func (n *node) plan() string {
 	type object map[string]any
 	var tenants, pods []object
 	seen := map[string]bool{}
-	for _, p := range n.pods {
+	for _, p := range n.planned {
 		if name := p.tenant.String(); !seen[name] {
 			seen[name] = true
 			tenant := object{"name": name, "version": dist.Default, "limits": object{"memoryMax": int64(1 << 30)}}
@@ -143,7 +145,7 @@ func (n *node) start() {
 	o := n.isolation()
 	cmd := exec.Command(filepath.Join(os.Getenv(dirVariable), "agent"), "run", "--plan", n.plan(),
 		"--run-dir", o.RunDir, "--lib-dir", o.LibDir, "--envoy-dir", o.EnvoyDir, "--cgroup-name", o.CgroupName,
-		"--pin-dir", n.pinDir(), "--token-file", filepath.Join(n.dir, "token"), "--operator", fmt.Sprintf("localhost:%d", operatorPort))
+		"--pin-dir", n.pinDir(), "--linger", "100ms", "--token-file", filepath.Join(n.dir, "token"), "--operator", fmt.Sprintf("localhost:%d", operatorPort))
 	cmd.Env = append(os.Environ(), "NODE_NAME="+n.name)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
@@ -190,8 +192,8 @@ func (n *node) waitReady() {
 			}
 			steered += len(tenant.Pods)
 		}
-		if i.Problem != "" || steered != len(n.pods) {
-			return fmt.Errorf("%d of %d pods are steered: %s", steered, len(n.pods), i.Problem)
+		if i.Problem != "" || steered != len(n.planned) {
+			return fmt.Errorf("%d of %d pods are steered: %s", steered, len(n.planned), i.Problem)
 		}
 		return nil
 	})
