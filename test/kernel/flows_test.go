@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 )
@@ -97,6 +98,19 @@ func TestFlows(t *testing.T) {
 			}
 		})
 	})
+}
+
+// An agent with nothing to do does nothing.
+func TestIdleAgent(t *testing.T) {
+	l := newLab(t)
+	const wait, most = 3 * time.Second, 300 * time.Millisecond
+	for _, n := range []*node{l.node1, l.node2} {
+		before := n.agentTime(t)
+		time.Sleep(wait)
+		if spent := n.agentTime(t) - before; spent > most {
+			t.Errorf("the agent of %s used %s of CPU in %s", n.name, spent, wait)
+		}
+	}
 }
 
 // wantIdentities waits for the server's proxy to tell of the flow: the peer's

@@ -163,6 +163,19 @@ func (n *node) kill() {
 	}
 }
 
+// agentTime is the CPU time that the agent has used.
+func (n *node) agentTime(t *testing.T) time.Duration {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.agent.Process.Pid))
+	check(t, err)
+	// After the command in parentheses: fields 14 and 15 are in hundredths of a second.
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	var user, system int64
+	_, err = fmt.Sscan(fields[11]+" "+fields[12], &user, &system)
+	check(t, err)
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
 // inspect is what the agent says of the node.
 func (n *node) inspect() (i agent.Inspection, err error) {
 	var out bytes.Buffer
