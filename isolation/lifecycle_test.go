@@ -170,6 +170,39 @@ func TestCloseAndOpenAdopts(t *testing.T) {
 	}
 }
 
+// What is in a tenant's cgroup and isn't its proxy is ended at the next start of
+// a manager, and the proxy isn't.
+func TestStrayProcessIsEnded(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	spec := Spec{Tenant: tenantA, Generations: []Generation{{1, standinVersion}}}
+	if err := m.Update(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	before := n.waitLive(m, tenantA, 0)
+	m.Close()
+	stray := exec.Command("sleep", "300")
+	if err := stray.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stray.Process.Kill() })
+	if err := m.cgroups.join(fileName(tenantA), stray.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	m = n.open()
+	ended := make(chan struct{})
+	go func() { stray.Wait(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("the stray process is left")
+	}
+	if now := n.waitLive(m, tenantA, 0); now.PID != before.PID {
+		t.Errorf("the process is %+v, was %+v", now, before)
+	}
+}
+
 // A manager that is killed at any moment leaves something that the next one can
 // take over or remove.
 func TestManagerIsKilled(t *testing.T) {
