@@ -41,7 +41,8 @@ type Options struct {
 	// call State. Nil for nobody.
 	Changed func(model.Tenant)
 	// Exited is called for each proxy that ended, whatever the cause, before it is
-	// started again. It must not block. Nil for nobody.
+	// started again; by Open too, for those that ended while no manager was there.
+	// It must not block. Nil for nobody.
 	Exited func(t model.Tenant, generation int, e Exit)
 	// Log is where faults go that no call can return. Default slog.Default().
 	Log *slog.Logger
