@@ -45,8 +45,8 @@ func TestBulk(t *testing.T) {
 	})
 }
 
-// With SYN cookies, the kernel forgets a connection until its ACK comes, which has
-// to find the listener that the SYN found, also while there are two of them.
+// With SYN cookies, the kernel forgets a connection until its ACK comes, which is
+// steered anew, here while two generations listen.
 func TestSYNCookies(t *testing.T) {
 	l := newLab(t)
 	var proxies []*namespace
