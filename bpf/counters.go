@@ -17,6 +17,11 @@ type Counters struct {
 	Outbound, Inbound, Plain, NodePlain uint64
 	// Refused are new connections that found no listener.
 	Refused uint64
+	// Excluded and Bypassed are new connections that passed in the clear, by an
+	// Exclusion or while SetBypass was on.
+	Excluded, Bypassed uint64
+	// EventsLost are connection events that found no room.
+	EventsLost uint64
 	// Dropped are packets.
 	Dropped Drops
 }
@@ -41,6 +46,26 @@ type Drops struct {
 	Protocol uint64
 	// Unsteered: TCP of no pod of the tenant reached its namespace.
 	Unsteered uint64
+	// Midstream: in the middle of a connection that isn't known, of a pod whose
+	// new ones pass in the clear.
+	Midstream uint64
+	// FlowsFull: a connection that would pass in the clear, of a pod that has
+	// 8,192 such ones already, or where the map of connections is full.
+	FlowsFull uint64
+}
+
+// PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
+// are of TCP on its veth, from the IP header on; packets that the kernel
+// handles in one piece count with one header.
+type PodCounters struct {
+	// Outbound, Inbound, Plain and NodePlain are new connections per listener of
+	// its tenant, Direct are those in the clear that are written down: of
+	// exclusions, the bypass, and while it leaves.
+	Outbound, Inbound, Plain, NodePlain, Direct uint64
+	// BytesSent are by the pod.
+	BytesSent, BytesReceived uint64
+	// Dropped are packets at its veth.
+	Dropped Drops
 }
 
 // Counters returns the counters of all tenants; what belongs to no tenant is
@@ -74,27 +99,85 @@ func (c *Counters) add(o *datapathTenantCounters) {
 	c.Plain += o.Listener[datapathListenerLISTENER_PLAIN]
 	c.NodePlain += o.Listener[datapathListenerLISTENER_NODE_PLAIN]
 	c.Refused += o.Refused
-	c.Dropped.Spoofed += o.Dropped.Spoofed
-	c.Dropped.Fragment += o.Dropped.Fragment
-	c.Dropped.Malformed += o.Dropped.Malformed
-	c.Dropped.NoTenant += o.Dropped.NoTenant
-	c.Dropped.NotThePod += o.Dropped.NotThePod
-	c.Dropped.Deliver += o.Dropped.Deliver
-	c.Dropped.Foreign += o.Dropped.Foreign
-	c.Dropped.Protocol += o.Dropped.Protocol
-	c.Dropped.Unsteered += o.Dropped.Unsteered
+	c.Excluded += o.Excluded
+	c.Bypassed += o.Bypassed
+	c.EventsLost += o.EventsLost
+	c.Dropped.add(&o.Dropped)
+}
+
+func (d *Drops) add(o *datapathDrops) {
+	d.Spoofed += o.Spoofed
+	d.Fragment += o.Fragment
+	d.Malformed += o.Malformed
+	d.NoTenant += o.NoTenant
+	d.NotThePod += o.NotThePod
+	d.Deliver += o.Deliver
+	d.Foreign += o.Foreign
+	d.Protocol += o.Protocol
+	d.Unsteered += o.Unsteered
+	d.Midstream += o.Midstream
+	d.FlowsFull += o.FlowsFull
+}
+
+// PodCounters returns the counters of all pods, by UID.
+func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	all := map[string]PodCounters{}
+	for uid, has := range d.pods {
+		for ifindex := range has.veths {
+			var perCPU []datapathPodCounters
+			switch err := d.maps[datapathMapPerPod].Lookup(ifindex, &perCPU); {
+			case errors.Is(err, ebpf.ErrKeyNotExist):
+				continue
+			case err != nil:
+				return nil, fmt.Errorf("read counters of pod %s: %w", uid, err)
+			}
+			sum := all[uid]
+			for i := range perCPU {
+				sum.add(&perCPU[i])
+			}
+			all[uid] = sum
+		}
+	}
+	return all, nil
+}
+
+func (c *PodCounters) add(o *datapathPodCounters) {
+	c.Outbound += o.Listener[datapathListenerLISTENER_OUTBOUND]
+	c.Inbound += o.Listener[datapathListenerLISTENER_INBOUND]
+	c.Plain += o.Listener[datapathListenerLISTENER_PLAIN]
+	c.NodePlain += o.Listener[datapathListenerLISTENER_NODE_PLAIN]
+	c.Direct += o.Direct
+	c.BytesSent += o.BytesSent
+	c.BytesReceived += o.BytesReceived
+	c.Dropped.add(&o.Dropped)
 }
 
 // addCounters makes a tenant's counters unless they are there.
 func (d *Datapath) addCounters(index uint16) error {
+	if err := addZero[datapathTenantCounters](d.maps[datapathMapCounters], uint32(index)); err != nil {
+		return fmt.Errorf("make counters of tenant %d: %w", index, err)
+	}
+	return nil
+}
+
+// addVethCounters makes the counters of a veth unless they are there.
+func (d *Datapath) addVethCounters(ifindex int) error {
+	if err := addZero[datapathPodCounters](d.maps[datapathMapPerPod], uint32(ifindex)); err != nil {
+		return fmt.Errorf("make counters of veth %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+func addZero[T any](m *ebpf.Map, key uint32) error {
 	cpus, err := ebpf.PossibleCPU()
 	if err != nil {
 		return fmt.Errorf("count CPUs: %w", err)
 	}
-	zero := make([]datapathTenantCounters, cpus)
-	err = d.maps[datapathMapCounters].Update(uint32(index), zero, ebpf.UpdateNoExist)
+	err = m.Update(key, make([]T, cpus), ebpf.UpdateNoExist)
 	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-		return fmt.Errorf("make counters of tenant %d: %w", index, err)
+		return fullError(m, "of counters", err)
 	}
 	return nil
 }

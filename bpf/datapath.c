@@ -18,8 +18,11 @@
 
 #include "maps.h"
 #include "packet.h"
+#include "events.h"
+#include "flows.h"
 #include "tcx.h"
 #include "steer.h"
+#include "observe.h"
 
 // The helpers want a licence that the kernel calls compatible with its own.
 char program_license[] SEC("license") = "GPL";

@@ -34,6 +34,11 @@ type Options struct {
 	// PinDir is a folder on a BPF file system (see Mount), made by Open; its
 	// name can't hold a dot. Default DefaultPinDir.
 	PinDir string
+	// Mark and MarkMask are the bits of a packet's mark that say that a tenant
+	// sent it as a pod, and which of them can be set. It has the mark only on
+	// the way into the pod's veth, where the first program takes it off. Default
+	// 0xb01df00d and all bits.
+	Mark, MarkMask uint32
 	// Log gets what isn't any caller's error. Default: nothing is logged.
 	Log *slog.Logger
 }
@@ -52,10 +57,12 @@ type Datapath struct {
 	programs map[string]*ebpf.Program // shared ones, by name
 	tags     map[string]string        // the kernel's, of this build's programs
 	pods     map[string]*podEntries   // what the maps hold, by UID
+	reading  bool                     // an EventReader is open
 }
 
 // sharedMaps are used by the programs of all tenants.
-var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters}
+var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters,
+	datapathMapPerPod, datapathMapFlows, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.
 var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant, datapathProgNoTransparent}
@@ -74,6 +81,13 @@ func Open(o Options) (*Datapath, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Mark == 0 && o.MarkMask == 0 {
+		o.Mark, o.MarkMask = 0xb01df00d, 0xffffffff
+	}
+	// With a mark of 0, all packets of pods would pass in the clear.
+	if o.Mark == 0 || o.Mark&^o.MarkMask != 0 {
+		return nil, fmt.Errorf("mark %#x with mask %#x: want some bit, and none outside of the mask", o.Mark, o.MarkMask)
+	}
 	if err := makeDirs(o.PinDir); err != nil {
 		return nil, err
 	}
@@ -90,20 +104,23 @@ func Open(o Options) (*Datapath, error) {
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
 		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{},
 	}
-	if err := d.load(); err != nil {
+	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()
 		return nil, err
 	}
 	return d, nil
 }
 
-func (d *Datapath) load() error {
+func (d *Datapath) load(settings datapathSettings) error {
 	for _, name := range sharedMaps {
 		m, err := d.adoptMap(filepath.Join(d.dir, "maps", name), d.spec.Maps[name])
 		if err != nil {
 			return err
 		}
 		d.maps[name] = m
+	}
+	if err := d.maps[datapathMapConfig].Put(uint32(0), settings); err != nil {
+		return fmt.Errorf("write settings: %w", err)
 	}
 	for _, name := range sharedPrograms {
 		p, err := d.adoptProgram(filepath.Join(d.dir, "programs", name), name, d.maps, nil)
@@ -143,15 +160,28 @@ func (d *Datapath) replacePrograms() error {
 		dir := d.tenantDir(index)
 		d.replaceProgram(filepath.Join(dir, fromTenantLink), d.programs[datapathProgFromTenant])
 		d.replaceProgram(filepath.Join(dir, noTransparentLink), d.programs[datapathProgNoTransparent])
-		steer, listeners, err := d.loadSteer(index)
-		if err != nil {
+		if err := d.replaceTenantPrograms(index); err != nil {
 			d.log.Warn("Can't load a tenant's steering; what is there stays", "tenant", index, "error", err)
-			continue
 		}
-		d.replaceProgram(filepath.Join(dir, steerLink), steer)
-		steer.Close()
-		listeners.Close()
 	}
+	return nil
+}
+
+func (d *Datapath) replaceTenantPrograms(index uint16) error {
+	dir := d.tenantDir(index)
+	steer, listeners, err := d.loadSteer(index)
+	if err != nil {
+		return err
+	}
+	defer steer.Close()
+	defer listeners.Close()
+	d.replaceProgram(filepath.Join(dir, steerLink), steer)
+	observe, err := d.loadObserve(index)
+	if err != nil {
+		return err
+	}
+	defer observe.Close()
+	d.replaceProgram(filepath.Join(dir, observeLink), observe)
 	return nil
 }
 

@@ -18,6 +18,77 @@ type datapathAddr struct {
 	Bytes [16]uint8
 }
 
+type datapathDrops struct {
+	_         structs.HostLayout
+	Spoofed   uint64
+	Fragment  uint64
+	Malformed uint64
+	NoTenant  uint64
+	NotThePod uint64
+	Deliver   uint64
+	Foreign   uint64
+	Protocol  uint64
+	Unsteered uint64
+	Midstream uint64
+	FlowsFull uint64
+}
+
+type datapathEvent struct {
+	_             structs.HostLayout
+	Time          uint64
+	BytesSent     uint64
+	BytesReceived uint64
+	Kind          datapathEventKind
+	Way           datapathWay
+	Tenant        uint32
+	Reason        uint32
+	Pod           datapathAddr
+	Peer          datapathAddr
+	PodPort       uint16
+	PeerPort      uint16
+	Uid           [40]uint8
+	Pad           [4]uint8
+}
+
+type datapathEventKind uint32
+
+const (
+	datapathEventKindEVENT_OPENED datapathEventKind = 1
+	datapathEventKindEVENT_CLOSED datapathEventKind = 2
+	datapathEventKindEVENT_DENIED datapathEventKind = 3
+)
+
+type datapathExclusion struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Ifindex   uint32
+	Outbound  uint8
+	Pad       uint8
+	Port      uint16
+	Peer      datapathAddr
+}
+
+type datapathFlow struct {
+	_        structs.HostLayout
+	Pod      datapathAddr
+	Peer     datapathAddr
+	PodPort  uint16
+	PeerPort uint16
+}
+
+type datapathFlowState struct {
+	_             structs.HostLayout
+	Tenant        uint32
+	Ifindex       uint32
+	Ended         uint8
+	Learned       uint8
+	Outbound      uint8
+	Pad           [5]uint8
+	Seen          uint64
+	BytesSent     uint64
+	BytesReceived uint64
+}
+
 type datapathListener uint32
 
 const (
@@ -36,6 +107,24 @@ type datapathPod struct {
 	Mac        [6]uint8
 	GatewayMac [6]uint8
 	Uid        [40]uint8
+	Learn      uint8
+	Pad        [3]uint8
+}
+
+type datapathPodCounters struct {
+	_             structs.HostLayout
+	Listener      [4]uint64
+	Direct        uint64
+	BytesSent     uint64
+	BytesReceived uint64
+	Told          uint64
+	Dropped       datapathDrops
+}
+
+type datapathSettings struct {
+	_        structs.HostLayout
+	Mark     uint32
+	MarkMask uint32
 }
 
 type datapathTenant struct {
@@ -44,33 +133,27 @@ type datapathTenant struct {
 	Mac     [6]uint8
 	Canary  uint8
 	Workers [2]uint8
-	Pad     [3]uint8
+	Bypass  uint8
+	Pad     [2]uint8
 }
 
 type datapathTenantCounters struct {
-	_        structs.HostLayout
-	Steered  [2]uint64
-	Listener [4]uint64
-	Refused  uint64
-	Dropped  struct {
-		_         structs.HostLayout
-		Spoofed   uint64
-		Fragment  uint64
-		Malformed uint64
-		NoTenant  uint64
-		NotThePod uint64
-		Deliver   uint64
-		Foreign   uint64
-		Protocol  uint64
-		Unsteered uint64
-	}
+	_          structs.HostLayout
+	Steered    [2]uint64
+	Listener   [4]uint64
+	Refused    uint64
+	Excluded   uint64
+	Bypassed   uint64
+	EventsLost uint64
+	Dropped    datapathDrops
 }
 
 type datapathVeth struct {
-	_      structs.HostLayout
-	Kind   datapathVethKind
-	Tenant uint32
-	Uid    [40]uint8
+	_       structs.HostLayout
+	Kind    datapathVethKind
+	Tenant  uint32
+	Uid     [40]uint8
+	Learned uint32
 }
 
 type datapathVethKind uint32
@@ -80,19 +163,37 @@ const (
 	datapathVethKindVETH_TENANT datapathVethKind = 2
 )
 
+type datapathWay uint32
+
+const (
+	datapathWayWAY_UNKNOWN         datapathWay = 0
+	datapathWayWAY_OUTBOUND        datapathWay = 1
+	datapathWayWAY_INBOUND         datapathWay = 2
+	datapathWayWAY_UPSTREAM        datapathWay = 3
+	datapathWayWAY_DELIVERED       datapathWay = 4
+	datapathWayWAY_DIRECT_OUTBOUND datapathWay = 5
+	datapathWayWAY_DIRECT_INBOUND  datapathWay = 6
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	datapathMapConfig         = "config"
 	datapathMapCounters       = "counters"
+	datapathMapEvents         = "events"
+	datapathMapExclusions     = "exclusions"
+	datapathMapFlows          = "flows"
 	datapathMapListeners      = "listeners"
 	datapathMapNodeAddresses  = "node_addresses"
+	datapathMapPerPod         = "per_pod"
 	datapathMapPods           = "pods"
 	datapathMapTenants        = "tenants"
 	datapathMapVeths          = "veths"
 	datapathProgFromPod       = "from_pod"
 	datapathProgFromTenant    = "from_tenant"
 	datapathProgNoTransparent = "no_transparent"
+	datapathProgObserve       = "observe"
 	datapathProgSteer         = "steer"
 	datapathProgToPod         = "to_pod"
 	datapathVarTenantIndex    = "tenant_index"
@@ -143,6 +244,7 @@ type datapathProgramSpecs struct {
 	FromPod       *ebpf.ProgramSpec `ebpf:"from_pod"`
 	FromTenant    *ebpf.ProgramSpec `ebpf:"from_tenant"`
 	NoTransparent *ebpf.ProgramSpec `ebpf:"no_transparent"`
+	Observe       *ebpf.ProgramSpec `ebpf:"observe"`
 	Steer         *ebpf.ProgramSpec `ebpf:"steer"`
 	ToPod         *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
@@ -151,9 +253,14 @@ type datapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
+	Config        *ebpf.MapSpec `ebpf:"config"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
+	Events        *ebpf.MapSpec `ebpf:"events"`
+	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	PerPod        *ebpf.MapSpec `ebpf:"per_pod"`
 	Pods          *ebpf.MapSpec `ebpf:"pods"`
 	Tenants       *ebpf.MapSpec `ebpf:"tenants"`
 	Veths         *ebpf.MapSpec `ebpf:"veths"`
@@ -186,9 +293,14 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
+	Config        *ebpf.Map `ebpf:"config"`
 	Counters      *ebpf.Map `ebpf:"counters"`
+	Events        *ebpf.Map `ebpf:"events"`
+	Exclusions    *ebpf.Map `ebpf:"exclusions"`
+	Flows         *ebpf.Map `ebpf:"flows"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	PerPod        *ebpf.Map `ebpf:"per_pod"`
 	Pods          *ebpf.Map `ebpf:"pods"`
 	Tenants       *ebpf.Map `ebpf:"tenants"`
 	Veths         *ebpf.Map `ebpf:"veths"`
@@ -196,9 +308,14 @@ type datapathMaps struct {
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
+		m.Config,
 		m.Counters,
+		m.Events,
+		m.Exclusions,
+		m.Flows,
 		m.Listeners,
 		m.NodeAddresses,
+		m.PerPod,
 		m.Pods,
 		m.Tenants,
 		m.Veths,
@@ -219,6 +336,7 @@ type datapathPrograms struct {
 	FromPod       *ebpf.Program `ebpf:"from_pod"`
 	FromTenant    *ebpf.Program `ebpf:"from_tenant"`
 	NoTransparent *ebpf.Program `ebpf:"no_transparent"`
+	Observe       *ebpf.Program `ebpf:"observe"`
 	Steer         *ebpf.Program `ebpf:"steer"`
 	ToPod         *ebpf.Program `ebpf:"to_pod"`
 }
@@ -228,6 +346,7 @@ func (p *datapathPrograms) Close() error {
 		p.FromPod,
 		p.FromTenant,
 		p.NoTransparent,
+		p.Observe,
 		p.Steer,
 		p.ToPod,
 	)

@@ -17,9 +17,8 @@
 #define LISTENER_SLOTS (GENERATIONS * LISTENERS * MAX_WORKERS)
 
 #define HBONE_PORT 15008
-// Says from_pod that from_tenant made it send the packet. A pod can't forge it:
-// the kernel zeroes a packet's mark when it leaves a network namespace.
-#define REINJECTED 0xb01df00d
+// In place of a tenant: the packet passes as if there were no mesh.
+#define DIRECT 0
 
 enum listener {
 	LISTENER_OUTBOUND,
@@ -41,6 +40,7 @@ struct addr {
 };
 
 struct pod {
+	// DIRECT: it has left the mesh, or hasn't joined yet.
 	__u32 tenant;
 	// The node's end of the pod's veth.
 	__u32 ifindex;
@@ -49,6 +49,9 @@ struct pod {
 	// Where the pod sends what isn't on its link: the veth, or the bridge it is a port of.
 	__u8 gateway_mac[6];
 	__u8 uid[UID_LENGTH];
+	// Every flow that opens is written down, as before the pod moves.
+	__u8 learn;
+	__u8 pad[3];
 };
 
 struct tenant {
@@ -60,7 +63,9 @@ struct tenant {
 	__u8 canary;
 	// Listening sockets a port, per generation.
 	__u8 workers[GENERATIONS];
-	__u8 pad[3];
+	// New flows pass in the clear: the emergency bypass.
+	__u8 bypass;
+	__u8 pad[2];
 };
 
 // By ifindex, of the node's end.
@@ -68,6 +73,15 @@ struct veth {
 	enum veth_kind kind;
 	__u32 tenant;
 	__u8 uid[UID_LENGTH];
+	// Of a pod: entries in the map of flows that the programs made.
+	__u32 learned;
+};
+
+// What the agent sets once.
+struct settings {
+	// Says from_pod that from_tenant made it send the packet. A pod can't forge
+	// it: the kernel zeroes a packet's mark when it leaves a network namespace.
+	__u32 mark, mark_mask;
 };
 
 struct drops {
@@ -89,6 +103,10 @@ struct drops {
 	__u64 protocol;
 	// steer: neither end is a pod of the tenant.
 	__u64 unsteered;
+	// In the middle of a connection that didn't begin here, where new ones pass in the clear.
+	__u64 midstream;
+	// A connection that would pass in the clear, but couldn't be written down.
+	__u64 flows_full;
 };
 
 struct tenant_counters {
@@ -97,7 +115,23 @@ struct tenant_counters {
 	__u64 listener[LISTENERS];
 	// New connections that found no listener.
 	__u64 refused;
+	// New connections that passed in the clear: by exclusion, by the bypass.
+	__u64 excluded, bypassed;
+	// Events that found no room in the ring, or came too fast.
+	__u64 events_lost;
 	// Packets.
+	struct drops dropped;
+};
+
+// Of one pod.
+struct pod_counters {
+	// New connections per listener of the tenant, and in the clear.
+	__u64 listener[LISTENERS];
+	__u64 direct;
+	// Of TCP on the pod's veth, from the IP header on.
+	__u64 bytes_sent, bytes_received;
+	// When the last event of a denial was sent; see may_tell.
+	__u64 told;
 	struct drops dropped;
 };
 
@@ -145,6 +179,22 @@ struct {
 	__type(key, __u32);
 	__type(value, struct tenant_counters);
 } counters SEC(".maps");
+
+// By ifindex of the pod's veth.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, MAX_VETHS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct pod_counters);
+} per_pod SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} config SEC(".maps");
 
 // counters_of a tenant; of one that isn't known, those of none.
 static __always_inline struct tenant_counters *counters_of(__u32 tenant)

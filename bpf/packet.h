@@ -16,7 +16,14 @@ struct packet {
 	__u32 offset;
 	__u8 protocol;
 	__u8 fragment;
+	// Of TCP.
+	__u8 flags;
 };
+
+#define TCP_FIN 1
+#define TCP_SYN 2
+#define TCP_RST 4
+#define TCP_ACK 16
 
 enum parsed { PARSED, NOT_IP, MALFORMED };
 
@@ -99,17 +106,27 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 		return NOT_IP;
 	if (result != PARSED || p->protocol != IPPROTO_TCP || p->fragment)
 		return result;
-	__be16 ports[2];
-	if (bpf_skb_load_bytes(skb, p->offset, ports, sizeof(ports)))
+	struct {
+		__be16 source, destination;
+		__be32 sequence, acknowledged;
+		__u8 offset, flags;
+	} __attribute__((packed)) tcp;
+	if (bpf_skb_load_bytes(skb, p->offset, &tcp, sizeof(tcp)))
 		return MALFORMED;
-	p->source_port = bpf_ntohs(ports[0]);
-	p->destination_port = bpf_ntohs(ports[1]);
+	p->source_port = bpf_ntohs(tcp.source);
+	p->destination_port = bpf_ntohs(tcp.destination);
+	p->flags = tcp.flags;
 	return PARSED;
 }
 
-// quotes_tcp tells whether the packet is an ICMP error about a TCP packet, and
-// where that one was sent to.
-static __always_inline int quotes_tcp(struct __sk_buff *skb, const struct packet *p, struct addr *sent_to)
+static __always_inline int opens(const struct packet *p)
+{
+	return (p->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+// quotes_tcp tells whether the packet is an ICMP error about a TCP packet, where
+// that one was sent to, and its ports.
+static __always_inline int quotes_tcp(struct __sk_buff *skb, const struct packet *p, struct addr *sent_to, __be16 ports[2])
 {
 	__u8 type;
 	if (p->fragment || bpf_skb_load_bytes(skb, p->offset, &type, sizeof(type)))
@@ -121,7 +138,7 @@ static __always_inline int quotes_tcp(struct __sk_buff *skb, const struct packet
 		if (bpf_skb_load_bytes(skb, p->offset + 8, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
 			return 0;
 		map_ipv4(sent_to, ip.daddr);
-		return 1;
+		return bpf_skb_load_bytes(skb, p->offset + 8 + ip.ihl * 4, ports, 4) == 0;
 	}
 	if (p->protocol == IPPROTO_ICMPV6) {
 		struct ipv6hdr ip;
@@ -129,7 +146,7 @@ static __always_inline int quotes_tcp(struct __sk_buff *skb, const struct packet
 		if (type >= 128 || bpf_skb_load_bytes(skb, p->offset + 8, &ip, sizeof(ip)) || ip.nexthdr != IPPROTO_TCP)
 			return 0;
 		__builtin_memcpy(sent_to, &ip.daddr, sizeof(*sent_to));
-		return 1;
+		return bpf_skb_load_bytes(skb, p->offset + 8 + sizeof(ip), ports, 4) == 0;
 	}
 	return 0;
 }

@@ -33,6 +33,8 @@ type Pod struct {
 	IPs []netip.Addr
 	// MAC is that of the pod's end.
 	MAC net.HardwareAddr
+	// Exclusions are left out of the mesh for this pod, beside those of all pods.
+	Exclusions []Exclusion
 }
 
 // podEntries are a pod's keys in the maps.
@@ -42,16 +44,17 @@ type podEntries struct {
 }
 
 // UpdatePod steers a pod through its tenant, or changes where: its TCP goes to
-// another tenant at once, whereupon connections through the former one end. An
-// address that another pod had is this pod's from now on. It is idempotent and
-// can be repeated after an error.
+// another tenant at once, whereupon connections through the former one end (see
+// MovePod), but for those that an earlier MovePod kept. An address that another
+// pod had is this pod's from now on. It is idempotent and can be repeated after
+// an error.
 func (d *Datapath) UpdatePod(p Pod) error {
 	if err := p.validate(); err != nil {
 		return fmt.Errorf("update pod %q: %w", p.UID, err)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.updatePod(p); err != nil {
+	if err := d.updatePod(p, false); err != nil {
 		return fmt.Errorf("update pod %s: %w", p.UID, err)
 	}
 	return nil
@@ -85,9 +88,14 @@ func (p Pod) validate() error {
 	return nil
 }
 
-func (d *Datapath) updatePod(p Pod) error {
+// updatePod writes a pod's entries and attaches its programs; with learn, they
+// write down each connection that opens.
+func (d *Datapath) updatePod(p Pod, learn bool) error {
 	entry := datapathPod{Tenant: uint32(p.Tenant), Ifindex: uint32(p.Ifindex), Uid: uidBytes(p.UID)}
 	copy(entry.Mac[:], p.MAC)
+	if learn {
+		entry.Learn = 1
+	}
 	gateway, err := gatewayMAC(p.Ifindex)
 	if err != nil {
 		return err
@@ -103,17 +111,37 @@ func (d *Datapath) updatePod(p Pod) error {
 	}
 
 	has := d.entriesOf(p.UID)
-	veth := datapathVeth{Kind: datapathVethKindVETH_POD, Tenant: uint32(p.Tenant), Uid: entry.Uid}
-	if err := d.maps[datapathMapVeths].Put(uint32(p.Ifindex), veth); err != nil {
-		return fmt.Errorf("write veth %d: %w", p.Ifindex, err)
+	if err := d.addVethCounters(p.Ifindex); err != nil {
+		return err
 	}
-	d.claim(p.UID, func(e *podEntries) { delete(e.veths, uint32(p.Ifindex)) })
+	veth := datapathVeth{Kind: datapathVethKindVETH_POD, Tenant: uint32(p.Tenant), Uid: entry.Uid}
+	var former datapathVeth
+	if d.maps[datapathMapVeths].Lookup(uint32(p.Ifindex), &former) == nil && former.Uid == veth.Uid {
+		veth.Learned = former.Learned
+	}
+	if err := d.maps[datapathMapVeths].Put(uint32(p.Ifindex), veth); err != nil {
+		return fmt.Errorf("write veth %d: %w", p.Ifindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
+	}
+	if err := d.setExclusions(p.Ifindex, p.Exclusions); err != nil {
+		return err
+	}
+	d.claim(p.UID, func(e *podEntries) bool {
+		has := e.veths[uint32(p.Ifindex)]
+		delete(e.veths, uint32(p.Ifindex))
+		return has
+	})
 	has.veths[uint32(p.Ifindex)] = true
 	for key := range wanted {
-		if err := d.maps[datapathMapPods].Put(key, entry); err != nil {
-			return fmt.Errorf("write address %s (at most %d): %w", netip.AddrFrom16(key.Bytes).Unmap(), d.maps[datapathMapPods].MaxEntries(), err)
+		taken := d.claim(p.UID, func(e *podEntries) bool { has := e.addresses[key]; delete(e.addresses, key); return has })
+		if taken {
+			// Its connections were the other pod's.
+			if err := d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return f.Pod == key }); err != nil {
+				return err
+			}
 		}
-		d.claim(p.UID, func(e *podEntries) { delete(e.addresses, key) })
+		if err := d.maps[datapathMapPods].Put(key, entry); err != nil {
+			return fmt.Errorf("write address %s: %w", netip.AddrFrom16(key.Bytes).Unmap(), fullError(d.maps[datapathMapPods], datapathMapPods, err))
+		}
 		has.addresses[key] = true
 	}
 	if err := d.deletePodEntries(has, func(a datapathAddr) bool { return !wanted[a] }, func(i uint32) bool { return i != uint32(p.Ifindex) }); err != nil {
@@ -175,13 +203,14 @@ func (d *Datapath) entriesOf(uid string) *podEntries {
 	return e
 }
 
-// claim lets go of a key that a pod has taken over from any other.
-func (d *Datapath) claim(uid string, release func(*podEntries)) {
+// claim lets go of a key that a pod takes over, and says whether another had it.
+func (d *Datapath) claim(uid string, release func(*podEntries) bool) (taken bool) {
 	for other, e := range d.pods {
-		if other != uid {
-			release(e)
+		if other != uid && release(e) {
+			taken = true
 		}
 	}
+	return taken
 }
 
 func (d *Datapath) deletePodEntries(e *podEntries, address func(datapathAddr) bool, veth func(uint32) bool) error {
@@ -192,14 +221,20 @@ func (d *Datapath) deletePodEntries(e *podEntries, address func(datapathAddr) bo
 		if err := deleteKey(d.maps[datapathMapPods], key); err != nil {
 			return fmt.Errorf("delete address: %w", err)
 		}
+		if err := d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return f.Pod == key }); err != nil {
+			return err
+		}
 		delete(e.addresses, key)
 	}
 	for ifindex := range e.veths {
 		if !veth(ifindex) {
 			continue
 		}
-		if err := deleteKey(d.maps[datapathMapVeths], ifindex); err != nil {
-			return fmt.Errorf("delete veth: %w", err)
+		if err := d.setExclusions(int(ifindex), nil); err != nil {
+			return err
+		}
+		if err := d.deleteVeth(ifindex); err != nil {
+			return err
 		}
 		delete(e.veths, ifindex)
 	}

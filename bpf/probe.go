@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,6 +28,10 @@ func Probe() error {
 		{"setsockopt programs on cgroups (CONFIG_CGROUP_BPF)", func() error { return features.HaveProgramType(ebpf.CGroupSockopt) }},
 		{"socket maps (CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG)", func() error { return features.HaveMapType(ebpf.SockMap) }},
 		{"hash maps per CPU", func() error { return features.HaveMapType(ebpf.PerCPUHash) }},
+		{"ring buffers", func() error { return features.HaveMapType(ebpf.RingBuf) }},
+		{"longest-prefix maps", func() error { return features.HaveMapType(ebpf.LPMTrie) }},
+		{"sockops programs on cgroups (CONFIG_CGROUP_BPF)", func() error { return features.HaveProgramType(ebpf.SockOps) }},
+		{"list of sockets (CONFIG_INET_DIAG)", probeSocketList},
 		{"pidfd_getfd", probePidfdGetfd},
 	}
 	var lacking []error
@@ -54,6 +59,14 @@ func probeTCX() error {
 		return errors.Join(errors.New("attached to a device that doesn't exist"), l.Close())
 	}
 	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+func probeSocketList() error {
+	_, err := netlink.SocketDiagTCP(unix.AF_INET)
+	if errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil
 	}
 	return err

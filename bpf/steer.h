@@ -85,8 +85,11 @@ int steer(struct bpf_sk_lookup *ctx)
 		count->dropped.unsteered++;
 		return SK_DROP;
 	}
+	struct pod *pod = bpf_map_lookup_elem(&pods, listener == LISTENER_OUTBOUND ? &remote : &local);
+	__u32 pod_ifindex = pod ? pod->ifindex : 0;
 
-	__u32 hash = flow_hash(&local, &remote, port ^ ((__u32)ctx->remote_port << 16));
+	__u32 remote_port = ctx->remote_port;
+	__u32 hash = flow_hash(&local, &remote, port ^ (remote_port << 16));
 	__u32 generation = hash % 100 < t->canary;
 	// Without sockets of its own, a generation leaves all to the other.
 	struct bpf_sock *sk = 0;
@@ -103,6 +106,14 @@ int steer(struct bpf_sk_lookup *ctx)
 	}
 	if (!sk) {
 		count->refused++;
+		struct event e = { .tenant = tenant, .reason = REASON_REFUSED };
+		int outbound = listener == LISTENER_OUTBOUND;
+		e.way = outbound ? WAY_OUTBOUND : WAY_INBOUND;
+		e.pod = outbound ? remote : local;
+		e.peer = outbound ? local : remote;
+		e.pod_port = outbound ? bpf_ntohs(remote_port) : port;
+		e.peer_port = outbound ? port : bpf_ntohs(remote_port);
+		tell_denied(&e, pod_ifindex);
 		return SK_DROP;
 	}
 	// Both generations listen on the same ports: the kernel must not choose
@@ -115,6 +126,9 @@ int steer(struct bpf_sk_lookup *ctx)
 	}
 	count->steered[generation & 1]++;
 	count->listener[listener]++;
+	struct pod_counters *of_pod = pod_counters_of(pod_ifindex);
+	if (of_pod)
+		of_pod->listener[listener & 3]++;
 	return SK_PASS;
 }
 

@@ -8,15 +8,6 @@
 #define NEIGHBOUR_SOLICITATION 135
 #define NEIGHBOUR_ADVERTISEMENT 136
 
-// drop counts the packet under its reason, a field of struct drops.
-#define drop(tenant, reason)                                       \
-	({                                                         \
-		struct tenant_counters *c_ = counters_of(tenant);  \
-		if (c_)                                            \
-			c_->dropped.reason++;                      \
-		DROP;                                              \
-	})
-
 static __always_inline int set_destination_mac(struct __sk_buff *skb, const __u8 *mac)
 {
 	__u8 copy[ETH_ALEN];
@@ -86,43 +77,97 @@ static __always_inline int readdress(struct __sk_buff *skb, const struct packet 
 	return bpf_skb_store_bytes(skb, field, new, sizeof(new), 0);
 }
 
+// bytes_of a TCP packet, from its IP header on.
+static __always_inline __u32 bytes_of(struct __sk_buff *skb)
+{
+	return skb->len > ETH_HLEN ? skb->len - ETH_HLEN : 0;
+}
+
+static __always_inline struct settings *get_settings(void)
+{
+	__u32 zero = 0;
+	return bpf_map_lookup_elem(&config, &zero);
+}
+
+static __always_inline void flow_from(struct flow *f, const struct packet *p)
+{
+	f->pod = p->source;
+	f->peer = p->destination;
+	f->pod_port = p->source_port;
+	f->peer_port = p->destination_port;
+}
+
+static __always_inline void flow_to(struct flow *f, const struct packet *p)
+{
+	f->pod = p->destination;
+	f->peer = p->source;
+	f->pod_port = p->destination_port;
+	f->peer_port = p->source_port;
+}
+
 // from_pod: tcx ingress on the node's end of a pod's veth.
 SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
 	struct packet p;
+	struct flow f;
 	__u32 ifindex = skb->ifindex;
-	int reinjected = skb->mark == REINJECTED;
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	__u32 tenant = veth ? veth->tenant : 0;
+	struct settings *set = get_settings();
+	if (!set)
+		return DROP;
 
 	enum parsed parsed = parse(skb, &p);
 	if (parsed == MALFORMED)
-		return drop(tenant, malformed);
+		return drop(&p, tenant, ifindex, malformed, WAY_OUTBOUND);
 	if (parsed == NOT_IP || p.protocol != IPPROTO_TCP)
 		return NEXT;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &p.source);
 	if (!pod || pod->ifindex != ifindex)
-		return drop(tenant, spoofed);
+		return drop(&p, tenant, ifindex, spoofed, WAY_OUTBOUND);
 	if (p.fragment)
-		return drop(tenant, fragment);
-	if (reinjected) {
-		skb->mark = 0;
+		return drop(&p, tenant, ifindex, fragment, WAY_OUTBOUND);
+	if (set->mark_mask && (skb->mark & set->mark_mask) == set->mark) {
+		skb->mark &= ~set->mark_mask;
 		bpf_skb_change_type(skb, PACKET_HOST);
 		return NEXT;
 	}
+	__u32 bytes = bytes_of(skb);
+	struct pod_counters *count = pod_counters_of(ifindex);
+	if (count)
+		count->bytes_sent += bytes;
 	if (is_node_address(&p.destination))
 		return NEXT;
-	tenant = pod->tenant;
-	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
-	if (!t)
-		return drop(tenant, no_tenant);
-	__u32 to = t->ifindex;
 	struct addr self;
 	self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
-	if (same_address(&p.destination, &self) && readdress(skb, &p, 0, &p.source))
-		return drop(tenant, malformed);
+	int to_self = same_address(&p.destination, &self);
+	flow_from(&f, &p);
+	if (to_self)
+		f.peer = p.source; // as its tenant sees it
+	int owner = belongs_to(&p, &f, pod, 1, 0, bytes);
+	if (owner == DIRECT)
+		return NEXT;
+	if (owner == IS_MIDSTREAM)
+		return drop(&p, tenant, ifindex, midstream, WAY_OUTBOUND);
+	if (owner == FLOWS_FULL)
+		return drop(&p, tenant, ifindex, flows_full, WAY_OUTBOUND);
+	tenant = owner;
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	if (!t)
+		return drop(&p, tenant, ifindex, no_tenant, WAY_OUTBOUND);
+	__u32 to = t->ifindex;
+	if (to_self && readdress(skb, &p, 0, &p.source))
+		return drop(&p, tenant, ifindex, malformed, WAY_OUTBOUND);
 	return to_other_end(skb, to);
+}
+
+static __always_inline int received(struct __sk_buff *skb, __u32 ifindex)
+{
+	struct pod_counters *count = pod_counters_of(ifindex);
+	if (count)
+		count->bytes_received += bytes_of(skb);
+	return NEXT;
 }
 
 // to_pod: tcx egress on the node's end of a pod's veth.
@@ -131,21 +176,24 @@ int to_pod(struct __sk_buff *skb)
 {
 	struct packet p;
 	struct addr sent_to;
+	struct flow f;
+	__be16 ports[2] = {};
 	__u32 ifindex = skb->ifindex;
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	__u32 tenant = veth ? veth->tenant : 0;
 	// Not by source address: what a NodePort masquerades has the node's, too.
-	int made_here = skb->ingress_ifindex == 0;
+	int made_here = skb->ingress_ifindex == 0, tcp = 0;
 
 	enum parsed parsed = parse(skb, &p);
 	if (parsed == MALFORMED)
-		return drop(tenant, malformed);
+		return drop(&p, tenant, ifindex, malformed, WAY_INBOUND);
 	if (parsed == NOT_IP)
 		return NEXT;
 	if (p.protocol == IPPROTO_TCP) {
 		if (made_here)
-			return NEXT;
-	} else if (quotes_tcp(skb, &p, &sent_to)) {
+			return received(skb, ifindex);
+		tcp = 1;
+	} else if (quotes_tcp(skb, &p, &sent_to, ports)) {
 		// The tenant's Envoy sent that packet as the pod, and without the
 		// error it wouldn't learn the path's MTU; except for what the pod
 		// sends to the node, which doesn't pass its tenant.
@@ -155,15 +203,32 @@ int to_pod(struct __sk_buff *skb)
 		return NEXT;
 	}
 	if (p.fragment)
-		return drop(tenant, fragment);
+		return drop(&p, tenant, ifindex, fragment, WAY_INBOUND);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &p.destination);
 	// A bridge floods its ports with what it doesn't know the place of.
 	if (!pod || pod->ifindex != ifindex)
-		return drop(tenant, not_the_pod);
-	tenant = pod->tenant;
+		return drop(&p, tenant, ifindex, not_the_pod, WAY_INBOUND);
+	int owner;
+	flow_to(&f, &p);
+	if (tcp) {
+		owner = belongs_to(&p, &f, pod, 0, 0, bytes_of(skb));
+	} else {
+		f.peer = sent_to;
+		f.pod_port = bpf_ntohs(ports[0]);
+		f.peer_port = bpf_ntohs(ports[1]);
+		struct flow_state *s = bpf_map_lookup_elem(&flows, &f);
+		owner = s ? s->tenant : pod->tenant;
+	}
+	if (owner == DIRECT)
+		return tcp ? received(skb, ifindex) : NEXT;
+	if (owner == IS_MIDSTREAM)
+		return drop(&p, tenant, ifindex, midstream, WAY_INBOUND);
+	if (owner == FLOWS_FULL)
+		return drop(&p, tenant, ifindex, flows_full, WAY_INBOUND);
+	tenant = owner;
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
-		return drop(tenant, no_tenant);
+		return drop(&p, tenant, ifindex, no_tenant, WAY_INBOUND);
 	__u32 to = t->ifindex;
 	if (set_destination_mac(skb, t->mac))
 		return DROP;
@@ -187,17 +252,19 @@ static __always_inline int is_deliver_address(const struct addr *a)
 SEC("tc")
 int from_tenant(struct __sk_buff *skb)
 {
-	struct packet p;
+	struct packet p = {};
+	struct flow f;
 	__u32 ifindex = skb->ifindex;
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
-	if (!veth || veth->kind != VETH_TENANT)
-		return drop(0, no_tenant);
-	__u32 tenant = veth->tenant;
+	struct settings *set = get_settings();
+	if (!veth || veth->kind != VETH_TENANT || !set)
+		return drop(&p, 0, ifindex, no_tenant, WAY_UPSTREAM);
+	__u32 tenant = veth->tenant, bytes = bytes_of(skb);
 
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return NEXT;
 	if (parse(skb, &p) != PARSED)
-		return drop(tenant, malformed);
+		return drop(&p, tenant, ifindex, malformed, WAY_UPSTREAM);
 	if (p.protocol == IPPROTO_ICMPV6 && !p.fragment) {
 		__u8 type;
 		if (!bpf_skb_load_bytes(skb, p.offset, &type, sizeof(type)) &&
@@ -205,35 +272,44 @@ int from_tenant(struct __sk_buff *skb)
 			return NEXT;
 	}
 	if (p.protocol != IPPROTO_TCP)
-		return drop(tenant, protocol);
+		return drop(&p, tenant, ifindex, protocol, WAY_UPSTREAM);
 	if (p.fragment)
-		return drop(tenant, fragment);
+		return drop(&p, tenant, ifindex, fragment, WAY_UPSTREAM);
 
 	struct pod *from = bpf_map_lookup_elem(&pods, &p.source);
 	struct pod *to = bpf_map_lookup_elem(&pods, &p.destination);
-	if (from && from->tenant != tenant)
-		from = 0;
-	if (to && to->tenant != tenant)
-		to = 0;
+	// Also of a pod that isn't its own any more, the flows that stayed.
+	if (from) {
+		flow_from(&f, &p);
+		if (belongs_to(&p, &f, from, 1, tenant, bytes) != tenant)
+			from = 0;
+	}
+	if (to) {
+		flow_to(&f, &p);
+		if (belongs_to(&p, &f, to, 0, tenant, bytes) != tenant)
+			to = 0;
+	}
 	if (is_deliver_address(&p.source) && !to)
-		return drop(tenant, deliver);
+		return drop(&p, tenant, ifindex, deliver, WAY_UPSTREAM);
 	if (from && to && (p.source_port == HBONE_PORT || p.destination_port == HBONE_PORT))
 		return to_other_end(skb, ifindex); // a tunnel between two of its own pods has both ends in there
 	if (to && same_address(&p.source, &p.destination)) {
 		struct addr self;
 		self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
 		if (readdress(skb, &p, 1, &self))
-			return drop(tenant, malformed);
+			return drop(&p, tenant, ifindex, malformed, WAY_UPSTREAM);
 	}
-	if (to)
+	if (to) {
+		received(skb, to->ifindex);
 		return deliver(skb, to);
+	}
 	if (!from)
-		return drop(tenant, foreign);
+		return drop(&p, tenant, ifindex, foreign, WAY_UPSTREAM);
 	// As if the pod itself had sent it: rp_filter, conntrack and network
 	// policies of the node see the pod and its veth.
 	__u32 as = from->ifindex;
 	if (set_destination_mac(skb, from->gateway_mac))
 		return DROP;
-	skb->mark = REINJECTED;
+	skb->mark = (skb->mark & ~set->mark_mask) | set->mark;
 	return bpf_redirect(as, BPF_F_INGRESS);
 }

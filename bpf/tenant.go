@@ -22,11 +22,12 @@ const (
 	fromTenantLink    = "from_tenant"
 	steerLink         = "steer_link"
 	noTransparentLink = "no_transparent"
+	observeLink       = "observe_link"
 )
 
 // tenantLinks are in the order in which they go: what comes out of the namespace
 // is checked to the last.
-var tenantLinks = []string{noTransparentLink, steerLink, fromTenantLink}
+var tenantLinks = []string{observeLink, noTransparentLink, steerLink, fromTenantLink}
 
 // Tenant is where a tenant's proxy on this node lives.
 type Tenant struct {
@@ -42,7 +43,8 @@ type Tenant struct {
 	TenantIfindex int
 	HostMAC       net.HardwareAddr
 	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none;
-	// Envoy then needs CAP_NET_ADMIN to keep source addresses.
+	// Envoy then needs CAP_NET_ADMIN to keep source addresses, and there are no
+	// events of its connections.
 	CgroupV2 string
 }
 
@@ -85,7 +87,10 @@ func (d *Datapath) updateTenant(t Tenant) error {
 	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_TENANT, Tenant: uint32(t.Index)}
 	if err := d.maps[datapathMapVeths].Put(uint32(t.HostIfindex), veth); err != nil {
-		return fmt.Errorf("write veth %d: %w", t.HostIfindex, err)
+		return fmt.Errorf("write veth %d: %w", t.HostIfindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
+	}
+	if err := d.addVethCounters(t.HostIfindex); err != nil {
+		return err
 	}
 	// The entry comes last: nothing is sent into the namespace before what
 	// comes out of it is checked.
@@ -96,7 +101,7 @@ func (d *Datapath) updateTenant(t Tenant) error {
 	entry.Ifindex = uint32(t.HostIfindex)
 	copy(entry.Mac[:], t.TenantMAC)
 	if err := d.maps[datapathMapTenants].Put(uint32(t.Index), entry); err != nil {
-		return fmt.Errorf("write tenant (at most %d): %w", d.maps[datapathMapTenants].MaxEntries(), err)
+		return fmt.Errorf("write tenant: %w", fullError(d.maps[datapathMapTenants], datapathMapTenants, err))
 	}
 	return d.deleteVeths(func(ifindex uint32, v datapathVeth) bool {
 		return v.Kind == datapathVethKindVETH_TENANT && v.Tenant == uint32(t.Index) && ifindex != uint32(t.HostIfindex)
@@ -138,10 +143,19 @@ func (d *Datapath) attachTenant(t Tenant) error {
 	if err != nil {
 		return err
 	}
-	return d.attachNoTransparent(filepath.Join(dir, noTransparentLink), t.CgroupV2)
+	noTransparent := d.programs[datapathProgNoTransparent]
+	if err := attachCgroup(filepath.Join(dir, noTransparentLink), t.CgroupV2, noTransparent, ebpf.AttachCGroupSetsockopt); err != nil {
+		return err
+	}
+	observe, err := d.loadObserve(t.Index)
+	if err != nil {
+		return err
+	}
+	defer observe.Close()
+	return attachCgroup(filepath.Join(dir, observeLink), t.CgroupV2, observe, ebpf.AttachCGroupSockOps)
 }
 
-func (d *Datapath) attachNoTransparent(path, cgroup string) error {
+func attachCgroup(path, cgroup string, program *ebpf.Program, at ebpf.AttachType) error {
 	if cgroup == "" {
 		return detach(path)
 	}
@@ -154,13 +168,12 @@ func (d *Datapath) attachNoTransparent(path, cgroup string) error {
 	if err != nil {
 		return err
 	}
-	program := d.programs[datapathProgNoTransparent]
 	return ensureLink(path, program,
 		func(i *link.Info) bool { c := i.Cgroup(); return c != nil && c.CgroupId == inode },
 		func() (link.Link, error) {
-			l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupSetsockopt, Program: program})
+			l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: at, Program: program})
 			if err != nil {
-				return nil, fmt.Errorf("attach no_transparent to cgroup %s (is it version 2?): %w", cgroup, err)
+				return nil, fmt.Errorf("attach %s to cgroup %s (is it version 2?): %w", filepath.Base(path), cgroup, err)
 			}
 			return l, nil
 		})
@@ -203,6 +216,14 @@ func (d *Datapath) loadSteer(index uint16) (*ebpf.Program, *ebpf.Map, error) {
 	return program, listeners, nil
 }
 
+// loadObserve returns a tenant's copy of observe; the caller closes it.
+func (d *Datapath) loadObserve(index uint16) (*ebpf.Program, error) {
+	return d.adoptProgram(filepath.Join(d.tenantDir(index), datapathProgObserve), datapathProgObserve, d.maps,
+		func(spec *ebpf.CollectionSpec) error {
+			return spec.Variables[datapathVarTenantIndex].Set(uint32(index))
+		})
+}
+
 // DeleteTenant detaches and removes what belongs to a tenant; its pods are
 // closed from then on. Call it when the tenant's processes have ended: from_tenant
 // is what keeps them from using the addresses of others. Nothing to delete is no error.
@@ -226,6 +247,10 @@ func (d *Datapath) deleteTenant(index uint16) error {
 		return v.Kind == datapathVethKindVETH_TENANT && v.Tenant == uint32(index)
 	})
 	if err != nil || index == 0 {
+		return err
+	}
+	// Another tenant may get the index.
+	if err := d.deleteFlows(func(_ datapathFlow, s datapathFlowState) bool { return s.Tenant == uint32(index) }); err != nil {
 		return err
 	}
 	if err := deleteKey(d.maps[datapathMapCounters], uint32(index)); err != nil {
@@ -311,21 +336,39 @@ func (d *Datapath) tenantDirs() ([]uint16, error) {
 }
 
 func (d *Datapath) deleteVeths(which func(ifindex uint32, v datapathVeth) bool) error {
-	var stale []uint32
+	return d.eachVeth(func(ifindex uint32, v datapathVeth) error {
+		if !which(ifindex, v) {
+			return nil
+		}
+		return d.deleteVeth(ifindex)
+	})
+}
+
+// deleteVeth deletes what is kept of a veth.
+func (d *Datapath) deleteVeth(ifindex uint32) error {
+	for _, name := range []string{datapathMapVeths, datapathMapPerPod} {
+		if err := deleteKey(d.maps[name], ifindex); err != nil {
+			return fmt.Errorf("delete veth %d: %w", ifindex, err)
+		}
+	}
+	return nil
+}
+
+// eachVeth calls f for each entry that is there at the start.
+func (d *Datapath) eachVeth(f func(ifindex uint32, v datapathVeth) error) error {
+	all := map[uint32]datapathVeth{}
 	var ifindex uint32
 	var v datapathVeth
 	entries := d.maps[datapathMapVeths].Iterate()
 	for entries.Next(&ifindex, &v) {
-		if which(ifindex, v) {
-			stale = append(stale, ifindex)
-		}
+		all[ifindex] = v
 	}
 	if err := entries.Err(); err != nil {
 		return fmt.Errorf("read veths: %w", err)
 	}
-	for _, ifindex := range stale {
-		if err := deleteKey(d.maps[datapathMapVeths], ifindex); err != nil {
-			return fmt.Errorf("delete veth %d: %w", ifindex, err)
+	for ifindex, v := range all {
+		if err := f(ifindex, v); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -1,0 +1,214 @@
+// Which connections stay where their SYN went, and which pass in the clear.
+#pragma once
+
+#define MAX_FLOWS 262144
+// Of one pod, that the programs may write down: it must not take all of the
+// room. What the agent writes before a pod moves isn't limited.
+#define MAX_LEARNED 8192
+#define MAX_EXCLUSIONS 8192
+
+#define ENDED_POD 1
+#define ENDED_PEER 2
+#define ENDED_RESET 4
+// The event was sent.
+#define ENDED_TOLD 8
+
+// The same key from both ends: of the pod's veth, and of its tenant.
+struct flow {
+	struct addr pod, peer;
+	__u16 pod_port, peer_port;
+};
+
+// A flow that needn't go where the pod's new flows go.
+struct flow_state {
+	// Or DIRECT.
+	__u32 tenant;
+	// The pod's veth, and whether the programs wrote it down.
+	__u32 ifindex;
+	// Which ends have sent a FIN, and whether one a RST.
+	__u8 ended;
+	__u8 learned;
+	__u8 outbound;
+	__u8 pad[5];
+	// When its last packet came: nanoseconds of CLOCK_MONOTONIC.
+	__u64 seen;
+	__u64 bytes_sent, bytes_received;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow);
+	__type(value, struct flow_state);
+} flows SEC(".maps");
+
+// A SYN's way into the clear; what is in it is excluded from the mesh.
+struct exclusion {
+	__u32 prefixlen;
+	// Of a pod's veth; 0 is for all pods.
+	__u32 ifindex;
+	__u8 outbound;
+	__u8 pad;
+	// Of the SYN's destination; 0 is for all ports.
+	__be16 port;
+	// Of the pod's peer.
+	struct addr peer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, MAX_EXCLUSIONS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct exclusion);
+	__type(value, __u8);
+} exclusions SEC(".maps");
+
+#define EXCLUSION_BITS ((sizeof(struct exclusion) - sizeof(__u32)) * 8)
+
+// What becomes of a packet, if it isn't a tenant's index or DIRECT.
+#define IS_MIDSTREAM (-1)
+#define FLOWS_FULL (-2)
+
+static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound)
+{
+	struct exclusion e = { .prefixlen = EXCLUSION_BITS, .ifindex = ifindex, .outbound = outbound };
+	if (!f)
+		return 0;
+	e.peer = f->peer;
+	e.port = bpf_htons(outbound ? f->peer_port : f->pod_port);
+	__be16 port = e.port;
+	if (bpf_map_lookup_elem(&exclusions, &e))
+		return 1;
+	e.port = 0;
+	if (bpf_map_lookup_elem(&exclusions, &e))
+		return 1;
+	e.ifindex = 0;
+	if (bpf_map_lookup_elem(&exclusions, &e))
+		return 1;
+	e.port = port;
+	return bpf_map_lookup_elem(&exclusions, &e) != 0;
+}
+
+static __always_inline int bypassed(__u32 tenant)
+{
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	return t && t->bypass;
+}
+
+static __noinline int tell_flow(const struct flow *f, const struct flow_state *s, const struct pod *pod, enum event_kind kind)
+{
+	struct event e = { .kind = kind, .reason = NO_REASON };
+	if (!f || !s || !pod)
+		return 0;
+	e.way = s->outbound ? WAY_DIRECT_OUTBOUND : WAY_DIRECT_INBOUND;
+	e.tenant = pod->tenant;
+	e.pod = f->pod;
+	e.pod_port = f->pod_port;
+	e.peer = f->peer;
+	e.peer_port = f->peer_port;
+	e.bytes_sent = s->bytes_sent;
+	e.bytes_received = s->bytes_received;
+	__builtin_memcpy(e.uid, pod->uid, sizeof(e.uid));
+	return tell(&e);
+}
+
+static __always_inline void forget(const struct flow *f, const struct flow_state *s)
+{
+	__u32 ifindex = s->ifindex;
+	__u8 learned = s->learned;
+	if (bpf_map_delete_elem(&flows, f) || !learned)
+		return;
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	if (veth && veth->learned)
+		__sync_fetch_and_add(&veth->learned, -1);
+}
+
+// learn writes a flow down.
+static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 tenant, int outbound)
+{
+	if (!f || !pod)
+		return FLOWS_FULL;
+	__u32 ifindex = pod->ifindex;
+	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound };
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	s.seen = bpf_ktime_get_ns();
+	if (!veth || veth->learned >= MAX_LEARNED)
+		return FLOWS_FULL;
+	if (bpf_map_update_elem(&flows, f, &s, BPF_NOEXIST))
+		return FLOWS_FULL;
+	__sync_fetch_and_add(&veth->learned, 1);
+	if (tenant != DIRECT)
+		return 0;
+	struct pod_counters *c = pod_counters_of(ifindex);
+	if (c)
+		c->direct++;
+	return tell_flow(f, &s, pod, EVENT_OPENED);
+}
+
+// follow keeps the books of a flow that is written down, and says where it
+// belongs.
+static __always_inline int follow(const struct flow *f, struct flow_state *s, const struct pod *pod, __u32 flags, int from_pod, __u32 bytes)
+{
+	int tenant = s->tenant;
+	__u8 ended = s->ended;
+	s->seen = bpf_ktime_get_ns();
+	__sync_fetch_and_add(from_pod ? &s->bytes_sent : &s->bytes_received, bytes);
+	if (flags & TCP_RST)
+		ended |= ENDED_RESET;
+	else
+		ended &= ~ENDED_RESET; // it was forged: they talk on
+	if (flags & TCP_FIN)
+		ended |= from_pod ? ENDED_POD : ENDED_PEER;
+	int both = (ended & (ENDED_POD | ENDED_PEER)) == (ENDED_POD | ENDED_PEER);
+	if ((both || ended & ENDED_RESET) && !(ended & ENDED_TOLD)) {
+		ended |= ENDED_TOLD;
+		if (tenant == DIRECT)
+			tell_flow(f, s, pod, EVENT_CLOSED);
+	}
+	s->ended = ended;
+	// The acknowledgement of the second FIN is its last packet.
+	if (both && !(flags & (TCP_FIN | TCP_RST)))
+		forget(f, s);
+	return tenant;
+}
+
+// belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
+// IS_MIDSTREAM or FLOWS_FULL. by is the tenant that sent it, if one did.
+static __always_inline int belongs_to(const struct packet *p, const struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
+{
+	__u32 tenant = pod->tenant;
+	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	// What isn't the sender's isn't touched: a tenant is hostile.
+	if (s && by && s->tenant != by && !(by == tenant && opens(p) && s->ended))
+		return s->tenant;
+	if (s && opens(p) && s->ended) {
+		forget(f, s);
+		s = 0;
+	}
+	if (s)
+		return follow(f, s, pod, p->flags, from_pod, bytes);
+	if (!opens(p))
+		return tenant == DIRECT ? IS_MIDSTREAM : tenant;
+	if (by) {
+		if (pod->learn && tenant == by)
+			learn(f, pod, tenant, from_pod);
+		return tenant;
+	}
+	struct tenant_counters *c = counters_of(tenant);
+	int direct = tenant == DIRECT;
+	if (!direct && excluded(f, pod->ifindex, from_pod)) {
+		direct = 1;
+		if (c)
+			c->excluded++;
+	} else if (!direct && bypassed(tenant)) {
+		direct = 1;
+		if (c)
+			c->bypassed++;
+	}
+	if (direct)
+		return learn(f, pod, DIRECT, from_pod) ? FLOWS_FULL : DIRECT;
+	if (pod->learn)
+		learn(f, pod, tenant, from_pod);
+	return tenant;
+}

@@ -1,0 +1,337 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// reader reads the flows of a pod in the namespace where it was.
+func (m *mesh) reader(p *testPod) FlowReader {
+	return func(from uint16) ([]Flow, error) {
+		path := map[uint16]string{0: p.path(), 1: m.one.path(), 2: m.two.path()}[from]
+		return EstablishedFlows(path, p.both()...)
+	}
+}
+
+// flow is a held connection.
+type heldFlow struct {
+	name string
+	net.Conn
+}
+
+func (m *mesh) hold(held *[]heldFlow, name string, n *namespace, from, to netip.AddrPort, want string) {
+	m.t.Helper()
+	c, greeting, err := dial(m.t, n, from, to)
+	if err != nil || greeting != want {
+		m.t.Fatalf("%s: %q, %v, want %q", name, greeting, err, want)
+	}
+	*held = append(*held, heldFlow{name, c})
+}
+
+func goOn(t *testing.T, when string, held []heldFlow) {
+	t.Helper()
+	for _, c := range held {
+		if err := echo(c, 10_000); err != nil {
+			t.Errorf("%s: %s: %v", when, c.name, err)
+		}
+	}
+}
+
+func (m *mesh) greets(when string, from *namespace, to netip.AddrPort, want string) {
+	m.t.Helper()
+	if _, greeting, err := dial(m.t, from, netip.AddrPort{}, to); greeting != want {
+		m.t.Errorf("%s: new connection to %s: %q, %v, want %q", when, to, greeting, err, want)
+	}
+}
+
+// holdAll holds a connection of each kind that a pod has through its tenant.
+func (m *mesh) holdAll(p *testPod, n *testTenant, proxy string) (held []heldFlow) {
+	m.t.Helper()
+	for _, family := range []int{4, 6} {
+		pod, remote := p.of(family), remoteAddresses.of(family)
+		name := func(s string) string { return fmt.Sprintf("%s, IPv%d", s, family) }
+		m.hold(&held, name("outbound"), p.namespace, netip.AddrPort{}, at(remote, 80), proxy)
+		m.hold(&held, name("inbound"), m.remote, netip.AddrPort{}, at(pod, 8080), proxy)
+		m.hold(&held, name("upstream"), n.namespace, at(pod, 0), at(remote, 80), "app "+pod.String())
+		m.hold(&held, name("delivered"), n.namespace, at(remote, 0), at(pod, 8081), "app "+remote.String())
+		m.hold(&held, name("delivered to itself"), n.namespace, at(pod, 0), at(pod, 8081),
+			"app "+addresses("169.254.96.2", "fd69:8::2").of(family).String())
+		// Its answers come from the pod's own address.
+		m.hold(&held, name("to a pod of the tenant"), p.namespace, netip.AddrPort{}, at(m.c.of(family), 80), proxy)
+	}
+	return held
+}
+
+func TestFlowsStayOnJoin(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	d := m.pod("d", 1, addresses("10.77.0.40", "fd77::40"), false)
+	serve(t, d.namespace, 8080)
+	var held []heldFlow
+	for _, family := range []int{4, 6} {
+		pod, remote := d.of(family), remoteAddresses.of(family)
+		m.hold(&held, fmt.Sprintf("outbound, IPv%d", family), d.namespace, netip.AddrPort{}, at(remote, 80), "app "+pod.String())
+		m.hold(&held, fmt.Sprintf("inbound, IPv%d", family), m.remote, netip.AddrPort{}, at(pod, 8080), "app "+remote.String())
+	}
+
+	// Killed halfway: nothing is cut, nothing has moved.
+	calls, broken := 0, errors.New("broken")
+	err := m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+		if calls++; calls == 2 {
+			return nil, broken
+		}
+		return m.reader(d)(from)
+	})
+	if !errors.Is(err, broken) {
+		t.Fatalf("%v, want %v", err, broken)
+	}
+	goOn(t, "halfway", held)
+	m.greets("halfway", d.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.40")
+	m.hold(&held, "opened halfway", d.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.40")
+
+	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+		flows, err := m.reader(d)(from)
+		m.hold(&held, "opened while they are read", d.namespace, netip.AddrPort{}, at(remoteAddresses.v6, 80), "app fd77::40")
+		return flows, err
+	}))
+	check(t, m.d.MovePod(d.Pod, m.reader(d)))
+	goOn(t, "joined", held)
+	for _, family := range []int{4, 6} {
+		m.greets("joined", d.namespace, at(remoteAddresses.of(family), 80), "proxy1")
+		m.greets("joined", m.remote, at(d.of(family), 8080), "proxy1")
+	}
+	// Its path's MTU is between the pod and its peer, too.
+	setMTU(t, "bhtremote", 1400)
+	for _, c := range held {
+		if err := echo(c, 200_000); err != nil {
+			t.Errorf("smaller MTU: %s: %v", c.name, err)
+		}
+	}
+	flows, err := m.d.HeldFlows()
+	if err != nil || flows["d"][0] < len(held) {
+		t.Errorf("held %v, %v, want %d of pod d in the clear", flows, err, len(held))
+	}
+	m.endFlows(held, "d")
+	m.greets("ended", d.namespace, at(remoteAddresses.v4, 80), "proxy1")
+}
+
+// endFlows closes connections and waits until none is held any more: without the
+// sweep, of the agent's own, but for those that nobody saw the end of.
+func (m *mesh) endFlows(held []heldFlow, uid string) {
+	m.t.Helper()
+	for _, c := range held {
+		check(m.t, c.Conn.(*net.TCPConn).CloseWrite())
+		c.Read(make([]byte, 1))
+		c.Close()
+	}
+	deadline := time.Now().Add(patience)
+	for {
+		flows, err := m.d.HeldFlows()
+		check(m.t, err)
+		open := 0
+		check(m.t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
+			for _, c := range held {
+				if l := c.LocalAddr().(*net.TCPAddr).AddrPort(); s.Ended == 0 && (l.Port() == key.PodPort || l.Port() == key.PeerPort) {
+					open++
+				}
+			}
+		}))
+		if open == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Errorf("connections of pod %s are still held: %v", uid, flows)
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func TestFlowsStayOnChange(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8081)
+	held := m.holdAll(m.a, m.one, "proxy1")
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, func(from uint16) ([]Flow, error) {
+		flows, err := m.reader(m.a)(from)
+		m.hold(&held, "outbound, opened while they are read", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")
+		m.hold(&held, "upstream, opened while they are read", m.one.namespace, at(m.a.v6, 0), at(remoteAddresses.v6, 80), "app fd77::2")
+		return flows, err
+	}))
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	goOn(t, "moved", held)
+	more := m.holdAll(m.a, m.two, "proxy2")
+
+	// The former tenant has those and no others.
+	before := m.counters(1).Dropped.Foreign
+	syn(t, m.one.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(1).Dropped.Foreign > before })
+	// Nor can one end those of another: a reset from tenant 2.
+	m.forge(m.two, held[0].Conn)
+	goOn(t, "forged", held)
+
+	// Adopted by another process.
+	check(t, m.d.Close())
+	m.d = m.open()
+	check(t, m.d.UpdatePod(m.a.Pod))
+	goOn(t, "adopted", held)
+	// And back: those of both are where they were.
+	m.a.Tenant = 1
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	goOn(t, "back", append(held, more...))
+	m.greets("back", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+
+	// A tenant that is gone has none; its index may be given to another.
+	check(t, m.d.DeleteTenant(2))
+	flows, err := m.d.HeldFlows()
+	if err != nil || flows["a"][2] != 0 || flows["a"][1] == 0 {
+		t.Errorf("held %v, %v", flows, err)
+	}
+	goOn(t, "the other is gone", held)
+	m.endFlows(held, "a")
+}
+
+// forge sends a packet with FIN and RST, as a tenant that binds another's address could.
+func (m *mesh) forge(n *testTenant, c net.Conn) {
+	t := m.t
+	t.Helper()
+	local, remote := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	before := m.counters(n.Index).Dropped.Foreign
+	n.do(t, func() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
+		check(t, err)
+		defer unix.Close(fd)
+		check(t, unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, 1))
+		check(t, unix.Bind(fd, &unix.SockaddrInet4{Addr: local.Addr().Unmap().As4()}))
+		for _, flags := range []byte{1, 4} {
+			packet := make([]byte, 20)
+			packet[0], packet[1] = byte(local.Port()>>8), byte(local.Port())
+			packet[2], packet[3] = byte(remote.Port()>>8), byte(remote.Port())
+			packet[12], packet[13] = 5<<4, flags
+			check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: remote.Addr().Unmap().As4()}))
+		}
+	})
+	if after := m.counters(n.Index).Dropped.Foreign; after != before+2 {
+		t.Errorf("%d packets of a flow of another's dropped, want 2", after-before)
+	}
+	check(t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
+		if key.PodPort == local.Port() && s.Ended != 0 {
+			t.Errorf("a tenant ended another's connection: %+v", s)
+		}
+	}))
+}
+
+func TestFlowsStayOnLeave(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8081)
+	serve(t, m.a.namespace, 8080)
+	held := m.holdAll(m.a, m.one, "proxy1")
+	check(t, m.d.ReleasePod("a", m.reader(m.a)))
+	check(t, m.d.ReleasePod("a", m.reader(m.a)))
+	goOn(t, "released", held)
+	var direct []heldFlow
+	for _, family := range []int{4, 6} {
+		pod, remote := m.a.of(family), remoteAddresses.of(family)
+		m.hold(&direct, "outbound in the clear", m.a.namespace, netip.AddrPort{}, at(remote, 80), "app "+pod.String())
+		m.hold(&direct, "inbound in the clear", m.remote, netip.AddrPort{}, at(pod, 8080), "app "+remote.String())
+	}
+	goOn(t, "released", slices.Concat(held, direct))
+	check(t, m.d.Close())
+	m.d = m.open()
+	goOn(t, "adopted", slices.Concat(held, direct))
+	m.endFlows(held, "a")
+	check(t, m.d.DeletePod("a"))
+	goOn(t, "deleted", direct)
+	if flows, err := m.d.HeldFlows(); err != nil || len(flows) != 0 {
+		t.Errorf("held %v, %v after all is deleted", flows, err)
+	}
+	check(t, m.d.ReleasePod("a", nil))
+}
+
+// What isn't known never passes in the clear: both ends would say that they don't
+// know it, by a reset, if they saw it.
+func TestMidstream(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	eachFamily(t, func(t *testing.T, family int) {
+		m.t = t
+		check(t, m.d.UpdatePod(m.a.Pod))
+		var held []heldFlow
+		m.hold(&held, "outbound", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.of(family), 80), "proxy1")
+		m.hold(&held, "inbound", m.remote, netip.AddrPort{}, at(m.a.of(family), 8080), "proxy1")
+		check(t, m.d.ReleasePod("a", nil))
+		for _, c := range held {
+			before := m.pod1("a").Dropped.Midstream
+			c.SetDeadline(time.Now().Add(300 * time.Millisecond))
+			c.Write([]byte("secret"))
+			_, err := c.Read(make([]byte, 1))
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: %v, want silence", c.name, err)
+			}
+			if after := m.pod1("a").Dropped.Midstream; after == before {
+				t.Errorf("%s: not counted", c.name)
+			}
+		}
+	})
+}
+
+func (m *mesh) pod1(uid string) PodCounters {
+	m.t.Helper()
+	all, err := m.d.PodCounters()
+	check(m.t, err)
+	return all[uid]
+}
+
+func TestOver(t *testing.T) {
+	const idle = time.Hour
+	for _, c := range []struct {
+		state datapathFlowState
+		quiet time.Duration
+		want  bool
+	}{
+		{datapathFlowState{}, idle - 1, false},
+		{datapathFlowState{}, idle, true},
+		{datapathFlowState{Ended: endedPod}, idle - 1, false},
+		{datapathFlowState{Ended: endedPod | endedPeer}, endedLinger - 1, false},
+		{datapathFlowState{Ended: endedPod | endedPeer}, endedLinger, true},
+		{datapathFlowState{Ended: endedReset}, endedLinger, true},
+		{datapathFlowState{Learned: 1, BytesSent: 1}, openedLinger - 1, false},
+		{datapathFlowState{Learned: 1, BytesSent: 1}, openedLinger, true},
+		{datapathFlowState{Learned: 1, BytesSent: 1, BytesReceived: 1}, openedLinger, false},
+	} {
+		if got := over(c.state, c.quiet, idle); got != c.want {
+			t.Errorf("%+v after %v: %v, want %v", c.state, c.quiet, got, c.want)
+		}
+	}
+}
+
+func TestSweep(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	check(t, m.d.ReleasePod("a", nil))
+	var held []heldFlow
+	m.hold(&held, "outbound", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+	goOn(t, "open", held)
+	check(t, m.d.SweepFlows(time.Hour))
+	goOn(t, "swept", held)
+	check(t, m.d.SweepFlows(0))
+	if flows, err := m.d.HeldFlows(); err != nil || len(flows) != 0 {
+		t.Errorf("held %v, %v after a sweep of all", flows, err)
+	}
+	held[0].SetDeadline(time.Now().Add(300 * time.Millisecond))
+	before := m.pod1("a").Dropped.Midstream
+	held[0].Write([]byte("x"))
+	held[0].Read(make([]byte, 1))
+	if m.pod1("a").Dropped.Midstream == before {
+		t.Error("a packet after the sweep isn't dropped")
+	}
+}

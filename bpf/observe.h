@@ -1,0 +1,77 @@
+// What a tenant's sockets tell of its connections: the only place that knows
+// when each began and ended, and its bytes, without books of our own.
+#pragma once
+
+#define AF_INET6 10
+
+// The kernel keeps these flags with the socket: a rarely used one remembers how
+// the connection began.
+#define WAS_PASSIVE BPF_SOCK_OPS_RTO_CB_FLAG
+
+static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind, int passive)
+{
+	struct event e = { .kind = kind, .reason = NO_REASON };
+	struct addr local, remote;
+	__u32 family = ctx->family, local4 = ctx->local_ip4, remote4 = ctx->remote_ip4;
+	__u32 local6[4] = { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3] };
+	__u32 remote6[4] = { ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3] };
+	asm volatile("" : "+r"(local4), "+r"(remote4), "+r"(local6[0]), "+r"(local6[1]));
+	asm volatile("" : "+r"(local6[2]), "+r"(local6[3]), "+r"(remote6[0]), "+r"(remote6[1]));
+	asm volatile("" : "+r"(remote6[2]), "+r"(remote6[3]));
+	if (family == AF_INET) {
+		map_ipv4(&local, local4);
+		map_ipv4(&remote, remote4);
+	} else if (family == AF_INET6) {
+		__builtin_memcpy(&local, local6, sizeof(local));
+		__builtin_memcpy(&remote, remote6, sizeof(remote));
+	} else {
+		return 0;
+	}
+	__u16 local_port = ctx->local_port, remote_port = bpf_ntohl(ctx->remote_port);
+	__u64 sent = ctx->bytes_acked, received = ctx->bytes_received;
+	// The pod is the peer of what it dialled and of what is delivered to it;
+	// of the others it is the address that the tenant uses.
+	__u16 service = passive ? local_port : remote_port;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &remote);
+	struct pod *as = bpf_map_lookup_elem(&pods, &local);
+	__u32 tenant = tenant_index;
+	int at_local = service == HBONE_PORT || !pod || (pod->tenant != tenant && as);
+	if (at_local)
+		pod = as;
+	if (!pod)
+		return 0;
+	e.way = at_local ? (passive ? WAY_INBOUND : WAY_UPSTREAM) : (passive ? WAY_OUTBOUND : WAY_DELIVERED);
+	e.tenant = tenant;
+	__builtin_memcpy(e.uid, pod->uid, sizeof(e.uid));
+	e.pod = at_local ? local : remote;
+	e.peer = at_local ? remote : local;
+	e.pod_port = at_local ? local_port : remote_port;
+	e.peer_port = at_local ? remote_port : local_port;
+	// By the pod: what the tenant's socket sent as the pod, or received from it.
+	e.bytes_sent = at_local ? sent : received;
+	e.bytes_received = at_local ? received : sent;
+	return tell(&e);
+}
+
+// observe: the sockets of a tenant's processes.
+SEC("sockops")
+int observe(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+		tell_socket(ctx, EVENT_OPENED, 0);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | WAS_PASSIVE);
+		tell_socket(ctx, EVENT_OPENED, 1);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			tell_socket(ctx, EVENT_CLOSED, (ctx->bpf_sock_ops_cb_flags & WAS_PASSIVE) != 0);
+		break;
+	default:
+		ctx->reply = -1; // the kernel's own choice
+	}
+	return 1;
+}
