@@ -131,6 +131,12 @@ type proxy struct {
 
 func startProxy(t *testing.T, netns *namespace, name string) *proxy {
 	t.Helper()
+	return startProxyIn(t, netns, name, "")
+}
+
+// startProxyIn starts it in a cgroup of version 2.
+func startProxyIn(t *testing.T, netns *namespace, name, cgroup string) *proxy {
+	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), roleVariable+"="+name)
 	cmd.Stderr = os.Stderr
@@ -138,6 +144,12 @@ func startProxy(t *testing.T, netns *namespace, name string) *proxy {
 	check(t, err)
 	stdout, err := cmd.StdoutPipe()
 	check(t, err)
+	if cgroup != "" {
+		dir, err := os.Open(cgroup)
+		check(t, err)
+		defer dir.Close()
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	}
 	netns.do(t, func() { check(t, cmd.Start()) })
 	p := &proxy{pid: cmd.Process.Pid, accepted: make(chan string, 4096)}
 	stopped := false

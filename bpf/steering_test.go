@@ -17,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 5 * time.Second
+// patience is how long a test waits for what should happen at once.
+var patience = 5 * time.Second
 
 // dialer connects from a namespace and reads the line that the other end begins
 // with. from may be any address, if the namespace lets it be bound.

@@ -1,0 +1,283 @@
+package bpf
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// events reads events until the test's end.
+func (m *mesh) events(buffer int) *EventReader {
+	m.t.Helper()
+	r, err := m.d.Events(buffer)
+	check(m.t, err)
+	m.t.Cleanup(func() { r.Close() })
+	return r
+}
+
+// await waits for an event that fits; others are passed over.
+func (r *EventReader) await(t *testing.T, what string, fits func(Event) bool) Event {
+	t.Helper()
+	deadline := time.After(patience)
+	var others []Event
+	for {
+		select {
+		case e := <-r.C:
+			if fits(e) {
+				return e
+			}
+			others = append(others, e)
+		case <-deadline:
+			t.Errorf("no event: %s; others: %+v", what, others)
+			return Event{}
+		}
+	}
+}
+
+func TestEventsOfTenants(t *testing.T) {
+	m := newMesh(t)
+	cgroup := makeCgroup(t)
+	m.proxy1.stop()
+	m.one.CgroupV2 = cgroup
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	m.proxy1 = startProxyIn(t, m.one.namespace, "proxy1", cgroup)
+	check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
+	r := m.events(1000)
+	if _, err := m.d.Events(1); err == nil {
+		t.Error("a second reader is accepted")
+	}
+	eachFamily(t, func(t *testing.T, family int) {
+		a, remote := m.a.of(family), remoteAddresses.of(family)
+		for _, flow := range []struct {
+			way      Way
+			from     *namespace
+			to, peer netip.AddrPort
+			podPort  uint16
+		}{
+			{Outbound, m.a.namespace, at(remote, 80), at(remote, 80), 0},
+			{Inbound, m.remote, at(a, 8080), at(remote, 0), 8080},
+			{Inbound, m.remote, at(a, 15008), at(remote, 0), 15008},
+		} {
+			start := time.Now()
+			c, greeting, err := dial(t, flow.from, netip.AddrPort{}, flow.to)
+			if err != nil || greeting != "proxy1" {
+				t.Fatalf("%q, %v", greeting, err)
+			}
+			check(t, echo(c, 10_000))
+			port := c.LocalAddr().(*net.TCPAddr).AddrPort().Port()
+			want := Event{Kind: Opened, Way: flow.way, Tenant: 1, PodUID: "a", Pod: at(a, flow.podPort), Peer: flow.peer}
+			if flow.podPort == 0 {
+				want.Pod = at(a, port)
+			} else {
+				want.Peer = at(remote, port)
+			}
+			same := func(kind EventKind) func(Event) bool {
+				return func(e Event) bool {
+					want.Kind, want.Time = kind, e.Time
+					want.BytesSent, want.BytesReceived = e.BytesSent, e.BytesReceived
+					return e == want
+				}
+			}
+			e := r.await(t, fmt.Sprintf("%v opened", flow.way), same(Opened))
+			if e.BytesSent > 1 || e.BytesReceived > 1 || e.Time.Before(start.Add(-time.Second)) || e.Time.After(time.Now().Add(time.Second)) {
+				t.Errorf("opened: %+v", e)
+			}
+			check(t, c.(*net.TCPConn).CloseWrite())
+			c.Read(make([]byte, 1))
+			c.Close()
+			e = r.await(t, fmt.Sprintf("%v closed", flow.way), same(Closed))
+			// The greeting goes one way, too; SYN and FIN count as a byte.
+			sent, received := e.BytesSent, e.BytesReceived
+			if flow.way == Inbound {
+				sent, received = received, sent
+			}
+			if sent < 10_000 || sent > 10_002 || received < 10_007 || received > 10_009 {
+				t.Errorf("%v closed: %d bytes sent, %d received", flow.way, sent, received)
+			}
+		}
+	})
+	t.Run("of a pod that has moved", func(t *testing.T) {
+		var held []heldFlow
+		m.hold(&held, "outbound", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")
+		m.a.Tenant = 2
+		check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+		m.endFlows(held, "a")
+		r.await(t, "closed at its former tenant", func(e Event) bool { return e.Kind == Closed && e.Tenant == 1 && e.PodUID == "a" && e.Way == Outbound })
+	})
+	check(t, r.Close())
+	check(t, r.Close())
+	for range r.C {
+	}
+	m.events(1)
+}
+
+func TestEventsInTheClear(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8080)
+	check(t, m.d.SetExclusions([]Exclusion{{}, {Inbound: true}}))
+	r := m.events(1000)
+	eachFamily(t, func(t *testing.T, family int) {
+		for _, flow := range []struct {
+			way  Way
+			from *namespace
+			to   netip.AddrPort
+		}{
+			{DirectOutbound, m.a.namespace, at(remoteAddresses.of(family), 80)},
+			{DirectInbound, m.remote, at(m.a.of(family), 8080)},
+		} {
+			c, _, err := dial(t, flow.from, netip.AddrPort{}, flow.to)
+			check(t, err)
+			check(t, echo(c, 10_000))
+			fits := func(kind EventKind) func(Event) bool {
+				return func(e Event) bool {
+					return e.Kind == kind && e.Way == flow.way && e.Tenant == 1 && e.PodUID == "a" && e.Pod.Addr() == m.a.of(family) && e.Peer.Addr() == remoteAddresses.of(family) &&
+						(e.Pod == flow.to || e.Peer == flow.to)
+				}
+			}
+			r.await(t, "opened", fits(Opened))
+			check(t, c.(*net.TCPConn).CloseWrite())
+			c.Read(make([]byte, 1))
+			if e := r.await(t, "closed", fits(Closed)); e.BytesSent < 10_000 || e.BytesReceived < 10_000 || e.BytesSent > 20_000 || e.BytesReceived > 20_000 {
+				t.Errorf("%+v", e)
+			}
+		}
+	})
+	t.Run("reset", func(t *testing.T) {
+		_, _, err := dial(t, m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 81))
+		if err == nil {
+			t.Error("connected")
+		}
+		r.await(t, "closed", func(e Event) bool { return e.Kind == Closed && e.Peer == at(remoteAddresses.v4, 81) })
+	})
+}
+
+func TestEventsOfDenials(t *testing.T) {
+	m := newMesh(t)
+	r := m.events(1000)
+	eachFamily(t, func(t *testing.T, family int) {
+		remote, b := remoteAddresses.of(family), m.b.of(family)
+		for _, c := range []struct {
+			name   string
+			from   *namespace
+			addr   netip.Addr
+			to     netip.AddrPort
+			drops  func() uint64
+			reason string
+			way    Way
+			uid    string
+			pod    netip.Addr
+		}{
+			{"spoofed", m.a.namespace, b, at(remote, 80), func() uint64 { return m.pod1("a").Dropped.Spoofed }, "Spoofed", Outbound, "a", b},
+			{"foreign", m.one.namespace, b, at(remote, 80), func() uint64 { return m.counters(1).Dropped.Foreign }, "Foreign", Upstream, "", b},
+		} {
+			before := c.drops()
+			syn(t, c.from, c.addr, c.to, func() bool { return c.drops() > before })
+			e := r.await(t, c.name, func(e Event) bool {
+				return e.Kind == Denied && e.Reason == c.reason && e.Way == c.way && e.PodUID == c.uid && e.Tenant == 1 && e.Pod.Addr() == c.pod && e.Peer == c.to
+			})
+			if e.Pod.Port() == 0 {
+				t.Errorf("%+v", e)
+			}
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		check(t, m.d.ClearListeners(1, 0))
+		// Another denial of the pod may be less than 10 ms ago.
+		for lost, again := m.counters(1).EventsLost, true; again; {
+			dial(t, m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80))
+			now := m.counters(1).EventsLost
+			lost, again = now, now > lost
+		}
+		r.await(t, "refused", func(e Event) bool {
+			return e.Kind == Denied && e.Reason == "Refused" && e.PodUID == "a" && e.Peer == at(remoteAddresses.v4, 80) && e.Pod.Addr() == m.a.v4
+		})
+	})
+}
+
+// Nobody reads: the ring fills, events are lost and counted, connections go on.
+func TestEventsLost(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	check(t, m.d.SetExclusions([]Exclusion{{}}))
+	fill := func() {
+		// A connection is two events of about 130 bytes.
+		m.a.do(t, func() {
+			to := &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4(), Port: 81}
+			for range 5000 {
+				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+				check(t, err)
+				if err := unix.Connect(fd, to); err != unix.ECONNREFUSED {
+					t.Errorf("connect: %v", err)
+				}
+				unix.Close(fd)
+			}
+		})
+		check(t, m.d.SweepFlows(0))
+	}
+	fill()
+	if n := m.counters(1).EventsLost; n == 0 {
+		t.Error("no event is counted as lost")
+	}
+	m.greets("full", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+	m.greets("full", m.remote, at(m.a.v4, 8080), "proxy1")
+
+	// A slow reader holds nothing up either.
+	r := m.events(1)
+	deadline := time.Now().Add(patience)
+	for r.Lost() == 0 && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	if r.Lost() == 0 {
+		t.Error("a full channel lost nothing")
+	}
+	lost := m.counters(1).EventsLost
+	m.greets("read", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+	if n := m.counters(1).EventsLost; n != lost {
+		t.Errorf("%d events lost though the ring is empty", n-lost)
+	}
+}
+
+func TestPodCounters(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8081)
+	eachFamily(t, func(t *testing.T, family int) {
+		before, other := m.pod1("a"), m.pod1("b")
+		c, _, err := dial(t, m.a.namespace, netip.AddrPort{}, at(remoteAddresses.of(family), 80))
+		check(t, err)
+		check(t, echo(c, 100_000))
+		after := m.pod1("a")
+		if sent, received := after.BytesSent-before.BytesSent, after.BytesReceived-before.BytesReceived; sent < 100_000 || sent > 150_000 || received < 100_000 || received > 150_000 {
+			t.Errorf("%d bytes sent, %d received, of 100,000 each", sent, received)
+		}
+		if after.Outbound != before.Outbound+1 || after.Plain != before.Plain || after.Direct != 0 {
+			t.Errorf("%+v after %+v", after, before)
+		}
+		_, _, err = dial(t, m.remote, netip.AddrPort{}, at(m.a.of(family), 80))
+		check(t, err)
+		if after := m.pod1("a"); after.Plain != before.Plain+1 {
+			t.Errorf("%+v after %+v", after, before)
+		}
+		// The node's own, past the tenant.
+		before = m.pod1("a")
+		c, _, err = dial(t, nil, netip.AddrPort{}, at(m.a.of(family), 8081))
+		check(t, err)
+		check(t, echo(c, 10_000))
+		if after := m.pod1("a"); after.BytesReceived < before.BytesReceived+10_000 || after.BytesSent < before.BytesSent+10_000 {
+			t.Errorf("%+v after %+v", after, before)
+		}
+		if m.pod1("b") != other {
+			t.Errorf("pod b: %+v after %+v", m.pod1("b"), other)
+		}
+	})
+	check(t, m.d.Close())
+	m.d = m.open()
+	if m.pod1("a").Outbound == 0 {
+		t.Error("counters are lost when another process takes over")
+	}
+}
