@@ -71,9 +71,11 @@ var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathPr
 // one was killed at any point. Where a pinned program differs from the one of
 // this build, it is replaced in place, without a moment in between.
 //
-// If a map has another layout than in this build, all maps and programs are
-// replaced: the TCP of the node's mesh pods is dropped until UpdateTenant,
-// UpdatePod and SetListeners were called for them.
+// If a map has another layout than in this build, its entries are carried over,
+// where the kernel says what their fields are. If they can't be, for lack of that
+// or because a field has another meaning, a warning is logged, the map made anew,
+// and the TCP of the node's mesh pods is dropped until UpdateTenant, UpdatePod
+// and SetListeners were called for them. Counters begin at 0 then.
 func Open(o Options) (*Datapath, error) {
 	if o.PinDir == "" {
 		o.PinDir = DefaultPinDir

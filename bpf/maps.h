@@ -1,4 +1,8 @@
 // What the programs and the agent share. Go's bindings are generated from here.
+//
+// A new version finds the maps of a former one and takes their entries over by
+// the fields' names: new fields are 0 then, which must be the closed choice; a
+// field that means something else needs another name. Padding is called pad.
 #pragma once
 
 // 1,000 pods a node with an address of each family, and room for pods that are

@@ -70,17 +70,24 @@ func entries(dir string) ([]string, error) {
 }
 
 // adoptMap returns the pinned map if it fits this build, otherwise a new one in
-// its place.
+// its place, with the entries if they can be carried over.
 func (d *Datapath) adoptMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	m, err := ebpf.LoadPinnedMap(path, nil)
 	if err == nil {
-		if err = spec.Compatible(m); err == nil {
+		if err = errors.Join(spec.Compatible(m), sameFields(m, spec)); err == nil {
 			return m, nil
 		}
+		migrated, why := migrateMap(path, m, spec)
 		m.Close()
+		if why == nil {
+			d.log.Info("Carried a pinned map over to this version", "path", path, "reason", err)
+			return migrated, nil
+		}
+		err = errors.Join(err, why)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		d.log.Warn("A pinned map doesn't fit this version and is made anew", "path", path, "error", err)
+		d.log.Warn("A pinned map doesn't fit this version and is made anew: TCP of the node's mesh pods is dropped until their tenants and they are updated",
+			"path", path, "error", err)
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("remove pinned map: %w", err)
 		}

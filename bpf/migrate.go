@@ -1,0 +1,196 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+)
+
+// padding is what fields are called that hold nothing.
+const padding = "pad"
+
+// migrateMap makes a map of this build with the entries of a pinned one of
+// another layout, in its place. Fields are told by their names; new ones are
+// zero, which must always be the closed choice.
+func migrateMap(path string, old *ebpf.Map, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	convert, err := conversion(old, spec)
+	if err != nil {
+		return nil, err
+	}
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("create BPF map %s: %w", spec.Name, err)
+	}
+	if err = copyEntries(m, old, convert); err == nil {
+		err = replacePin(path, m)
+	}
+	if err != nil {
+		m.Close()
+		return nil, err
+	}
+	return m, nil
+}
+
+var errOtherFields = errors.New("its fields are others")
+
+// sameFields looks behind the sizes, if the kernel says what is in a map.
+func sameFields(m *ebpf.Map, spec *ebpf.MapSpec) error {
+	handle, err := m.Handle()
+	if err != nil {
+		return nil
+	}
+	defer handle.Close()
+	types, err := handle.Spec(nil)
+	if err != nil {
+		return nil
+	}
+	for _, t := range []btf.Type{spec.Key, spec.Value} {
+		s, ok := t.(*btf.Struct)
+		if !ok {
+			continue
+		}
+		var former *btf.Struct
+		if err := types.TypeByName(s.Name, &former); err != nil || !sameLayout(former, s) {
+			return fmt.Errorf("struct %s: %w", s.Name, errOtherFields)
+		}
+	}
+	return nil
+}
+
+// replacePin puts a map in the place of another, without a moment in between.
+func replacePin(path string, m *ebpf.Map) error {
+	// A dot isn't allowed there.
+	next := path + "_next"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pinned map: %w", err)
+	}
+	if err := m.Pin(next); err != nil {
+		return fmt.Errorf("pin BPF map %s: %w", path, err)
+	}
+	if err := os.Rename(next, path); err != nil {
+		return fmt.Errorf("replace pinned map: %w", err)
+	}
+	return nil
+}
+
+func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte) error {
+	value := make([]byte, from.ValueSize())
+	var last any
+	// Programs may delete entries meanwhile.
+	for range 2 * from.MaxEntries() {
+		key := make([]byte, from.KeySize())
+		err := from.NextKey(last, key)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read pinned map: %w", err)
+		}
+		last = key
+		switch err := from.Lookup(key, value); {
+		case errors.Is(err, ebpf.ErrKeyNotExist):
+			continue
+		case err != nil:
+			return fmt.Errorf("read pinned map: %w", err)
+		}
+		if err := to.Put(key, convert(value)); err != nil {
+			return fmt.Errorf("copy entry of pinned map: %w", fullError(to, "", err))
+		}
+	}
+	return errors.New("copy entries of pinned map: it changes too fast")
+}
+
+// conversion says how a value of a pinned map becomes one of this build, or why
+// it can't.
+func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) {
+	switch {
+	case old.Type() != spec.Type:
+		return nil, fmt.Errorf("it is a %s, not a %s", old.Type(), spec.Type)
+	case spec.Type != ebpf.Hash && spec.Type != ebpf.LPMTrie:
+		return nil, fmt.Errorf("entries of a %s can't be carried over", spec.Type)
+	case old.KeySize() != spec.KeySize:
+		return nil, fmt.Errorf("its keys have %d bytes, not %d", old.KeySize(), spec.KeySize)
+	}
+	handle, err := old.Handle()
+	if err != nil {
+		return nil, fmt.Errorf("it doesn't say what is in it: %w", err)
+	}
+	defer handle.Close()
+	types, err := handle.Spec(nil)
+	if err != nil {
+		return nil, fmt.Errorf("read its types: %w", err)
+	}
+	if key, ok := spec.Key.(*btf.Struct); ok {
+		var former *btf.Struct
+		if err := types.TypeByName(key.Name, &former); err != nil {
+			return nil, fmt.Errorf("find the type of its keys: %w", err)
+		}
+		if !sameLayout(former, key) {
+			return nil, fmt.Errorf("its keys, struct %s, have other fields", key.Name)
+		}
+	}
+	value, ok := spec.Value.(*btf.Struct)
+	if !ok {
+		if old.ValueSize() != spec.ValueSize {
+			return nil, fmt.Errorf("its values have %d bytes, not %d", old.ValueSize(), spec.ValueSize)
+		}
+		return func(b []byte) []byte { return b }, nil
+	}
+	var former *btf.Struct
+	if err := types.TypeByName(value.Name, &former); err != nil {
+		return nil, fmt.Errorf("find the type of its values: %w", err)
+	}
+	if former.Size != old.ValueSize() || value.Size != spec.ValueSize {
+		return nil, fmt.Errorf("its values, struct %s, have %d bytes, and the map %d", value.Name, former.Size, old.ValueSize())
+	}
+	for _, m := range value.Members {
+		for _, f := range former.Members {
+			if m.Name == f.Name && m.Name != padding && !sameType(f.Type, m.Type) {
+				return nil, fmt.Errorf("field %s of its values is of another type", m.Name)
+			}
+		}
+	}
+	return func(b []byte) []byte {
+		converted := make([]byte, value.Size)
+		for _, m := range value.Members {
+			for _, f := range former.Members {
+				if m.Name == f.Name && m.Name != padding {
+					n, _ := btf.Sizeof(m.Type)
+					copy(converted[m.Offset.Bytes():], b[f.Offset.Bytes():][:n])
+				}
+			}
+		}
+		return converted
+	}, nil
+}
+
+func sameLayout(a, b *btf.Struct) bool {
+	if a.Size != b.Size || len(a.Members) != len(b.Members) {
+		return false
+	}
+	for i := range a.Members {
+		if a.Members[i].Name != b.Members[i].Name || a.Members[i].Offset != b.Members[i].Offset || !sameType(a.Members[i].Type, b.Members[i].Type) {
+			return false
+		}
+	}
+	return true
+}
+
+// sameType says whether two fields of a name hold the same.
+func sameType(a, b btf.Type) bool {
+	a, b = btf.UnderlyingType(a), btf.UnderlyingType(b)
+	if s, ok := a.(*btf.Struct); ok {
+		t, ok := b.(*btf.Struct)
+		return ok && sameLayout(s, t)
+	}
+	n, err := btf.Sizeof(a)
+	if err != nil {
+		return false
+	}
+	m, err := btf.Sizeof(b)
+	return err == nil && n == m
+}

@@ -1,0 +1,233 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+)
+
+// repin puts a map of another layout in the place of a pinned one, as a former
+// version might have left it: change gets a copy of this build's.
+func (m *mesh) repin(name string, change func(spec *ebpf.MapSpec)) {
+	t := m.t
+	t.Helper()
+	path := filepath.Join(m.pinDir, "maps", name)
+	now, err := ebpf.LoadPinnedMap(path, nil)
+	check(t, err)
+	defer now.Close()
+	spec := m.d.spec.Maps[name].Copy()
+	change(spec)
+	former, err := ebpf.NewMap(spec)
+	check(t, err)
+	defer former.Close()
+	convert := func(b []byte) []byte { return b }
+	if spec.Value != m.d.spec.Maps[name].Value {
+		convert, err = conversion(now, spec)
+		check(t, err)
+	}
+	if now.KeySize() == former.KeySize() {
+		check(t, copyEntries(former, now, convert))
+	}
+	check(t, os.Remove(path))
+	check(t, former.Pin(path))
+}
+
+// restruct changes the value's fields; each is put where there is room.
+func restruct(spec *ebpf.MapSpec, change func([]btf.Member) []btf.Member) {
+	s := spec.Value.(*btf.Struct)
+	other := &btf.Struct{Name: s.Name, Members: change(slices.Clone(s.Members))}
+	for i := range other.Members {
+		other.Members[i].Offset = btf.Bits(other.Size * 8)
+		n, _ := btf.Sizeof(other.Members[i].Type)
+		other.Size += uint32(n+3) &^ 3
+	}
+	spec.Value, spec.ValueSize = other, other.Size
+}
+
+func without(name string) func([]btf.Member) []btf.Member {
+	return func(all []btf.Member) []btf.Member {
+		return slices.DeleteFunc(all, func(m btf.Member) bool { return m.Name == name })
+	}
+}
+
+func backwards(all []btf.Member) []btf.Member {
+	slices.Reverse(all)
+	return all
+}
+
+func TestMigrate(t *testing.T) {
+	for _, c := range []struct {
+		name, maps string
+		change     func(*ebpf.MapSpec)
+	}{
+		{"fields added", "pods tenants veths", func(s *ebpf.MapSpec) {
+			restruct(s, without(map[string]string{"pods": "learn", "tenants": "bypass", "veths": "learned"}[s.Name]))
+		}},
+		{"fields moved", "pods tenants veths flows", func(s *ebpf.MapSpec) { restruct(s, backwards) }},
+		{"other sizes", "pods tenants veths flows node_addresses exclusions", func(s *ebpf.MapSpec) { s.MaxEntries /= 2 }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMesh(t)
+			serve(t, m.remote, 80)
+			serve(t, m.remote, 81)
+			check(t, m.d.SetExclusions([]Exclusion{{Port: 81}}))
+			check(t, m.d.SetWeight(1, 30))
+			held := m.holdAllOutbound(m.a, "proxy1")
+			m.a.Tenant = 2
+			check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+			m.hold(&held, "excluded", m.c.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 81), "app 10.77.1.4")
+			check(t, m.d.Close())
+			for _, name := range strings.Fields(c.maps) {
+				m.repin(name, c.change)
+			}
+			// As one leaves that is killed on the way.
+			half := constant(t, ebpf.SchedCLS, 2)
+			check(t, half.Pin(filepath.Join(m.pinDir, "maps", "pods_next")))
+			m.d = m.open()
+			for _, name := range strings.Fields(c.maps) {
+				if err := m.d.spec.Maps[name].Compatible(m.d.maps[name]); err != nil {
+					t.Errorf("map %s: %v", name, err)
+				}
+				if _, err := os.Stat(filepath.Join(m.pinDir, "maps", name+"_next")); !os.IsNotExist(err) {
+					t.Errorf("map %s: something is left", name)
+				}
+			}
+			// Nothing is set again: all was carried over.
+			goOn(t, "migrated", held)
+			m.greets("migrated", m.a.namespace, at(remoteAddresses.v4, 80), "proxy2")
+			m.greets("migrated", m.c.namespace, at(remoteAddresses.v6, 80), "proxy1")
+			m.greets("migrated", m.c.namespace, at(remoteAddresses.v6, 81), "app fd77:1::4")
+			if pods, err := m.d.Pods(); err != nil || !slices.Equal(pods, []string{"a", "b", "c"}) {
+				t.Errorf("pods %v, %v", pods, err)
+			}
+			if entry, err := m.d.tenant(1); err != nil || entry.Canary != 30 {
+				t.Errorf("tenant 1: %+v, %v", entry, err)
+			}
+		})
+	}
+}
+
+// What can't be carried over is closed, never misread.
+func TestMigrateRefused(t *testing.T) {
+	for _, c := range []struct {
+		name, of string
+		change   func(*ebpf.MapSpec)
+	}{
+		{"a field of another type", "pods", func(s *ebpf.MapSpec) {
+			restruct(s, func(all []btf.Member) []btf.Member {
+				all[0].Type = &btf.Int{Name: "unsigned short", Size: 2}
+				return all
+			})
+		}},
+		{"keys of other fields", "pods", func(s *ebpf.MapSpec) {
+			s.Key = &btf.Struct{Name: "addr", Size: 16, Members: []btf.Member{{Name: "words", Type: s.Key.(*btf.Struct).Members[0].Type}}}
+		}},
+		{"without types", "pods", func(s *ebpf.MapSpec) { s.Key, s.Value, s.ValueSize = nil, nil, s.ValueSize+4 }},
+		{"another kind of map", "tenants", func(s *ebpf.MapSpec) { s.Type = ebpf.LRUHash }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMesh(t)
+			serve(t, m.remote, 80)
+			check(t, m.d.Close())
+			path := filepath.Join(m.pinDir, "maps", c.of)
+			spec := m.d.spec.Maps[c.of].Copy()
+			c.change(spec)
+			former, err := ebpf.NewMap(spec)
+			check(t, err)
+			defer former.Close()
+			check(t, os.Remove(path))
+			check(t, former.Pin(path))
+			m.d = m.open()
+			dropped := func() uint64 { p := m.counters(1).Dropped; return p.Spoofed + p.NoTenant }
+			before := dropped()
+			syn(t, m.a.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return dropped() > before })
+			check(t, m.d.UpdateTenant(m.one.Tenant))
+			check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
+			check(t, m.d.UpdatePod(m.a.Pod))
+			m.greets("updated", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+		})
+	}
+}
+
+func TestUsage(t *testing.T) {
+	m := newMesh(t)
+	usage := func() map[string]Usage {
+		list, err := m.d.Usage()
+		check(t, err)
+		all := map[string]Usage{}
+		for _, u := range list {
+			all[u.Map] = u
+		}
+		return all
+	}
+	all := usage()
+	for name, want := range map[string]Usage{"pods": {"pods", 6, 4096}, "tenants": {"tenants", 2, 512}, "veths": {"veths", 5, 4096}, "per_pod": {"per_pod", 5, 4096}, "flows": {"flows", 0, 262144}, "counters": {"counters", 3, 513}} {
+		if all[name] != want {
+			t.Errorf("%s: %+v, want %+v", name, all[name], want)
+		}
+	}
+	list, err := m.d.Usage()
+	check(t, err)
+	if err := NearlyFull(list); err != nil {
+		t.Errorf("of %+v: %v", list, err)
+	}
+	pod := func(n int) Pod {
+		return Pod{UID: fmt.Sprint("p", n), Tenant: 1, Ifindex: m.a.Ifindex, MAC: m.a.MAC,
+			IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 78, byte(n >> 8), byte(n)})}}
+	}
+	pods := m.d.maps[datapathMapPods]
+	fill := func(n int) {
+		for i := size(t, pods); i < n; i++ {
+			key, err := addrKey(pod(i).IPs[0])
+			check(t, err)
+			check(t, pods.Put(key, datapathPod{Tenant: 1, Uid: uidBytes("filler")}))
+		}
+	}
+	fill(3687)
+	list, err = m.d.Usage()
+	check(t, err)
+	err = NearlyFull(list)
+	if !errors.Is(err, ErrNearlyFull) || !strings.Contains(err.Error(), "map pods has 3687 of 4096 entries") || strings.Contains(err.Error(), "veths") {
+		t.Errorf("of %+v: %v", all["pods"], err)
+	}
+	fill(4096)
+	err = m.d.UpdatePod(pod(5000))
+	if err == nil || !strings.Contains(err.Error(), "map pods is full with 4096 entries") {
+		t.Errorf("a pod too many: %v", err)
+	}
+	// What is there goes on.
+	check(t, m.d.UpdatePod(m.a.Pod))
+	m.greets("full", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+}
+
+// A pod whose connections find no room stays where it is.
+func TestFlowsFull(t *testing.T) {
+	m := newMesh(t)
+	held := m.holdAllOutbound(m.a, "proxy1")
+	m.a.Tenant = 2
+	flows := m.d.maps[datapathMapFlows]
+	small, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: flows.KeySize(), ValueSize: flows.ValueSize(), MaxEntries: 1})
+	check(t, err)
+	m.d.maps[datapathMapFlows] = small
+	err = m.d.MovePod(m.a.Pod, m.reader(m.a))
+	if err == nil || !strings.Contains(err.Error(), "map flows is full with 1 entries") {
+		t.Errorf("%v", err)
+	}
+	m.d.maps[datapathMapFlows] = flows
+	check(t, small.Close())
+	goOn(t, "full", held)
+	m.greets("full", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	goOn(t, "moved", held)
+	m.greets("moved", m.a.namespace, at(remoteAddresses.v4, 80), "proxy2")
+	check(t, m.d.SweepFlows(time.Hour))
+}
