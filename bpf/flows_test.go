@@ -139,7 +139,7 @@ func (m *mesh) endFlows(held []heldFlow, uid string) {
 		open := 0
 		check(m.t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
 			for _, c := range held {
-				if l := c.LocalAddr().(*net.TCPAddr).AddrPort(); s.Ended == 0 && (l.Port() == key.PodPort || l.Port() == key.PeerPort) {
+				if l := addrPortOf(c.LocalAddr()); s.Ended == 0 && (l.Port() == key.PodPort || l.Port() == key.PeerPort) {
 					open++
 				}
 			}
@@ -199,34 +199,114 @@ func TestFlowsStayOnChange(t *testing.T) {
 	m.endFlows(held, "a")
 }
 
-// forge sends a packet with FIN and RST, as a tenant that binds another's address could.
+// forge sends packets with FIN and RST, as a tenant that binds another's address could.
 func (m *mesh) forge(n *testTenant, c net.Conn) {
 	t := m.t
 	t.Helper()
-	local, remote := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	local, remote := addrPortOf(c.LocalAddr()), addrPortOf(c.RemoteAddr())
 	before := m.counters(n.Index).Dropped.Foreign
+	for _, flags := range []byte{1, 4} {
+		forgePacket(t, n.namespace, local, remote, flags)
+	}
+	if after := m.counters(n.Index).Dropped.Foreign; after != before+2 {
+		t.Errorf("%d packets of a flow of another's dropped, want 2", after-before)
+	}
+	if s := m.flowAt(local.Port()); s.Ended != 0 {
+		t.Errorf("a tenant ended another's connection: %+v", s)
+	}
+}
+
+func addrPortOf(a net.Addr) netip.AddrPort { return unmapped(a.(*net.TCPAddr).AddrPort()) }
+
+// forgePacket sends a packet of IPv4 with the sequence number 0, which no end takes.
+func forgePacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte) {
+	t.Helper()
 	n.do(t, func() {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
 		check(t, err)
 		defer unix.Close(fd)
 		check(t, unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, 1))
-		check(t, unix.Bind(fd, &unix.SockaddrInet4{Addr: local.Addr().Unmap().As4()}))
-		for _, flags := range []byte{1, 4} {
-			packet := make([]byte, 20)
-			packet[0], packet[1] = byte(local.Port()>>8), byte(local.Port())
-			packet[2], packet[3] = byte(remote.Port()>>8), byte(remote.Port())
-			packet[12], packet[13] = 5<<4, flags
-			check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: remote.Addr().Unmap().As4()}))
-		}
+		check(t, unix.Bind(fd, &unix.SockaddrInet4{Addr: from.Addr().As4()}))
+		packet := make([]byte, 20)
+		packet[0], packet[1] = byte(from.Port()>>8), byte(from.Port())
+		packet[2], packet[3] = byte(to.Port()>>8), byte(to.Port())
+		packet[12], packet[13] = 5<<4, flags
+		check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: to.Addr().As4()}))
 	})
-	if after := m.counters(n.Index).Dropped.Foreign; after != before+2 {
-		t.Errorf("%d packets of a flow of another's dropped, want 2", after-before)
-	}
-	check(t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
-		if key.PodPort == local.Port() && s.Ended != 0 {
-			t.Errorf("a tenant ended another's connection: %+v", s)
+}
+
+// flowAt is what is written down of the connection with a port at the pod's end.
+func (m *mesh) flowAt(port uint16) (found datapathFlowState) {
+	m.t.Helper()
+	check(m.t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
+		if key.PodPort == port {
+			found = s
 		}
 	}))
+	return found
+}
+
+// A connection's end is its last packet; then its ports can be used again, and
+// the next one goes where new ones go. What only looks like an end isn't one.
+func TestFlowEnds(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	from, to := at(m.a.v4, 40000), at(remoteAddresses.v4, 80)
+	hold := func(want string) *net.TCPConn {
+		var held []heldFlow
+		m.hold(&held, "held", m.a.namespace, from, to, want)
+		return held[0].Conn.(*net.TCPConn)
+	}
+	excluded := []Exclusion{{Port: 80}}
+	check(t, m.d.SetExclusions(excluded))
+	c := hold("app 10.77.0.2")
+	forgePacket(t, m.remote, to, from, 4)
+	if s := m.flowAt(40000); s.Ended&endedReset == 0 {
+		t.Fatalf("a reset isn't seen: %+v", s)
+	}
+	check(t, echo(c, 1000))
+	if s := m.flowAt(40000); s.Ended&endedReset != 0 || s.Seen == 0 {
+		t.Errorf("ended by a forged reset: %+v", s)
+	}
+
+	check(t, c.SetLinger(0))
+	check(t, c.Close())
+	check(t, m.d.SetExclusions(nil))
+	c = hold("proxy1")
+	if s := m.flowAt(40000); s.Seen != 0 {
+		t.Errorf("the former connection is still written down: %+v", s)
+	}
+	check(t, c.SetLinger(0))
+	check(t, c.Close())
+
+	check(t, m.d.SetExclusions(excluded))
+	c = hold("app 10.77.0.2")
+	check(t, c.CloseWrite())
+	if s := m.flowAt(40000); s.Ended&^uint8(endedPeer) != endedPod {
+		t.Errorf("half closed: %+v", s)
+	}
+	c.Read(make([]byte, 1))
+	for deadline := time.Now().Add(patience); m.flowAt(40000).Seen != 0; {
+		if time.Now().After(deadline) {
+			t.Fatalf("both ends have closed: %+v", m.flowAt(40000))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	var v datapathVeth
+	check(t, m.d.maps[datapathMapVeths].Lookup(uint32(m.a.Ifindex), &v))
+	if v.Learned != 0 {
+		t.Errorf("%d connections of the pod are counted, want 0", v.Learned)
+	}
+
+	// Of an address that another pod gets, nothing stays.
+	check(t, c.Close())
+	from = at(m.a.v4, 40001)
+	hold("app 10.77.0.2")
+	m.c.IPs = append(m.c.IPs, m.a.v4)
+	check(t, m.d.UpdatePod(m.c.Pod))
+	if s := m.flowAt(40001); s.Seen != 0 {
+		t.Errorf("another pod's connection stays: %+v", s)
+	}
 }
 
 func TestFlowsStayOnLeave(t *testing.T) {
