@@ -16,11 +16,16 @@
 //
 //	<PinDir>/maps/<map>                       shared by all programs
 //	<PinDir>/programs/<program>
-//	<PinDir>/tenants/<index>/{listeners,steer,from_tenant,steer_link,no_transparent}
+//	<PinDir>/tenants/<index>/{listeners,steer,from_tenant,steer_link,no_transparent,observe,observe_link}
 //	<PinDir>/pods/<uid>/{from_pod,to_pod}
 //
 // Whatever isn't known is closed: the TCP of a pod without a tenant is dropped,
 // a connection for a tenant without listeners refused.
+//
+// A connection belongs to where its SYN went. What doesn't go where the pod's new
+// connections go is written down in the map flows, until it ends: what a pod has
+// open when it joins, leaves or changes tenant (MovePod, ReleasePod), and what is
+// excluded (SetExclusions, Pod.Exclusions) or bypasses the mesh (SetBypass).
 package bpf
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_counters -type listener -type flow -type flow_state -type exclusion -type settings -type drops -type pod_counters -type event -type event_kind -type way datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -43,14 +43,14 @@ const (
 )
 
 func (k EventKind) String() string {
-	return name([]string{"", "opened", "closed", "denied"}, int(k))
+	return nameOf([]string{"", "opened", "closed", "denied"}, int(k))
 }
 
 func (w Way) String() string {
-	return name([]string{"unknown", "outbound", "inbound", "upstream", "delivered", "direct-outbound", "direct-inbound"}, int(w))
+	return nameOf([]string{"unknown", "outbound", "inbound", "upstream", "delivered", "direct-outbound", "direct-inbound"}, int(w))
 }
 
-func name(names []string, n int) string {
+func nameOf(names []string, n int) string {
 	if n < len(names) {
 		return names[n]
 	}
@@ -195,5 +195,5 @@ func reason(n uint32) string {
 	if n == refusedReason {
 		return "Refused"
 	}
-	return name(reasons, int(n))
+	return nameOf(reasons, int(n))
 }

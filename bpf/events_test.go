@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"reflect"
 	"testing"
 	"time"
 
@@ -279,5 +280,18 @@ func TestPodCounters(t *testing.T) {
 	m.d = m.open()
 	if m.pod1("a").Outbound == 0 {
 		t.Error("counters are lost when another process takes over")
+	}
+}
+
+// The programs say the reason of a denial by its place.
+func TestReasons(t *testing.T) {
+	c := reflect.TypeFor[datapathDrops]()
+	for i := 1; i < c.NumField(); i++ { // the first says that it is C's
+		if got := reason(uint32(i - 1)); got != c.Field(i).Name {
+			t.Errorf("reason %d is %s, of the programs %s", i-1, got, c.Field(i).Name)
+		}
+	}
+	if len(reasons) != c.NumField()-1 {
+		t.Errorf("%d reasons, of the programs %d", len(reasons), c.NumField()-1)
 	}
 }

@@ -362,3 +362,11 @@ func (d *Datapath) deleteFlows(which func(datapathFlow, datapathFlowState) bool)
 	}
 	return nil
 }
+
+// deleteFlowsOf forgets the connections of some addresses of pods.
+func (d *Datapath) deleteFlowsOf(addresses map[datapathAddr]bool) error {
+	if len(addresses) == 0 {
+		return nil
+	}
+	return d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return addresses[f.Pod] })
+}

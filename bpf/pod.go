@@ -111,13 +111,15 @@ func (d *Datapath) updatePod(p Pod, learn bool) error {
 	}
 
 	has := d.entriesOf(p.UID)
-	if err := d.addVethCounters(p.Ifindex); err != nil {
-		return err
-	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_POD, Tenant: uint32(p.Tenant), Uid: entry.Uid}
 	var former datapathVeth
 	if d.maps[datapathMapVeths].Lookup(uint32(p.Ifindex), &former) == nil && former.Uid == veth.Uid {
 		veth.Learned = former.Learned
+	} else if err := deleteKey(d.maps[datapathMapPerPod], uint32(p.Ifindex)); err != nil {
+		return fmt.Errorf("delete counters of veth %d: %w", p.Ifindex, err)
+	}
+	if err := d.addVethCounters(p.Ifindex); err != nil {
+		return err
 	}
 	if err := d.maps[datapathMapVeths].Put(uint32(p.Ifindex), veth); err != nil {
 		return fmt.Errorf("write veth %d: %w", p.Ifindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
@@ -125,23 +127,17 @@ func (d *Datapath) updatePod(p Pod, learn bool) error {
 	if err := d.setExclusions(p.Ifindex, p.Exclusions); err != nil {
 		return err
 	}
-	d.claim(p.UID, func(e *podEntries) bool {
-		has := e.veths[uint32(p.Ifindex)]
-		delete(e.veths, uint32(p.Ifindex))
-		return has
-	})
+	d.claim(p.UID, func(e *podEntries) { delete(e.veths, uint32(p.Ifindex)) })
 	has.veths[uint32(p.Ifindex)] = true
+	// The connections of an address that it takes over were the other pod's.
+	if err := d.deleteFlowsOf(d.othersOf(p.UID, wanted)); err != nil {
+		return err
+	}
 	for key := range wanted {
-		taken := d.claim(p.UID, func(e *podEntries) bool { has := e.addresses[key]; delete(e.addresses, key); return has })
-		if taken {
-			// Its connections were the other pod's.
-			if err := d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return f.Pod == key }); err != nil {
-				return err
-			}
-		}
 		if err := d.maps[datapathMapPods].Put(key, entry); err != nil {
 			return fmt.Errorf("write address %s: %w", netip.AddrFrom16(key.Bytes).Unmap(), fullError(d.maps[datapathMapPods], datapathMapPods, err))
 		}
+		d.claim(p.UID, func(e *podEntries) { delete(e.addresses, key) })
 		has.addresses[key] = true
 	}
 	if err := d.deletePodEntries(has, func(a datapathAddr) bool { return !wanted[a] }, func(i uint32) bool { return i != uint32(p.Ifindex) }); err != nil {
@@ -203,17 +199,30 @@ func (d *Datapath) entriesOf(uid string) *podEntries {
 	return e
 }
 
-// claim lets go of a key that a pod takes over, and says whether another had it.
-func (d *Datapath) claim(uid string, release func(*podEntries) bool) (taken bool) {
+// claim lets go of a key that a pod has taken over from any other.
+func (d *Datapath) claim(uid string, release func(*podEntries)) {
 	for other, e := range d.pods {
-		if other != uid && release(e) {
-			taken = true
+		if other != uid {
+			release(e)
 		}
 	}
-	return taken
+}
+
+// othersOf returns which of these addresses another pod has.
+func (d *Datapath) othersOf(uid string, wanted map[datapathAddr]bool) map[datapathAddr]bool {
+	others := map[datapathAddr]bool{}
+	d.claim(uid, func(e *podEntries) {
+		for key := range e.addresses {
+			if wanted[key] {
+				others[key] = true
+			}
+		}
+	})
+	return others
 }
 
 func (d *Datapath) deletePodEntries(e *podEntries, address func(datapathAddr) bool, veth func(uint32) bool) error {
+	gone := map[datapathAddr]bool{}
 	for key := range e.addresses {
 		if !address(key) {
 			continue
@@ -221,10 +230,11 @@ func (d *Datapath) deletePodEntries(e *podEntries, address func(datapathAddr) bo
 		if err := deleteKey(d.maps[datapathMapPods], key); err != nil {
 			return fmt.Errorf("delete address: %w", err)
 		}
-		if err := d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return f.Pod == key }); err != nil {
-			return err
-		}
 		delete(e.addresses, key)
+		gone[key] = true
+	}
+	if err := d.deleteFlowsOf(gone); err != nil {
+		return err
 	}
 	for ifindex := range e.veths {
 		if !veth(ifindex) {
