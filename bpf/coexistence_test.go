@@ -124,7 +124,7 @@ func TestFirewall(t *testing.T) {
 func nft(t *testing.T, command string) {
 	t.Helper()
 	if out, err := exec.Command("nft", command).CombinedOutput(); err != nil {
-		t.Fatalf("nft %s: %v: %s", command, err, out)
+		t.Fatalf("nft (of the package nftables) %s: %v: %s", command, err, out)
 	}
 }
 

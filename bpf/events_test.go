@@ -101,6 +101,36 @@ func TestEventsOfTenants(t *testing.T) {
 			}
 		}
 	})
+	t.Run("that it makes", func(t *testing.T) {
+		serve(t, m.remote, 80)
+		serve(t, m.a.namespace, 8081)
+		eachFamily(t, func(t *testing.T, family int) {
+			a, b, c, remote := m.a.of(family), m.b.of(family), m.c.of(family), remoteAddresses.of(family)
+			for _, flow := range []struct {
+				from netip.Addr
+				to   netip.AddrPort
+				way  Way
+				uid  string
+			}{
+				{a, at(remote, 80), Upstream, "a"},
+				{a, at(b, 80), Upstream, "a"},
+				{a, at(b, 15008), Upstream, "a"},
+				{a, at(c, 15008), Upstream, "a"},
+				{remote, at(a, 8081), Delivered, "a"},
+				{b, at(a, 8081), Delivered, "a"},
+				{c, at(a, 8081), Delivered, "a"},
+			} {
+				_, err := fmt.Fprintf(m.proxy1.stdin, "%s %s\n", at(flow.from, 0), flow.to)
+				check(t, err)
+				r.await(t, fmt.Sprintf("%v from %s to %s", flow.way, flow.from, flow.to), func(e Event) bool {
+					if flow.way == Delivered {
+						return e.Kind == Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod == flow.to && e.Peer.Addr() == flow.from
+					}
+					return e.Kind == Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod.Addr() == flow.from && e.Peer == flow.to
+				})
+			}
+		})
+	})
 	t.Run("of a pod that has moved", func(t *testing.T) {
 		var held []heldFlow
 		m.hold(&held, "outbound", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")

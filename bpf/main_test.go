@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,7 +71,8 @@ func runNode() int {
 
 // runProxy stands for Envoy: it prints what it accepts, "port remote local
 // worker", and sends its name, which is its role. The canary has two sockets a
-// port, as if it had two workers. When its input ends, so does it.
+// port, as if it had two workers. When its input ends, so do its connections and
+// itself.
 func runProxy(name string) int {
 	listenConfig := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {
@@ -105,7 +107,16 @@ func runProxy(name string) int {
 		}()
 	}
 	fmt.Println("ready")
-	io.Copy(io.Discard, os.Stdin)
+	// Each line, "from to", is a connection that it makes.
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		from, to, _ := strings.Cut(lines.Text(), " ")
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.MustParseAddrPort(from))}
+		if c, err := d.Dial("tcp", to); err != nil {
+			fmt.Fprintln(os.Stderr, name, err)
+		} else {
+			defer c.Close()
+		}
+	}
 	return 0
 }
 
@@ -126,6 +137,7 @@ func askTransparent() int {
 type proxy struct {
 	pid      int
 	accepted chan string
+	stdin    io.Writer
 	stop     func()
 }
 
@@ -151,7 +163,7 @@ func startProxyIn(t *testing.T, netns *namespace, name, cgroup string) *proxy {
 		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 	}
 	netns.do(t, func() { check(t, cmd.Start()) })
-	p := &proxy{pid: cmd.Process.Pid, accepted: make(chan string, 4096)}
+	p := &proxy{pid: cmd.Process.Pid, accepted: make(chan string, 4096), stdin: stdin}
 	stopped := false
 	p.stop = func() {
 		if !stopped {

@@ -137,16 +137,24 @@ func TestMigrateRefused(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			m := newMesh(t)
 			serve(t, m.remote, 80)
-			check(t, m.d.Close())
-			path := filepath.Join(m.pinDir, "maps", c.of)
 			spec := m.d.spec.Maps[c.of].Copy()
 			c.change(spec)
 			former, err := ebpf.NewMap(spec)
 			check(t, err)
 			defer former.Close()
+			filled := make([]byte, spec.ValueSize)
+			check(t, copyEntries(former, m.d.maps[c.of], func([]byte) []byte { return filled }))
+			if size(t, former) == 0 {
+				t.Fatal("no entries")
+			}
+			check(t, m.d.Close())
+			path := filepath.Join(m.pinDir, "maps", c.of)
 			check(t, os.Remove(path))
 			check(t, former.Pin(path))
 			m.d = m.open()
+			if n := size(t, m.d.maps[c.of]); n != 0 {
+				t.Errorf("%d entries were carried over", n)
+			}
 			dropped := func() uint64 { p := m.counters(1).Dropped; return p.Spoofed + p.NoTenant }
 			before := dropped()
 			syn(t, m.a.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return dropped() > before })
