@@ -311,6 +311,12 @@ func TestPodCounters(t *testing.T) {
 	if m.pod1("a").Outbound == 0 {
 		t.Error("counters are lost when another process takes over")
 	}
+	next := m.a.Pod
+	next.UID = "next"
+	check(t, m.d.UpdatePod(next))
+	if c := m.pod1("next"); c != (PodCounters{}) {
+		t.Errorf("another pod at the same veth begins with %+v", c)
+	}
 }
 
 // The programs say the reason of a denial by its place.

@@ -123,6 +123,23 @@ func TestFlowsStayOnJoin(t *testing.T) {
 	m.greets("ended", d.namespace, at(remoteAddresses.v4, 80), "proxy1")
 }
 
+// What opens between the list and the programs' start isn't in either.
+func TestFlowsOpenedWhileJoining(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	d := m.pod("d", 1, addresses("10.77.0.40", "fd77::40"), false)
+	var held []heldFlow
+	calls := 0
+	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+		flows, err := m.reader(d)(from)
+		calls++
+		m.hold(&held, fmt.Sprint("opened after list ", calls), d.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.40")
+		return flows, err
+	}))
+	goOn(t, "joined", held)
+	m.greets("joined", d.namespace, at(remoteAddresses.v4, 80), "proxy1")
+}
+
 // endFlows closes connections and waits until none is held any more: without the
 // sweep, of the agent's own, but for those that nobody saw the end of.
 func (m *mesh) endFlows(held []heldFlow, uid string) {
