@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"reflect"
 	"testing"
 	"time"
@@ -310,6 +311,10 @@ func TestPodCounters(t *testing.T) {
 	m.d = m.open()
 	if m.pod1("a").Outbound == 0 {
 		t.Error("counters are lost when another process takes over")
+	}
+	// As if the pod's veth had gone and its index been given to another.
+	for _, name := range podLinks {
+		check(t, detach(filepath.Join(m.d.podDir("a"), name)))
 	}
 	next := m.a.Pod
 	next.UID = "next"
