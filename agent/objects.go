@@ -85,7 +85,7 @@ func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
 func (a *Agent) setPlan(p plan, problem string) {
 	a.mu.Lock()
 	// The agent's own status comes back as an event as well.
-	same := a.planKnown && a.plan.generation == p.generation && a.plan.uid == p.uid
+	same := a.planKnown && p.uid != "" && a.plan.uid == p.uid && a.plan.generation == p.generation
 	a.plan, a.planKnown, a.planError = p, true, problem
 	a.mu.Unlock()
 	if !same {
