@@ -42,7 +42,7 @@ func (a *Agent) Add(ctx context.Context, s cni.Sandbox) (bool, error) {
 		return false, err
 	}
 	r := sandboxRecord{ContainerID: s.ContainerID, UID: s.PodUID, Namespace: s.PodNamespace, Name: s.PodName,
-		IPs: s.IPs, Ifindex: n.Ifindex, Ifname: n.Ifname, MTU: n.MTU, MAC: n.MAC}
+		IPs: s.IPs, Ifindex: n.Ifindex, Ifname: n.Ifname, MTU: n.MTU, MAC: n.MAC, Netns: nodePath(s.Netns)}
 	for _, ip := range s.IPs {
 		if !slices.Contains(n.IPs, ip) {
 			return false, fmt.Errorf("the CNI says that the pod has %s, its interface doesn't", ip)

@@ -94,12 +94,7 @@ func (a *Agent) inspect() (Inspection, error) {
 		t := InspectedTenant{Name: tp.tenant.String(), Ready: status.Tenants[n].Ready, Reason: status.Tenants[n].Reason,
 			Weight: o.round.weights[tp.tenant], Limits: InspectedLimits(state.Limits),
 			Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
-		if c, ok := counters[state.Index]; ok {
-			t.Steered, t.Drops = c.Steered, drops(c)
-		}
-		for _, p := range state.Processes {
-			t.Generations = append(t.Generations, inspectProcess(p))
-		}
+		t.read(state, counters)
 		for _, p := range o.round.plan.pods {
 			s, ok := o.round.steered[p.UID]
 			if !ok || p.Tenant != tp.tenant {
@@ -113,7 +108,27 @@ func (a *Agent) inspect() (Inspection, error) {
 		}
 		i.Tenants = append(i.Tenants, t)
 	}
+	for _, name := range a.bulkheads.Tenants() {
+		state, ok := a.bulkheads.State(name)
+		if o.round.plan.has(name) || !ok {
+			continue
+		}
+		t := InspectedTenant{Name: name.String(), Reason: "it has no pods here any more and ends soon",
+			Limits: InspectedLimits(state.Limits), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
+		t.read(state, counters)
+		i.Tenants = append(i.Tenants, t)
+	}
 	return i, nil
+}
+
+// read adds what runs and what was counted.
+func (t *InspectedTenant) read(state isolation.State, counters map[uint16]bpf.Counters) {
+	if c, ok := counters[state.Index]; ok {
+		t.Steered, t.Drops = c.Steered, drops(c)
+	}
+	for _, p := range state.Processes {
+		t.Generations = append(t.Generations, inspectProcess(p))
+	}
 }
 
 // drops names the counters that aren't zero.
@@ -122,6 +137,7 @@ func drops(c bpf.Counters) map[string]uint64 {
 		"refused": c.Refused, "spoofed": c.Dropped.Spoofed, "fragment": c.Dropped.Fragment, "malformed": c.Dropped.Malformed,
 		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,
 		"foreign": c.Dropped.Foreign, "protocol": c.Dropped.Protocol, "unsteered": c.Dropped.Unsteered,
+		"midstream": c.Dropped.Midstream, "flowsFull": c.Dropped.FlowsFull,
 	}
 	maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
 	return m

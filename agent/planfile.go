@@ -172,7 +172,7 @@ func (p planPod) sandbox() (sandboxRecord, error) {
 		if err != nil {
 			return r, err
 		}
-		r.IPs, r.Ifindex, r.Ifname, r.MTU, r.MAC = n.IPs, n.Ifindex, n.Ifname, n.MTU, n.MAC
+		r.IPs, r.Ifindex, r.Ifname, r.MTU, r.MAC, r.Netns = n.IPs, n.Ifindex, n.Ifname, n.MTU, n.MAC, p.Netns
 		return r, nil
 	}
 	if p.HostInterface == "" || len(p.IPs) == 0 || p.MTU == 0 {

@@ -82,8 +82,9 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 			next = min(next, again)
 		}
 	}
-	next = min(next, a.ensurePods(p, indexes, &r))
-	next = min(next, a.removeTenants(ctx, p))
+	heldByPod, heldByTenant := a.held()
+	next = min(next, a.ensurePods(p, indexes, heldByPod, &r))
+	next = min(next, a.removeTenants(ctx, p, heldByTenant))
 	a.finishRound(r)
 	return next
 }
@@ -237,7 +238,7 @@ func (a *Agent) mtu(t model.Tenant, p plan) int {
 }
 
 // ensurePods steers the planned pods and lets go of all others.
-func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, r *round) time.Duration {
+func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[string]int, r *round) time.Duration {
 	next := resync
 	steered, err := a.datapath.Pods()
 	if err != nil {
@@ -257,7 +258,7 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, r *round) ti
 			continue
 		}
 		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC}
-		if err := a.datapath.UpdatePod(want); err != nil {
+		if err := a.steer(want, record, slices.Contains(steered, pod.UID)); err != nil {
 			if !a.linkExists(record) {
 				a.sandboxes.drop(pod.UID) // it has ended; the plan will say so soon
 				continue
@@ -268,15 +269,18 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, r *round) ti
 			continue
 		}
 		r.steered[pod.UID] = want
+		delete(a.released, pod.UID)
 	}
 	for _, uid := range steered {
 		if _, ok := p.pod(uid); ok {
 			continue
 		}
-		if err := a.datapath.DeletePod(uid); err != nil {
+		again, err := a.release(uid, held[uid])
+		if err != nil {
 			a.log.Error("pod is still steered", "uid", uid, "error", err)
-			next = time.Second
+			again = time.Second
 		}
+		next = min(next, again)
 	}
 	for _, uid := range a.sandboxes.uids() {
 		if _, ok := p.pod(uid); ok {
@@ -316,7 +320,7 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan) time.Duration {
+func (a *Agent) removeTenants(ctx context.Context, p plan, held map[uint16]int) time.Duration {
 	next := resync
 	for _, t := range a.bulkheads.Tenants() {
 		if p.has(t) {
@@ -329,6 +333,10 @@ func (a *Agent) removeTenants(ctx context.Context, p plan) time.Duration {
 		}
 		if left := a.o.Linger - time.Since(since); left > 0 {
 			next = min(next, left)
+			continue
+		}
+		if a.waitsForFlows(t, held, since) {
+			next = min(next, time.Second)
 			continue
 		}
 		if err := a.removeTenant(ctx, t); err != nil {

@@ -28,6 +28,9 @@ type sandboxRecord struct {
 	Ifname      string           `json:"ifname"`
 	MTU         int              `json:"mtu"`
 	MAC         net.HardwareAddr `json:"mac"`
+	// Netns is the path of the pod's network namespace as this process sees it, if
+	// it is known; of a pod that was found running, its processes show it.
+	Netns string `json:"netns,omitempty"`
 }
 
 // sandboxes are the node's pods of the mesh whose network is known. They are kept

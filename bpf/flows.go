@@ -23,6 +23,9 @@ type Flow struct {
 // EstablishedFlows. It is called with the Datapath locked and must not use it.
 type FlowReader func(from uint16) ([]Flow, error)
 
+// hbonePort is HBONE_PORT of maps.h.
+const hbonePort = 15008
+
 // How long an entry is kept after the last packet, if the connection has ended
 // or nobody answered its SYN. The kernel gives up after 127 s.
 const (
@@ -262,7 +265,8 @@ func monotonic() (uint64, error) {
 }
 
 // HeldFlows returns how many connections of each pod don't go where its new ones
-// go, by UID and tenant; 0 is for those in the clear.
+// go, by UID and tenant; 0 is for those in the clear. Tunnels between proxies
+// aren't counted: they are kept for reuse, and end with the proxy.
 func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -274,6 +278,9 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 	}
 	held := map[string]map[uint16]int{}
 	return held, d.eachFlow(func(key datapathFlow, s datapathFlowState) {
+		if key.PodPort == hbonePort || key.PeerPort == hbonePort {
+			return
+		}
 		uid := owner[key.Pod]
 		if held[uid] == nil {
 			held[uid] = map[uint16]int{}

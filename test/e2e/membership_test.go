@@ -14,7 +14,8 @@ import (
 )
 
 // TestNamespaceJoinsAndLeaves puts the running pods of a namespace into the mesh
-// by a label and takes them out again; none is restarted.
+// by a label and takes them out again; none is restarted, and connections that
+// exist go on where they began.
 func TestNamespaceJoinsAndLeaves(t *testing.T) {
 	joiner := harness.Echo{Namespace: "e2e-join", Name: "web"}
 	t.Cleanup(func() {
@@ -61,13 +62,38 @@ func TestNamespaceJoinsAndLeaves(t *testing.T) {
 		}
 	}
 
+	type outcome struct {
+		what   string
+		result app.RunResult
+		err    error
+	}
+	outcomes := make(chan outcome)
+	holding := 0
+	// hold keeps connections busy from now on, until after the namespace has left.
+	hold := func(what string, duration time.Duration, to harness.Pod, ip string) {
+		t.Helper()
+		holding++
+		started := make(chan struct{})
+		go func() {
+			r, err := e.Load(t.Context(), from, started, "hold", "--connections", "10", "--interval", "200ms", "--duration", duration.String(), hostPort(ip, app.GreetPort))
+			outcomes <- outcome{what, r, err}
+		}()
+		<-started
+	}
+
 	seen("plain", "")
+	beside := pods[e.nodes[1]]
+	hold("begun in the clear, to a mesh pod", 40*time.Second, to, to.IPv4)
+	hold("begun in the clear, to a pod that joins as well", 40*time.Second, beside, beside.IPv6)
 	label("=true")
 	if _, err := e.WaitTenant(t.Context(), joiner.Namespace, len(e.nodes), time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	seen("inbound", from.Identity(trustDomain))
+	hold("begun in the mesh, to a mesh pod", 20*time.Second, to, to.IPv6)
+	hold("begun in the mesh, to a pod that leaves as well", 20*time.Second, beside, beside.IPv4)
 	label("-")
+	left := time.Now()
 	err = harness.Wait(t.Context(), time.Minute, 300*time.Millisecond, "its proxies to be gone", func(ctx context.Context) error {
 		for _, node := range e.nodes {
 			i, err := e.Inspect(ctx, node)
@@ -91,6 +117,15 @@ func TestNamespaceJoinsAndLeaves(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if waited := time.Since(left); waited < 10*time.Second {
+		t.Errorf("the proxies were gone after %s, before the connections through them had ended", waited)
+	}
+	for range holding {
+		o := <-outcomes
+		if o.err != nil || o.result.Failures.Total > 0 || o.result.Held != 10 {
+			t.Errorf("%s: %d of 10 connections held, %d failures, first %+v, %v", o.what, o.result.Held, o.result.Failures.Total, o.result.Failures.First, o.err)
+		}
 	}
 	seen("plain", "")
 	after, err := e.EchoPods(t.Context(), joiner, time.Minute)

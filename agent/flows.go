@@ -1,0 +1,122 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const (
+	// flowIdle is how long a connection that stayed where it was may be silent. The
+	// kernel's keepalive asks after two hours, and most applications' much sooner.
+	flowIdle = 2*time.Hour + 10*time.Minute
+	// heldLimit is how long a tenant that has no pods any more, or a pod that isn't
+	// in the mesh any more, waits for connections to end.
+	heldLimit = 10 * time.Minute
+)
+
+// steer gives a pod its way. A pod that ran before it was steered, or was another
+// tenant's, keeps its connections.
+func (a *Agent) steer(want bpf.Pod, record sandboxRecord, known bool) error {
+	if !known && record.ContainerID != "" {
+		return a.datapath.UpdatePod(want) // it waits in the CNI plugin and has none
+	}
+	return a.datapath.MovePod(want, a.connections(record))
+}
+
+// connections reads those of a pod where they are: in a tenant's namespace, or in
+// its own.
+func (a *Agent) connections(record sandboxRecord) bpf.FlowReader {
+	return func(from uint16) ([]bpf.Flow, error) {
+		if from != 0 {
+			if s, ok := a.tenantOf(from); ok {
+				return bpf.EstablishedFlows(s.Netns, record.IPs...)
+			}
+			return nil, nil // with the tenant its connections have ended
+		}
+		if record.Netns != "" {
+			if _, err := os.Stat(record.Netns); err == nil {
+				return bpf.EstablishedFlows(record.Netns, record.IPs...)
+			}
+		}
+		found, err := podnet.Find("/proc", []string{record.UID})
+		if err != nil {
+			return nil, err
+		}
+		process, ok := found[record.UID]
+		if !ok {
+			return nil, fmt.Errorf("pod %s/%s has no process that shows its network", record.Namespace, record.Name)
+		}
+		return bpf.EstablishedFlows(process.Netns, record.IPs...)
+	}
+}
+
+// tenantOf is the tenant with this index.
+func (a *Agent) tenantOf(index uint16) (isolation.State, bool) {
+	for _, t := range a.bulkheads.Tenants() {
+		if s, ok := a.bulkheads.State(t); ok && s.Index == index {
+			return s, true
+		}
+	}
+	return isolation.State{}, false
+}
+
+// held counts the connections that stayed with a tenant whose pods' new ones go
+// elsewhere: by pod, and by tenant index.
+func (a *Agent) held() (pods map[string]int, tenants map[uint16]int) {
+	pods, tenants = map[string]int{}, map[uint16]int{}
+	if err := a.datapath.SweepFlows(flowIdle); err != nil {
+		a.log.Error("connections that have ended can't be forgotten", "error", err)
+	}
+	flows, err := a.datapath.HeldFlows()
+	if err != nil {
+		a.log.Error("connections that stayed where they were can't be read", "error", err)
+	}
+	for uid, by := range flows {
+		for index, n := range by {
+			if index != 0 {
+				pods[uid] += n
+				tenants[index] += n
+			}
+		}
+	}
+	return pods, tenants
+}
+
+// release lets a pod go that isn't in the plan any more: at once if it has ended,
+// otherwise when its connections through its tenant have.
+func (a *Agent) release(uid string, held int) (again time.Duration, err error) {
+	record, ok := a.sandboxes.get(uid)
+	if !ok || !a.linkExists(record) {
+		delete(a.released, uid)
+		return resync, a.datapath.DeletePod(uid)
+	}
+	since, known := a.released[uid]
+	if !known {
+		if err := a.datapath.ReleasePod(uid, a.connections(record)); err != nil {
+			return time.Second, err
+		}
+		a.released[uid] = time.Now()
+		return time.Second, nil // to see what it held
+	}
+	if held > 0 && time.Since(since) < heldLimit {
+		return time.Second, nil
+	}
+	if held > 0 {
+		a.log.Warn("pod that left the mesh loses connections that haven't ended", "pod", record.Namespace+"/"+record.Name, "connections", held, "after", heldLimit)
+	}
+	delete(a.released, uid)
+	return resync, a.datapath.DeletePod(uid)
+}
+
+// waitsForFlows reports whether a tenant without pods still has connections to
+// finish.
+func (a *Agent) waitsForFlows(t model.Tenant, held map[uint16]int, since time.Time) bool {
+	s, ok := a.bulkheads.State(t)
+	return ok && held[s.Index] > 0 && time.Since(since) < heldLimit
+}
