@@ -50,8 +50,8 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
+	if testing.Short() {
+		t.Skip("needs root and a real Envoy: make test-kernel")
 	}
 	envoy, err := dist.Fetch(t.Context(), dist.Default)
 	if err != nil {

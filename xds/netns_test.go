@@ -6,12 +6,23 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 )
 
 // enterNetns puts the test's goroutine, and what it starts, into a new network
 // namespace in which every address is local. It lives as long as they do.
 func enterNetns(t *testing.T) {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("needs root and a real Envoy: make test-kernel")
+	}
+	// There is no network to fetch one from in there.
+	for _, version := range dist.Versions() {
+		if _, err := dist.Fetch(t.Context(), version); err != nil {
+			t.Fatal(err)
+		}
+	}
 	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()

