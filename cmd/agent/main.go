@@ -46,7 +46,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	const usage = "usage: agent run | inspect | log --tenant TENANT | kill --signal NAME PID"
+	const usage = "usage: agent run [--plan FILE] | inspect | log --tenant TENANT | kill --signal NAME PID"
 	if len(args) == 0 {
 		return fmt.Errorf("%s", usage)
 	}
