@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -66,6 +67,9 @@ func (a *Agent) serveControl(ctx context.Context) error {
 		defer f.Close()
 		io.Copy(w, f)
 	})
+	var streams sync.WaitGroup
+	defer streams.Wait() // what they read from is closed next
+	mux.HandleFunc("GET /events", a.serveEvents(&streams))
 	mux.HandleFunc("POST /kill", func(w http.ResponseWriter, r *http.Request) {
 		pid, err := strconv.Atoi(r.FormValue("pid"))
 		signal := unix.SignalNum("SIG" + r.FormValue("signal"))

@@ -46,7 +46,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	const usage = "usage: agent run [--plan FILE] | inspect | log --tenant TENANT | kill --signal NAME PID"
+	const usage = "usage: agent run [--plan FILE] | inspect | log --tenant TENANT | events [--tenant TENANT] [--duration TIME] | kill --signal NAME PID"
 	if len(args) == 0 {
 		return fmt.Errorf("%s", usage)
 	}
@@ -98,6 +98,23 @@ func run(ctx context.Context, args []string) error {
 		}
 		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/log",
 			url.Values{"tenant": {*tenant}, "generation": {strconv.Itoa(*generation)}}, os.Stdout)
+	case "events":
+		tenant := flags.String("tenant", "", "whose alone")
+		duration := flags.Duration("duration", 0, "for how long; 0 is until interrupted")
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		watch := ctx
+		if *duration > 0 {
+			var cancel context.CancelFunc
+			watch, cancel = context.WithTimeout(ctx, *duration)
+			defer cancel()
+		}
+		err := agent.Control(watch, o.ControlSocket(), http.MethodGet, "/events", url.Values{"tenant": {*tenant}}, os.Stdout)
+		if watch.Err() != nil {
+			return nil // that is how it ends
+		}
+		return err
 	case "kill":
 		name := flags.String("signal", "TERM", "name of the signal, without SIG")
 		if err := flags.Parse(args[1:]); err != nil {

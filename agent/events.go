@@ -1,0 +1,88 @@
+package agent
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// eventBuffer is how many connection events wait for a watcher that is slow.
+const eventBuffer = 4096
+
+// ConnectionEvent is a line of `agent events`: what happened to a pod's connection.
+type ConnectionEvent struct {
+	Time time.Time `json:"time"`
+	// Event is opened, closed or denied.
+	Event string `json:"event"`
+	// Way is outbound or inbound between a pod or its peer and its tenant's proxy,
+	// upstream or delivered between the proxy and the other side of that, and
+	// direct-… in the clear.
+	Way    string `json:"way"`
+	Tenant string `json:"tenant,omitempty"`
+	// Namespace and Name of the pod, empty if the plan doesn't have it (any more).
+	Namespace string         `json:"namespace,omitempty"`
+	Name      string         `json:"name,omitempty"`
+	PodUID    string         `json:"podUID,omitempty"`
+	Pod       netip.AddrPort `json:"pod"`
+	Peer      netip.AddrPort `json:"peer"`
+	// BytesSent are by the pod; of a connection that was closed.
+	BytesSent     uint64 `json:"bytesSent,omitempty"`
+	BytesReceived uint64 `json:"bytesReceived,omitempty"`
+	// Reason why it was denied.
+	Reason string `json:"reason,omitempty"`
+}
+
+// serveEvents writes connection events as they come, until the client goes. They
+// are read only while somebody watches: each one read is work for each
+// connection. streams is held meanwhile.
+func (a *Agent) serveEvents(streams *sync.WaitGroup) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var only model.Tenant
+		if name := r.FormValue("tenant"); name != "" {
+			var err error
+			if only, err = model.ParseTenant(name); err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+		}
+		streams.Add(1)
+		defer streams.Done()
+		events, err := a.datapath.Events(eventBuffer)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		defer events.Close()
+		w.Header().Set("Content-Type", "application/jsonl")
+		flush := http.NewResponseController(w).Flush
+		lines := json.NewEncoder(w)
+		for {
+			if err := flush(); err != nil {
+				return
+			}
+			select {
+			case <-r.Context().Done():
+				return
+			case e := <-events.C:
+				line := ConnectionEvent{Time: e.Time, Event: e.Kind.String(), Way: e.Way.String(), PodUID: e.PodUID, Pod: e.Pod, Peer: e.Peer,
+					BytesSent: e.BytesSent, BytesReceived: e.BytesReceived, Reason: e.Reason}
+				if s, ok := a.tenantOf(e.Tenant); ok {
+					line.Tenant = s.Tenant.String()
+				}
+				if only != (model.Tenant{}) && line.Tenant != only.String() {
+					continue
+				}
+				if pod, ok := a.planned(e.PodUID); ok {
+					line.Namespace, line.Name = pod.Namespace, pod.Name
+				}
+				if err := lines.Encode(line); err != nil {
+					return
+				}
+			}
+		}
+	}
+}
