@@ -92,9 +92,13 @@ func (c cluster) kubectl(ctx context.Context, stdin string, args ...string) erro
 	return nil
 }
 
-// become replaces this process.
-func become(path string, args []string, env []string) error {
-	return fmt.Errorf("run %s: %w", path, unix.Exec(path, append([]string{path}, args...), env))
+// become replaces this process, with one variable of the environment set.
+func become(path string, args []string, key, value string) error {
+	// Not appended: of two of one name, Go's programs take the first.
+	if err := os.Setenv(key, value); err != nil {
+		return err
+	}
+	return fmt.Errorf("run %s: %w", path, unix.Exec(path, append([]string{path}, args...), os.Environ()))
 }
 
 // execKubectl becomes the cluster's kubectl.
@@ -107,7 +111,7 @@ func execKubectl(ctx context.Context, c cluster, args []string) error {
 	if err != nil {
 		return err
 	}
-	return become(bin.Path("kubectl"), args, append(os.Environ(), "KUBECONFIG="+c.kubeconfig()))
+	return become(bin.Path("kubectl"), args, "KUBECONFIG", c.kubeconfig())
 }
 
 // printEnv prints shell commands that make a shell use the cluster.
@@ -149,7 +153,7 @@ func execNode(c cluster, args []string) error {
 			command = command[1:]
 		}
 		enter := []string{"--target", fmt.Sprint(m.PID), "--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--root", "--wd=/", "--"}
-		return become(nsenter, append(enter, command...), append(os.Environ(), "PATH="+binDir+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"))
+		return become(nsenter, append(enter, command...), "PATH", binDir+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
 	return fmt.Errorf("no machine %q; there are control-plane and node1 to node%d", args[0], c.Nodes)
 }

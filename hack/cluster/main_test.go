@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bulkhead-mesh/bulkhead/hack/cluster/build"
 	"github.com/bulkhead-mesh/bulkhead/hack/cluster/machine"
 )
 
@@ -111,6 +112,14 @@ func TestUpKilledAndDown(t *testing.T) {
 		t.Skip("starts clusters")
 	}
 	const name = "test"
+	// Or up would only be killed while it builds.
+	cache, err := cacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := build.Ensure(t.Context(), cache, t.Logf); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv("BULKHEAD_STATE", t.TempDir()+"/state")
 	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "kubeconfig")) // the user's stays as it is
 	cluster := func(ctx context.Context, args ...string) *exec.Cmd {
