@@ -38,6 +38,8 @@ type cluster struct {
 	// Subnet is the third octet of the nodes' network, 10.250.<Subnet>.0/24: the
 	// one network that this machine shares with the cluster.
 	Subnet int `json:"subnet"`
+	// Complete is set when up has done all of its work.
+	Complete bool `json:"complete,omitempty"`
 	// Restore are sysctls of the whole machine as they were before a kubelet
 	// changed them.
 	Restore map[string]string `json:"restore,omitempty"`

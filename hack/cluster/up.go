@@ -43,10 +43,10 @@ func up(ctx context.Context, name string, nodes int) error {
 		return err
 	}
 	if exists {
-		if c.Nodes != nodes && c.running() {
+		if c.Complete && c.Nodes != nodes && c.running() {
 			return fmt.Errorf("cluster %s runs with %d nodes; end it first: go run ./hack/cluster down", c.Name, c.Nodes)
 		}
-		if c.running() && c.waitReady(ctx) == nil {
+		if c.Complete && c.running() && c.waitReady(ctx) == nil {
 			say("cluster %s is up already", c.Name)
 			return c.mergeKubeconfig()
 		}
@@ -68,7 +68,7 @@ func up(ctx context.Context, name string, nodes int) error {
 	if err != nil {
 		return err
 	}
-	c.Nodes = nodes
+	c.Nodes, c.Complete = nodes, false
 	if c.Subnet, err = freeSubnet(c); err != nil {
 		return err
 	}
@@ -84,6 +84,10 @@ func up(ctx context.Context, name string, nodes int) error {
 	if err := c.start(ctx, bin); err != nil {
 		logs := c.keepLogs()
 		return errors.Join(fmt.Errorf("%w (logs: %s)", err, logs), c.down())
+	}
+	c.Complete = true
+	if err := c.save(); err != nil {
+		return err
 	}
 	return errors.Join(c.mergeKubeconfig(), c.linkKubectl(bin.Path("kubectl")))
 }
