@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"os"
 	"os/exec"
 	"runtime"
 	"testing"
@@ -32,10 +33,12 @@ func enterNetns(t *testing.T) {
 		{"ip", "link", "set", "lo", "up"},
 		{"ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo"},
 		{"ip", "-6", "route", "add", "local", "::/0", "dev", "lo"},
-		{"sysctl", "-qw", "net.ipv6.ip_nonlocal_bind=1"},
 	} {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v: %s", args, err, out)
 		}
+	}
+	if err := os.WriteFile("/proc/sys/net/ipv6/ip_nonlocal_bind", []byte("1"), 0); err != nil {
+		t.Fatal(err)
 	}
 }
