@@ -108,7 +108,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		if err := a.bulkheads.MakeXDSDir(t, g.Generation); err != nil {
 			return b.Index, again, err
 		}
-		if err := a.relay.Listen(key, relay.Socket{Path: b.XDSSocket(g.Generation), UID: b.UID, Version: a.runnable(t, g)}); err != nil {
+		if err := a.relay.Listen(key, relay.Socket{Path: b.XDSSocket(g.Generation), UID: b.UID, Version: a.bulkheads.Runnable(t, g)}); err != nil {
 			return b.Index, again, fmt.Errorf("serve its configuration: %w", err)
 		}
 	}
@@ -131,18 +131,6 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	}
 	r.weights[t] = weight
 	return b.Index, again, updateErr
-}
-
-// runnable is the version that a generation will run: one that the node doesn't
-// have leaves it at what it runs.
-func (a *Agent) runnable(t model.Tenant, g isolation.Generation) string {
-	state, _ := a.bulkheads.State(t)
-	for _, p := range state.Processes {
-		if p.Generation == g.Generation && p.Version != g.Version && !a.bulkheads.HasVersion(g.Version) {
-			return p.Version
-		}
-	}
-	return g.Version
 }
 
 // withDraining adds generations that run and aren't wanted any more, for as long

@@ -363,10 +363,15 @@ func (m *Manager) Update(ctx context.Context, s Spec) error {
 	return err
 }
 
-// HasVersion tells whether this version of Envoy can be run.
-func (m *Manager) HasVersion(version string) bool {
-	_, err := m.versions.tree(version)
-	return err == nil
+// Runnable is the version that Update will run for a wanted generation: another
+// than g's if that isn't there and the generation runs already.
+func (m *Manager) Runnable(name model.Tenant, g Generation) string {
+	t := m.tenant(name)
+	if t == nil {
+		return g.Version
+	}
+	version, _ := t.runnable(g) // Update tells why
+	return version
 }
 
 func (s Spec) validate() error {

@@ -281,25 +281,33 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 }
 
 // possible is what is wanted, but with the version that runs where there is no
-// other: a version that isn't there must not end one that is.
+// other.
 func (t *tenant) possible(wanted []Generation) ([]Generation, error) {
 	possible := slices.Clone(wanted)
 	var errs []error
-	for i, g := range wanted {
-		p := t.process(g.Generation)
-		if p == nil {
-			continue
-		}
-		state, _, _ := p.snapshot()
-		if state.Version == g.Version {
-			continue
-		}
-		if _, err := t.m.versions.tree(g.Version); err != nil {
-			errs = append(errs, fmt.Errorf("generation %d stays at version %s: %w", g.Generation, state.Version, err))
-			possible[i].Version = state.Version
-		}
+	for i := range possible {
+		version, err := t.runnable(possible[i])
+		possible[i].Version = version
+		errs = append(errs, err)
 	}
 	return possible, errors.Join(errs...)
+}
+
+// runnable is the version that a generation will run. One that isn't there must
+// not end one that is: it is told in the error, and what runs stays.
+func (t *tenant) runnable(g Generation) (string, error) {
+	p := t.process(g.Generation)
+	if p == nil {
+		return g.Version, nil
+	}
+	state, _, _ := p.snapshot()
+	if state.Version == g.Version {
+		return g.Version, nil
+	}
+	if _, err := t.m.versions.tree(g.Version); err != nil {
+		return state.Version, fmt.Errorf("generation %d stays at version %s: %w", g.Generation, state.Version, err)
+	}
+	return g.Version, nil
 }
 
 func (t *tenant) process(generation int) *process {
