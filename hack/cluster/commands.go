@@ -39,8 +39,17 @@ func status(c cluster) error {
 	return nil
 }
 
+// binaries are the cluster's programs, built if they aren't in the cache.
+func binaries(ctx context.Context) (build.Binaries, error) {
+	cache, err := cacheDir()
+	if err != nil {
+		return build.Binaries{}, err
+	}
+	return build.Ensure(ctx, cache, say)
+}
+
 // load imports image archives into a node's containerd.
-func (c cluster) load(ctx context.Context, n int, archives ...string) error {
+func (c cluster) load(ctx context.Context, bin build.Binaries, n int, archives ...string) error {
 	m, ok, err := machine.Find(c.machineDir(n))
 	if err != nil {
 		return err
@@ -56,14 +65,6 @@ func (c cluster) load(ctx context.Context, n int, archives ...string) error {
 	}); err != nil {
 		return err
 	}
-	cache, err := cacheDir()
-	if err != nil {
-		return err
-	}
-	bin, err := build.Ensure(ctx, cache, say)
-	if err != nil {
-		return err
-	}
 	for _, archive := range archives {
 		// All layers, whatever the platform: the archives hold one.
 		cmd := exec.CommandContext(ctx, bin.Path("ctr"), "--address", socket, "--namespace", "k8s.io", "images", "import", "--local", archive)
@@ -75,15 +76,7 @@ func (c cluster) load(ctx context.Context, n int, archives ...string) error {
 }
 
 // kubectl runs the cluster's own kubectl and shows its output only if it fails.
-func (c cluster) kubectl(ctx context.Context, stdin string, args ...string) error {
-	cache, err := cacheDir()
-	if err != nil {
-		return err
-	}
-	bin, err := build.Ensure(ctx, cache, say)
-	if err != nil {
-		return err
-	}
+func (c cluster) kubectl(ctx context.Context, bin build.Binaries, stdin string, args ...string) error {
 	cmd := exec.CommandContext(ctx, bin.Path("kubectl"), append([]string{"--kubeconfig", c.kubeconfig()}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -103,11 +96,7 @@ func become(path string, args []string, key, value string) error {
 
 // execKubectl becomes the cluster's kubectl.
 func execKubectl(ctx context.Context, c cluster, args []string) error {
-	cache, err := cacheDir()
-	if err != nil {
-		return err
-	}
-	bin, err := build.Ensure(ctx, cache, say)
+	bin, err := binaries(ctx)
 	if err != nil {
 		return err
 	}
@@ -116,11 +105,7 @@ func execKubectl(ctx context.Context, c cluster, args []string) error {
 
 // printEnv prints shell commands that make a shell use the cluster.
 func printEnv(ctx context.Context, c cluster) error {
-	cache, err := cacheDir()
-	if err != nil {
-		return err
-	}
-	bin, err := build.Ensure(ctx, cache, say)
+	bin, err := binaries(ctx)
 	if err != nil {
 		return err
 	}

@@ -128,8 +128,12 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("load: %w; go run ./hack/images writes archives to out/images", err)
 		}
 	}
+	bin, err := binaries(ctx)
+	if err != nil {
+		return err
+	}
 	for n := 1; n <= c.Nodes; n++ {
-		if err := c.load(ctx, n, args...); err != nil {
+		if err := c.load(ctx, bin, n, args...); err != nil {
 			return err
 		}
 	}

@@ -119,7 +119,7 @@ func (c cluster) start(ctx context.Context, bin build.Binaries) error {
 	if err := c.waitAPI(ctx); err != nil {
 		return err
 	}
-	if err := c.kubectl(ctx, c.addonManifests(), "apply", "--server-side", "-f", "-"); err != nil {
+	if err := c.kubectl(ctx, bin, c.addonManifests(), "apply", "--server-side", "-f", "-"); err != nil {
 		return err
 	}
 	for n := 1; n <= c.Nodes; n++ {
@@ -140,7 +140,7 @@ func (c cluster) start(ctx context.Context, bin build.Binaries) error {
 		}
 	}
 	for n := 1; n <= c.Nodes; n++ {
-		if err := c.load(ctx, n, images...); err != nil {
+		if err := c.load(ctx, bin, n, images...); err != nil {
 			return err
 		}
 	}
