@@ -19,8 +19,10 @@ type plan struct {
 	// uid and generation of the NodeProxy that it was made from.
 	uid        types.UID
 	generation int64
-	tenants    []tenantPlan
-	pods       []identity.Pod
+	// redirection of all pods; "" is as it is.
+	redirection v1alpha1.Redirection
+	tenants     []tenantPlan
+	pods        []identity.Pod
 }
 
 // tenantPlan is one tenant's proxy.
@@ -39,6 +41,12 @@ type tenantPlan struct {
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 	p := plan{uid: np.UID, generation: np.Generation}
 	var errs []error
+	switch np.Spec.Redirection {
+	case "", v1alpha1.RedirectionEBPF:
+		p.redirection = v1alpha1.RedirectionEBPF
+	default:
+		errs = append(errs, fmt.Errorf("redirection %q isn't known to this agent: it stays as it is", np.Spec.Redirection))
+	}
 	known := map[string]model.Tenant{}
 	for _, t := range np.Spec.Tenants {
 		tenant, err := model.ParseTenant(t.Name)

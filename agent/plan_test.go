@@ -55,6 +55,18 @@ func TestMakePlan(t *testing.T) {
 	}
 }
 
+// TestMakePlanRedirection shows that a word that isn't known changes nothing.
+func TestMakePlanRedirection(t *testing.T) {
+	np := nodeProxy()
+	if p, err := makePlan(np); err != nil || p.redirection != v1alpha1.RedirectionEBPF {
+		t.Errorf("none is %q, %v", p.redirection, err)
+	}
+	np.Spec.Redirection = "iptables"
+	if p, err := makePlan(np); err == nil || p.redirection != "" || len(p.pods) != 2 {
+		t.Errorf("a redirection that isn't known is %q, %v, with %d pods", p.redirection, err, len(p.pods))
+	}
+}
+
 // TestMakePlanBadInput shows that what makes no sense is named and doesn't take
 // the rest with it.
 func TestMakePlanBadInput(t *testing.T) {

@@ -2,12 +2,29 @@ package v1alpha1
 
 import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+// Redirection is what leads the connections of pods to their tenants' proxies.
+//
+// +kubebuilder:validation:Enum=EBPF;Netfilter
+type Redirection string
+
+// The values of Redirection.
+const (
+	// RedirectionEBPF steers by BPF programs: the default, and also what "" means.
+	RedirectionEBPF Redirection = "EBPF"
+	// RedirectionNetfilter steers by nftables rules, where BPF can't be had.
+	RedirectionNetfilter Redirection = "Netfilter"
+)
+
 // NodeProxySpec is the plan of one node: which tenant proxies it runs for which
 // pods. The operator writes it; people read it.
 type NodeProxySpec struct {
 	// TrustDomain of the mesh.
 	// +optional
 	TrustDomain string `json:"trustDomain,omitempty"`
+	// Redirection of the node's pods: one a node, for one agent steers it. None is
+	// EBPF.
+	// +optional
+	Redirection Redirection `json:"redirection,omitempty"`
 	// Tenants that have pods on the node, by name.
 	// +listType=map
 	// +listMapKey=name
