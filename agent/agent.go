@@ -55,7 +55,6 @@ type Agent struct {
 
 	// Of the loop alone.
 	taken     map[relay.Key]process
-	draining  map[relay.Key]time.Time
 	idleSince map[model.Tenant]time.Time
 	// released pods have left the mesh and may have connections to finish, since
 	// then.
@@ -83,7 +82,7 @@ func newAgent(o Options) (*Agent, error) {
 	return &Agent{
 		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
 		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}),
-		taken: map[relay.Key]process{}, draining: map[relay.Key]time.Time{}, idleSince: map[model.Tenant]time.Time{}, released: map[string]time.Time{},
+		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, released: map[string]time.Time{},
 	}, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
@@ -50,14 +51,16 @@ type InspectedLimits struct {
 
 // InspectedGeneration is one Envoy process, as /proc shows it.
 type InspectedGeneration struct {
-	Generation   int               `json:"generation"`
-	Version      string            `json:"version"`
-	PID          int               `json:"pid"`
-	UID          int               `json:"uid"`
-	Cgroup       string            `json:"cgroup"`
-	Ready        bool              `json:"ready"`
-	Restarts     int               `json:"restarts"`
-	LastExit     string            `json:"lastExit,omitempty"`
+	Generation int    `json:"generation"`
+	Version    string `json:"version"`
+	PID        int    `json:"pid"`
+	UID        int    `json:"uid"`
+	Cgroup     string `json:"cgroup"`
+	Ready      bool   `json:"ready"`
+	Restarts   int    `json:"restarts"`
+	LastExit   string `json:"lastExit,omitempty"`
+	// DrainUntil is when it ends at the latest; nil while it is wanted.
+	DrainUntil   *time.Time        `json:"drainUntil,omitempty"`
 	Namespaces   map[string]string `json:"namespaces"`
 	Capabilities map[string]string `json:"capabilities"`
 	NoNewPrivs   bool              `json:"noNewPrivs"`
@@ -148,6 +151,9 @@ func drops(c bpf.Counters) map[string]uint64 {
 func inspectProcess(p isolation.Process) InspectedGeneration {
 	g := InspectedGeneration{Generation: p.Generation, Version: p.Version, PID: p.PID, UID: -1,
 		Ready: p.Live, Restarts: p.Restarts, LastExit: p.LastExit, Capabilities: map[string]string{}}
+	if !p.DrainUntil.IsZero() {
+		g.DrainUntil = &p.DrainUntil
+	}
 	if p.PID == 0 {
 		return g
 	}

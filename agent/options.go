@@ -56,7 +56,7 @@ type Options struct {
 	// node: a rolling restart shouldn't start it anew. Default 10 s.
 	Linger time.Duration
 	// Drain is for how long a generation that isn't wanted any more may finish its
-	// connections. Default 15 s.
+	// connections; it ends as soon as it has none. Default 15 s.
 	Drain time.Duration
 	// Log; default slog.Default().
 	Log *slog.Logger

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -11,7 +10,6 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
-	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
@@ -87,124 +85,6 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	next = min(next, a.removeTenants(ctx, p, heldByTenant))
 	a.finishRound(r)
 	return next
-}
-
-// ensureTenant runs one tenant's proxy. again is 0 if nothing has to be looked at
-// soon.
-func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (index uint16, again time.Duration, err error) {
-	t := tp.tenant
-	delete(a.idleSince, t)
-	b, err := a.bulkheads.Prepare(ctx, t, a.mtu(t, r.plan))
-	if err != nil {
-		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
-	}
-	if err := a.datapath.UpdateTenant(bpf.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
-		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2}); err != nil {
-		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
-	}
-	generations, again := a.withDraining(tp, b)
-	for _, g := range generations {
-		key := relay.Key{Tenant: t, Generation: g.Generation}
-		if err := a.bulkheads.MakeXDSDir(t, g.Generation); err != nil {
-			return b.Index, again, err
-		}
-		if err := a.relay.Listen(key, relay.Socket{Path: b.XDSSocket(g.Generation), UID: b.UID, Version: a.bulkheads.Runnable(t, g)}); err != nil {
-			return b.Index, again, fmt.Errorf("serve its configuration: %w", err)
-		}
-	}
-	// What runs is looked at even if the update fails: bad input changes nothing.
-	updateErr := a.bulkheads.Update(ctx, isolation.Spec{Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Generations: generations})
-	ready, err := a.takeListeners(tp, b)
-	if err != nil {
-		again = soon
-		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
-	}
-	if ready[0] {
-		r.serving[t] = a.taken[relay.Key{Tenant: t}]
-	}
-	weight := 0
-	if ready[1] {
-		weight = tp.weight
-	}
-	if err := a.datapath.SetWeight(b.Index, weight); err != nil {
-		return b.Index, again, errors.Join(updateErr, fmt.Errorf("set weight: %w", err))
-	}
-	r.weights[t] = weight
-	return b.Index, again, updateErr
-}
-
-// withDraining adds generations that run and aren't wanted any more, for as long
-// as they may finish what they have; they get nothing new.
-func (a *Agent) withDraining(tp tenantPlan, b isolation.Bulkhead) ([]isolation.Generation, time.Duration) {
-	generations := slices.Clone(tp.generations)
-	state, ok := a.bulkheads.State(tp.tenant)
-	if !ok {
-		return generations, 0
-	}
-	var again time.Duration
-	for _, p := range state.Processes {
-		key := relay.Key{Tenant: tp.tenant, Generation: p.Generation}
-		if slices.ContainsFunc(tp.generations, func(g isolation.Generation) bool { return g.Generation == p.Generation }) {
-			delete(a.draining, key)
-			continue
-		}
-		deadline, ok := a.draining[key]
-		if !ok {
-			deadline = time.Now().Add(a.o.Drain)
-			a.draining[key] = deadline
-		}
-		if err := a.datapath.ClearListeners(b.Index, p.Generation); err != nil {
-			a.log.Error("generation still gets connections", "tenant", tp.tenant.String(), "generation", p.Generation, "error", err)
-		}
-		delete(a.taken, key)
-		left := time.Until(deadline)
-		if left <= 0 {
-			delete(a.draining, key)
-			a.relay.Close(key)
-			continue
-		}
-		generations = append(generations, isolation.Generation{Generation: p.Generation, Version: p.Version})
-		again = left
-	}
-	return generations, again
-}
-
-// takeListeners hands the sockets of each generation that can serve to the
-// kernel's steering. ready says which generations take connections now.
-func (a *Agent) takeListeners(tp tenantPlan, b isolation.Bulkhead) (ready [2]bool, err error) {
-	state, ok := a.bulkheads.State(tp.tenant)
-	if !ok {
-		return ready, nil
-	}
-	var errs []error
-	for _, g := range tp.generations {
-		key := relay.Key{Tenant: tp.tenant, Generation: g.Generation}
-		i := slices.IndexFunc(state.Processes, func(p isolation.Process) bool { return p.Generation == g.Generation })
-		if i < 0 || state.Processes[i].PID == 0 {
-			delete(a.taken, key)
-			continue
-		}
-		p := state.Processes[i]
-		taken := process{p.PID, p.StartTicks}
-		if a.taken[key] == taken {
-			ready[g.Generation] = true
-			continue
-		}
-		// The sockets of a process that ended have left the kernel's map by
-		// themselves. One that an earlier agent took and that has just come back to
-		// our relay goes on serving meanwhile.
-		if !p.Live || a.relay.State(key).Listeners == 0 {
-			continue
-		}
-		if err := a.datapath.SetListeners(b.Index, g.Generation, p.PID); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		a.log.Info("proxy takes connections", "tenant", tp.tenant.String(), "generation", g.Generation, "version", p.Version, "pid", p.PID)
-		a.taken[key] = taken
-		ready[g.Generation] = true
-	}
-	return ready, errors.Join(errs...)
 }
 
 // mtu is the smallest of the tenant's pods: a larger packet would be lost on the
@@ -354,7 +234,6 @@ func (a *Agent) removeTenant(ctx context.Context, t model.Tenant) error {
 		key := relay.Key{Tenant: t, Generation: generation}
 		a.relay.Close(key)
 		delete(a.taken, key)
-		delete(a.draining, key)
 	}
 	if err := a.bulkheads.Delete(ctx, t); err != nil {
 		return err

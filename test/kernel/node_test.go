@@ -50,6 +50,8 @@ type node struct {
 	// canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	canary int
+	// drain is how long one that isn't wanted any more may last; 0 is the default.
+	drain time.Duration
 
 	agent *exec.Cmd
 	log   *os.File
@@ -145,7 +147,7 @@ func (n *node) start() {
 	o := n.isolation()
 	cmd := exec.Command(filepath.Join(os.Getenv(dirVariable), "agent"), "run", "--plan", n.plan(),
 		"--run-dir", o.RunDir, "--lib-dir", o.LibDir, "--envoy-dir", o.EnvoyDir, "--cgroup-name", o.CgroupName,
-		"--pin-dir", n.pinDir(), "--linger", "100ms", "--token-file", filepath.Join(n.dir, "token"), "--operator", fmt.Sprintf("localhost:%d", operatorPort))
+		"--pin-dir", n.pinDir(), "--linger", "100ms", "--drain", n.drain.String(), "--token-file", filepath.Join(n.dir, "token"), "--operator", fmt.Sprintf("localhost:%d", operatorPort))
 	cmd.Env = append(os.Environ(), "NODE_NAME="+n.name)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
