@@ -108,6 +108,7 @@ func TestMakeStatus(t *testing.T) {
 	}
 	good := func() observation {
 		return observation{
+			redirection: v1alpha1.RedirectionEBPF,
 			round: round{plan: p, known: true, serving: map[model.Tenant]process{a: {pid: 40}, b: {pid: 40}}, problems: map[model.Tenant]string{},
 				steered: map[string]bpf.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
 			states: map[model.Tenant]isolation.State{
@@ -123,6 +124,14 @@ func TestMakeStatus(t *testing.T) {
 	}
 	if got := s.Tenants[0]; !got.Ready || got.Pods != 1 || got.Weight != 25 || got.Limits.CPUMillis != 500 || len(got.Generations) != 2 {
 		t.Errorf("team-a's status is %+v", got)
+	}
+	if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionRedirected); s.Redirection != v1alpha1.RedirectionEBPF || c == nil || c.Status != metav1.ConditionTrue {
+		t.Errorf("redirection %q, conditions %+v", s.Redirection, s.Conditions)
+	}
+	other := good()
+	other.round.plan.redirection = ""
+	if c := meta.FindStatusCondition(makeStatus(other).Conditions, v1alpha1.ConditionRedirected); c.Status != metav1.ConditionFalse || !strings.Contains(c.Message, "EBPF") {
+		t.Errorf("a redirection that can't be had: %+v", c)
 	}
 	for name, c := range map[string]struct {
 		change func(*observation)

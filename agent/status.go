@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -28,9 +29,11 @@ type observation struct {
 	agentVersion  string
 	proxyVersions []string
 	planError     string
-	round         round
-	states        map[model.Tenant]isolation.State
-	configs       map[relay.Key]relay.State
+	// redirection that pods have.
+	redirection v1alpha1.Redirection
+	round       round
+	states      map[model.Tenant]isolation.State
+	configs     map[relay.Key]relay.State
 }
 
 // makeStatus says how the node is, in the order of the plan. Conditions carry no
@@ -40,6 +43,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		ObservedGeneration: o.round.plan.generation,
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
+		Redirection:        o.redirection,
 	}
 	pods := map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
@@ -68,8 +72,20 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	if len(condition.Message) > maxMessage {
 		condition.Message = strings.ToValidUTF8(condition.Message[:maxMessage], "") + "…"
 	}
-	s.Conditions = []metav1.Condition{condition}
+	redirected := redirectedCondition(o)
+	redirected.ObservedGeneration = s.ObservedGeneration
+	s.Conditions = []metav1.Condition{condition, redirected}
 	return s
+}
+
+// redirectedCondition says whether pods are redirected as planned.
+func redirectedCondition(o observation) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionRedirected, Status: metav1.ConditionTrue, Reason: "AsPlanned", Message: "pods are redirected by " + string(o.redirection)}
+	if want := o.round.plan.redirection; want != o.redirection {
+		c.Status, c.Reason = metav1.ConditionFalse, "Unsupported"
+		c.Message = fmt.Sprintf("this agent has no redirection by %s; pods stay with %s", cmp.Or(want, "another way"), o.redirection)
+	}
+	return c
 }
 
 // serves reports whether connections are taken by a process that still runs: it may
@@ -122,7 +138,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 // observe gathers what makeStatus needs.
 func (a *Agent) observe() observation {
 	a.mu.Lock()
-	o := observation{agentVersion: a.o.Version, planError: a.planError, round: a.last,
+	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: v1alpha1.RedirectionEBPF, round: a.last,
 		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	entries, err := os.ReadDir(a.o.EnvoyDir)

@@ -96,9 +96,7 @@ func stripNode(o any) (any, error) {
 		return o, nil
 	}
 	out := &corev1.Node{ObjectMeta: stripMeta(n.ObjectMeta), Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
-	if os := n.Labels[corev1.LabelOSStable]; os != "" {
-		out.Labels = map[string]string{corev1.LabelOSStable: os}
-	}
+	out.Labels = n.Labels
 	return out, nil
 }
 

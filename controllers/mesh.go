@@ -16,6 +16,8 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -83,8 +85,11 @@ type namespaceState struct {
 
 // nodeReport is what a node's agent says.
 type nodeReport struct {
-	versions []string
-	tenants  map[string]v1alpha1.NodeTenantStatus
+	versions    []string
+	redirection v1alpha1.Redirection
+	// notRedirected says why the redirection isn't the planned one; "" if it is.
+	notRedirected string
+	tenants       map[string]v1alpha1.NodeTenantStatus
 }
 
 func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.Logger) *mesh {
@@ -198,9 +203,9 @@ func (m *mesh) syncTopologies(ctx context.Context) error {
 		if err := m.setNetwork(ctx); err != nil { // before any proxy of it
 			return err
 		}
-		m.triggers.plans.add(slices.Collect(maps.Keys(m.nodes))...)
 		m.triggers.membership.add(struct{}{})
 	}
+	m.triggers.plans.add(slices.Collect(maps.Keys(m.nodes))...) // the redirection
 	m.triggers.status.add(m.topologies.Names()...)
 	return nil
 }
@@ -268,8 +273,9 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 	} else {
 		delete(m.nodes, name)
 	}
-	if known != found || had.UID != now.UID || had.Linux != now.Linux {
+	if known != found || had.UID != now.UID || had.Linux != now.Linux || !maps.Equal(had.Labels, now.Labels) {
 		m.triggers.plans.add(name)
+		m.triggers.status.add(m.topologies.Names()...)
 	}
 	if known == found && slices.Equal(had.PodCIDRs, now.PodCIDRs) {
 		return nil
@@ -368,7 +374,13 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		return err
 	}
 	had := m.reports[node]
-	now := nodeReport{versions: np.Status.ProxyVersions, tenants: map[string]v1alpha1.NodeTenantStatus{}}
+	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}}
+	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
+		now.notRedirected = c.Message
+	}
+	if now.redirection != had.redirection || now.notRedirected != had.notRedirected {
+		m.triggers.status.add(m.topologies.Names()...)
+	}
 	for _, t := range np.Status.Tenants {
 		now.tenants[t.Name] = t
 	}

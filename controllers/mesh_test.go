@@ -60,12 +60,13 @@ func newCluster(t *testing.T, objects ...client.Object) *cluster {
 	return c
 }
 
-func start[K comparable](t *testing.T, tr *trigger[K]) {
+func start[K comparable](t *testing.T, tr *trigger[K]) workqueue.TypedRateLimitingInterface[K] {
 	q := workqueue.NewTypedRateLimitingQueue(workqueue.DefaultTypedControllerRateLimiter[K]())
 	t.Cleanup(q.ShutDown)
 	if err := tr.Start(t.Context(), q); err != nil {
 		t.Fatal(err)
 	}
+	return q
 }
 
 // drain handles what triggers hold until there is nothing left.

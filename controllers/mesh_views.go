@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/controllers/nodeservice"
 	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -109,6 +110,7 @@ type nodePlan struct {
 	node        translate.Node
 	known       bool
 	trustDomain string
+	redirection v1alpha1.Redirection
 	members     []translate.Pod
 	versions    map[string]string // namespace → Envoy
 }
@@ -118,6 +120,7 @@ func (m *mesh) plan(node string) nodePlan {
 	defer m.mu.Unlock()
 	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), versions: map[string]string{}}
 	p.node, p.known = m.nodes[node]
+	p.redirection, _ = m.topologies.Redirection(p.node.Labels)
 	for _, pod := range p.members {
 		p.versions[pod.Namespace] = m.namespaces[pod.Namespace].Version
 	}
@@ -155,6 +158,12 @@ func (m *mesh) topologyInput(name string) (translate.Topologies, translate.Topol
 		}
 		if slices.Contains(ns.lost, name) {
 			in.Lost[namespace] = ns.Topology
+		}
+	}
+	for name, n := range m.nodes {
+		if n.Linux {
+			r := m.reports[name]
+			in.Nodes = append(in.Nodes, translate.NodeRedirectionView{Node: name, Labels: n.Labels, Have: r.redirection, Why: r.notRedirected})
 		}
 	}
 	return m.topologies, in

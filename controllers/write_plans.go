@@ -58,9 +58,10 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},
-		Spec: translate.NodeProxySpec(plan.trustDomain, plan.members, func(namespace string) translate.TenantPlan {
-			return translate.TenantPlan{Version: plan.versions[namespace], Limits: limits[namespace]}
-		}),
+		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members,
+			Tenant: func(namespace string) translate.TenantPlan {
+				return translate.TenantPlan{Version: plan.versions[namespace], Limits: limits[namespace]}
+			}}),
 	}
 	if exists && ownedBy(have.OwnerReferences, plan.node.UID) && translate.SamePlan(have.Spec, want.Spec) {
 		return nil

@@ -105,6 +105,57 @@ func TestPlansAreForLinux(t *testing.T) {
 	}
 }
 
+// A node's redirection comes from its labels, and its agent's word reaches the
+// topology.
+func TestRedirectionFollowsLabels(t *testing.T) {
+	topology := newTopology("t", "mesh")
+	topology.Spec.NodeRedirections = []v1alpha1.NodeRedirection{{NodeSelector: metav1.LabelSelector{MatchLabels: map[string]string{"kernel": "old"}}, Redirection: v1alpha1.RedirectionNetfilter}}
+	node := newNode("n1", "10.0.1.0/24")
+	c := newCluster(t, topology, node)
+	w := c.writer()
+	plans := start(t, &c.triggers.plans)
+	write := func() *v1alpha1.NodeProxy {
+		t.Helper()
+		for _, err := range []error{w.writePlan(t.Context(), "n1"), c.syncReport(t.Context(), "n1"), w.writeTopology(t.Context(), "t")} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := c.Get(t.Context(), client.ObjectKey{Name: "t"}, topology); err != nil {
+			t.Fatal(err)
+		}
+		return c.nodeProxy("n1")
+	}
+	if np := write(); np.Spec.Redirection != v1alpha1.RedirectionEBPF {
+		t.Errorf("redirection %q", np.Spec.Redirection)
+	}
+	node.Labels = map[string]string{"kernel": "old"}
+	if err := c.Update(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.syncNode(t.Context(), "n1"); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); plans.Len() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the node's plan isn't made anew")
+		}
+	}
+	np := write()
+	if np.Spec.Redirection != v1alpha1.RedirectionNetfilter {
+		t.Errorf("redirection %q after the label", np.Spec.Redirection)
+	}
+	np.Status.Redirection = v1alpha1.RedirectionEBPF
+	np.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionRedirected, Status: metav1.ConditionFalse, Reason: "Unsupported", Message: "no nftables", LastTransitionTime: metav1.NewTime(born)}}
+	if err := c.Status().Update(t.Context(), np); err != nil {
+		t.Fatal(err)
+	}
+	write()
+	if s := meta.FindStatusCondition(topology.Status.Conditions, v1alpha1.ConditionRedirected); s == nil || s.Reason != "NodesDiffer" || s.Message != "n1 has EBPF instead of Netfilter: no nftables" {
+		t.Errorf("conditions %+v", topology.Status.Conditions)
+	}
+}
+
 func TestStatusFollowsAgents(t *testing.T) {
 	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}, Spec: v1alpha1.IsolationPolicySpec{Pids: new(int64(64))}}
 	topology := newTopology("t", "mesh")

@@ -38,4 +38,7 @@ const (
 	ConditionAccepted = "Accepted"
 	// ConditionReady tells whether what the object asks for runs.
 	ConditionReady = "Ready"
+	// ConditionRedirected tells whether nodes lead connections to their proxies as
+	// the object asks for.
+	ConditionRedirected = "Redirected"
 )

@@ -45,6 +45,29 @@ type MeshTopologySpec struct {
 	// +optional
 	// +kubebuilder:default={}
 	Proxy ProxySpec `json:"proxy,omitempty"`
+
+	// Redirection of the nodes that no entry of nodeRedirections selects. A node
+	// steers all of its pods one way, so of several MeshTopologies the oldest says
+	// for all nodes; see the condition Redirected.
+	// +kubebuilder:default=EBPF
+	// +optional
+	Redirection Redirection `json:"redirection,omitempty"`
+
+	// NodeRedirections are for nodes that differ, for example because their kernel
+	// can't load BPF programs. The first that selects a node counts. Default: none.
+	// +kubebuilder:validation:MaxItems=16
+	// +listType=atomic
+	// +optional
+	NodeRedirections []NodeRedirection `json:"nodeRedirections,omitempty"`
+}
+
+// NodeRedirection is the redirection of some nodes.
+type NodeRedirection struct {
+	// NodeSelector picks nodes by their labels. An empty selector picks all of them.
+	NodeSelector metav1.LabelSelector `json:"nodeSelector"`
+
+	// Redirection of these nodes.
+	Redirection Redirection `json:"redirection"`
 }
 
 // TenancyRule puts the pods of some namespaces into tenants.
@@ -81,7 +104,9 @@ type MeshTopologyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Accepted (reasons Accepted, NothingSelected, Overlaps,
-	// UnknownProxyVersion, InvalidSelector, TrustDomainMismatch), Ready (reasons Ready, Progressing, NodesNotReady).
+	// UnknownProxyVersion, InvalidSelector, TrustDomainMismatch), Ready (reasons
+	// Ready, Progressing, NodesNotReady), Redirected (reasons AsSpecified,
+	// Progressing, NodesDiffer, OlderDecides).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
@@ -112,6 +137,7 @@ type MeshTopologyStatus struct {
 // +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
 // +kubebuilder:printcolumn:name="Proxies",type=integer,JSONPath=`.status.proxies`
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.spec.proxy.version`
+// +kubebuilder:printcolumn:name="Redirection",type=string,JSONPath=`.spec.redirection`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type MeshTopology struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -90,7 +90,7 @@ type NodeProxyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady,
-	// KernelUnsupported).
+	// KernelUnsupported), Redirected (reasons AsPlanned, Unsupported).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
@@ -102,6 +102,9 @@ type NodeProxyStatus struct {
 	// +listType=set
 	// +optional
 	ProxyVersions []string `json:"proxyVersions,omitempty"`
+	// Redirection that the node's pods have.
+	// +optional
+	Redirection Redirection `json:"redirection,omitempty"`
 	// Tenants whose proxies run, or should.
 	// +listType=map
 	// +listMapKey=name
@@ -163,6 +166,7 @@ type GenerationStatus struct {
 // +kubebuilder:resource:scope=Cluster,shortName=nproxy,categories=bulkhead
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`
+// +kubebuilder:printcolumn:name="Redirection",type=string,JSONPath=`.status.redirection`
 // +kubebuilder:printcolumn:name="Agent",type=string,JSONPath=`.status.agentVersion`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type NodeProxy struct {

@@ -17,6 +17,8 @@ type Node struct {
 	UID string
 	// Linux nodes can run proxies.
 	Linux bool
+	// Labels are the Node's, all of them: selectors may name any.
+	Labels map[string]string
 	// PodCIDRs are its pod ranges; none if Kubernetes doesn't assign them.
 	PodCIDRs []netip.Prefix
 }
@@ -28,7 +30,7 @@ func NewNode(n *corev1.Node) Node {
 		cidrs = []string{n.Spec.PodCIDR}
 	}
 	os := n.Labels[corev1.LabelOSStable]
-	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", PodCIDRs: prefixes(cidrs)}
+	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", Labels: n.Labels, PodCIDRs: prefixes(cidrs)}
 }
 
 // Network is what every proxy has to know.

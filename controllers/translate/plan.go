@@ -71,18 +71,26 @@ type TenantPlan struct {
 	Limits  v1alpha1.Limits
 }
 
+// NodePlan is what a node's plan depends on.
+type NodePlan struct {
+	TrustDomain string
+	Redirection v1alpha1.Redirection
+	Members     []Pod
+	// Tenant is asked once for each tenant, by namespace.
+	Tenant func(namespace string) TenantPlan
+}
+
 // NodeProxySpec is a node's plan: its members and their tenants, sorted. It never
-// has a canary: that field is a rollout's. tenant is asked once for each tenant,
-// by namespace.
-func NodeProxySpec(trustDomain string, members []Pod, tenant func(namespace string) TenantPlan) v1alpha1.NodeProxySpec {
-	spec := v1alpha1.NodeProxySpec{TrustDomain: trustDomain}
+// has a canary: that field is a rollout's.
+func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
+	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection}
 	seen := map[string]bool{}
-	for _, p := range members {
+	for _, p := range n.Members {
 		name := p.Tenant.String()
 		spec.Pods = append(spec.Pods, v1alpha1.NodePod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Tenant: name})
 		if !seen[name] {
 			seen[name] = true
-			t := tenant(p.Namespace)
+			t := n.Tenant(p.Namespace)
 			spec.Tenants = append(spec.Tenants, v1alpha1.NodeTenant{Name: name, Version: t.Version, Limits: t.Limits})
 		}
 	}
@@ -94,7 +102,7 @@ func NodeProxySpec(trustDomain string, members []Pod, tenant func(namespace stri
 // SamePlan reports whether have is want, whatever canaries it has besides. The
 // order of lists doesn't count.
 func SamePlan(have, want v1alpha1.NodeProxySpec) bool {
-	if have.TrustDomain != want.TrustDomain || len(have.Tenants) != len(want.Tenants) || len(have.Pods) != len(want.Pods) {
+	if have.TrustDomain != want.TrustDomain || have.Redirection != want.Redirection || len(have.Tenants) != len(want.Tenants) || len(have.Pods) != len(want.Pods) {
 		return false
 	}
 	tenants := map[string]v1alpha1.NodeTenant{}

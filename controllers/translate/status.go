@@ -28,6 +28,9 @@ const (
 	ReasonProxiesNotReady     = "ProxiesNotReady"
 	ReasonEnforced            = "Enforced"
 	ReasonNoProxies           = "NoProxies"
+	ReasonAsSpecified         = "AsSpecified"
+	ReasonNodesDiffer         = "NodesDiffer"
+	ReasonOlderDecides        = "OlderDecides"
 )
 
 const (
@@ -153,6 +156,8 @@ type TopologyInput struct {
 	Lost map[string]string
 	// Proxies of all of its tenants.
 	Proxies []NodeView
+	// Nodes that can run proxies.
+	Nodes []NodeRedirectionView
 }
 
 // MeshTopologyStatus tells what a topology came to.
@@ -203,7 +208,9 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	default:
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(in.Proxies))
 	}
-	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready)
+	redirected := redirectedCondition(t.Name, all, in.Nodes)
+	redirected.ObservedGeneration = t.Generation
+	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected)
 	return s
 }
 

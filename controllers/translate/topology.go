@@ -34,7 +34,14 @@ type topology struct {
 	version     string
 	accessLog   bool
 	rules       []labels.Selector // nil for a rule whose selector is invalid
-	problem     string            // of selectors
+	redirection v1alpha1.Redirection
+	nodes       []nodeRedirection
+	problem     string // of selectors
+}
+
+type nodeRedirection struct {
+	selector    labels.Selector
+	redirection v1alpha1.Redirection
 }
 
 // Membership is a namespace's place in the mesh. The zero value is none. It is
@@ -64,7 +71,8 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 		o := &list[i]
 		item := topology{
 			name: o.Name, trustDomain: cmp.Or(o.Spec.TrustDomain, DefaultTrustDomain), version: cmp.Or(o.Spec.Proxy.Version, DefaultProxyVersion),
-			accessLog: o.Spec.Proxy.AccessLog == v1alpha1.AccessLogConnections,
+			accessLog:   o.Spec.Proxy.AccessLog == v1alpha1.AccessLogConnections,
+			redirection: cmp.Or(o.Spec.Redirection, v1alpha1.RedirectionEBPF),
 		}
 		t.trustDomain = cmp.Or(t.trustDomain, item.trustDomain)
 		for n := range o.Spec.Rules {
@@ -75,6 +83,14 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 			}
 			item.rules = append(item.rules, s)
 		}
+		for n := range o.Spec.NodeRedirections {
+			s, err := metav1.LabelSelectorAsSelector(&o.Spec.NodeRedirections[n].NodeSelector)
+			if err != nil {
+				item.problem = fmt.Sprintf("spec.nodeRedirections[%d].nodeSelector: %v; the entry selects nothing", n, err)
+				continue
+			}
+			item.nodes = append(item.nodes, nodeRedirection{s, o.Spec.NodeRedirections[n].Redirection})
+		}
 		t.items = append(t.items, item)
 	}
 	return t
@@ -82,6 +98,34 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 
 // TrustDomain of the mesh; "" if there is neither a topology nor an authority.
 func (t Topologies) TrustDomain() string { return t.trustDomain }
+
+// Redirection of a node with these labels, and the topology that says so, the
+// oldest of the mesh's trust domain. Without one it is "".
+func (t Topologies) Redirection(node map[string]string) (r v1alpha1.Redirection, topology string) {
+	for _, i := range t.items {
+		if i.trustDomain != t.trustDomain {
+			continue
+		}
+		for _, n := range i.nodes {
+			if n.selector.Matches(labels.Set(node)) {
+				return n.redirection, i.name
+			}
+		}
+		return i.redirection, i.name
+	}
+	return "", ""
+}
+
+// own is what one topology asks for on a node, whether it counts or not.
+func (t Topologies) own(name string, node map[string]string) v1alpha1.Redirection {
+	for _, i := range t.items {
+		if i.name == name {
+			r, _ := Topologies{trustDomain: i.trustDomain, items: []topology{i}}.Redirection(node)
+			return r
+		}
+	}
+	return ""
+}
 
 // Names of all topologies, the oldest first.
 func (t Topologies) Names() []string {

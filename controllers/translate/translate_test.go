@@ -135,8 +135,8 @@ func TestNodeProxySpec(t *testing.T) {
 		pods[len(pods)-1].UID = "u" + n[1]
 	}
 	plan := func(string) TenantPlan { return TenantPlan{Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}} }
-	got := NodeProxySpec("td", pods, plan)
-	want := v1alpha1.NodeProxySpec{TrustDomain: "td",
+	got := NodeProxySpec(NodePlan{TrustDomain: "td", Redirection: v1alpha1.RedirectionNetfilter, Members: pods, Tenant: plan})
+	want := v1alpha1.NodeProxySpec{TrustDomain: "td", Redirection: v1alpha1.RedirectionNetfilter,
 		Tenants: []v1alpha1.NodeTenant{{Name: "a", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}, {Name: "b", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}},
 		Pods: []v1alpha1.NodePod{
 			{UID: "u1", Namespace: "a", Name: "p1", ServiceAccount: "default", Tenant: "a"},
@@ -154,6 +154,11 @@ func TestNodeProxySpec(t *testing.T) {
 	canary.Tenants[1].Limits.Pids = 6
 	if SamePlan(canary, got) {
 		t.Error("other limits are the same plan")
+	}
+	other := *got.DeepCopy()
+	other.Redirection = v1alpha1.RedirectionEBPF
+	if SamePlan(other, got) {
+		t.Error("another redirection is the same plan")
 	}
 }
 
