@@ -11,6 +11,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // A generation that isn't wanted any more finishes its connections, gets no new
@@ -18,15 +19,15 @@ import (
 // set it was killed.
 func TestDrain(t *testing.T) {
 	const connections = 40
-	l := newLab(t)
-	n := l.node1
+	l := lab.New(t)
+	n := l.Node1
 	restart := func() {
-		n.kill()
-		n.start()
-		n.waitReady()
+		n.Kill()
+		n.Start()
+		n.WaitReady()
 	}
 	generation := func(number int) (agent.InspectedGeneration, bool) {
-		for _, g := range n.tenant("team-a").Generations {
+		for _, g := range n.Tenant("team-a").Generations {
 			if g.Generation == number {
 				return g, true
 			}
@@ -37,7 +38,7 @@ func TestDrain(t *testing.T) {
 		if g, ok := generation(1); ok {
 			return fmt.Errorf("it still runs: %+v", g)
 		}
-		if _, err := os.Stat(filepath.Join(n.isolation().RunDir, "tenants", "team-a", "xds1")); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(n.Isolation().RunDir, "tenants", "team-a", "xds1")); !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("the folder of its socket: %w", err)
 		}
 		return nil
@@ -46,24 +47,24 @@ func TestDrain(t *testing.T) {
 	// the first wanted.
 	begin := func(drain, hold time.Duration) (wait func(any), draining agent.InspectedGeneration) {
 		t.Helper()
-		n.drain = drain
+		n.Drain = drain
 		restart()
-		n.canary = 50
-		n.plan()
-		n.waitReady()
-		before := n.tenant("team-a").Steered[1]
-		wait = l.a1.begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--timeout=5s",
-			fmt.Sprint("--duration=", hold), at(l.b2.v4, app.GreetPort).String())
-		eventually(t, "connections", func() error {
-			if s := n.tenant("team-a").Steered; s[0] < connections/4 || s[1] < before+connections/4 {
+		n.Canary = 50
+		n.WritePlan()
+		n.WaitReady()
+		before := n.Tenant("team-a").Steered[1]
+		wait = l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--timeout=5s",
+			fmt.Sprint("--duration=", hold), lab.At(l.B2.V4, app.GreetPort).String())
+		lab.Eventually(t, "connections", func() error {
+			if s := n.Tenant("team-a").Steered; s[0] < connections/4 || s[1] < before+connections/4 {
 				return fmt.Errorf("the generations got %d", s)
 			}
 			return nil
 		})
-		n.canary = 0
-		n.plan()
-		n.waitReady()
-		eventually(t, "the drain", func() error {
+		n.Canary = 0
+		n.WritePlan()
+		n.WaitReady()
+		lab.Eventually(t, "the drain", func() error {
 			g, ok := generation(1)
 			if !ok || g.DrainUntil == nil {
 				return fmt.Errorf("%t %+v", ok, g)
@@ -78,11 +79,11 @@ func TestDrain(t *testing.T) {
 	survives := func(was agent.InspectedGeneration) {
 		t.Helper()
 		restart()
-		steered := n.tenant("team-a").Steered[1]
+		steered := n.Tenant("team-a").Steered[1]
 		for range 20 {
-			flow{from: l.a1, to: l.b2}.check(t, 4)
+			flow{from: l.A1, to: l.B2}.check(t, 4)
 		}
-		if now := n.tenant("team-a").Steered[1]; now != steered {
+		if now := n.Tenant("team-a").Steered[1]; now != steered {
 			t.Errorf("a generation that drains got %d new connections", now-steered)
 		}
 		g, ok := generation(1)
@@ -99,7 +100,7 @@ func TestDrain(t *testing.T) {
 		if !r.OK || r.Held != connections {
 			t.Errorf("%d of %d connections held, failures %+v", r.Held, connections, r.Failures)
 		}
-		eventually(t, "the end", ended)
+		lab.Eventually(t, "the end", ended)
 	})
 	t.Run("deadline", func(t *testing.T) {
 		wait, g := begin(12*time.Second, 20*time.Second)
@@ -107,7 +108,7 @@ func TestDrain(t *testing.T) {
 		if left := time.Until(*g.DrainUntil); left < time.Second {
 			t.Fatalf("the machine is too slow: %s of the drain are left", left)
 		}
-		eventually(t, "the end", ended)
+		lab.Eventually(t, "the end", ended)
 		if late := time.Since(*g.DrainUntil); late < 0 || late > 5*time.Second {
 			t.Errorf("it ended %s after its deadline", late)
 		}

@@ -8,31 +8,32 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // A tenant whose proxies die again and again is alone with it.
 func TestProxyKilled(t *testing.T) {
 	const connections, kills = 1000, 3
-	l := newLab(t)
-	wait := l.a1.begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=1s", "--duration=12s", "--timeout=5s",
-		at(l.a3.v4, app.GreetPort).String())
+	l := lab.New(t)
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=1s", "--duration=12s", "--timeout=5s",
+		lab.At(l.A3.V4, app.GreetPort).String())
 	deadline := time.Now().Add(12 * time.Second)
 	for i := range kills {
-		for _, n := range []*node{l.node1, l.node2} {
-			pid := n.tenant("team-b").Generations[0].PID
-			check(t, unix.Kill(pid, unix.SIGKILL))
-			eventually(t, "the proxy's return", func() error {
-				b := n.tenant("team-b")
+		for _, n := range []*lab.Node{l.Node1, l.Node2} {
+			pid := n.Tenant("team-b").Generations[0].PID
+			lab.Check(t, unix.Kill(pid, unix.SIGKILL))
+			lab.Eventually(t, "the proxy's return", func() error {
+				b := n.Tenant("team-b")
 				if !b.Ready || b.Generations[0].PID == pid || b.Generations[0].Restarts <= i {
 					return fmt.Errorf("%s, %+v", b.Reason, b.Generations[0])
 				}
 				return nil
 			})
-			if b := n.tenant("team-b"); b.Generations[0].LastExit != "killed by SIGKILL" {
+			if b := n.Tenant("team-b"); b.Generations[0].LastExit != "killed by SIGKILL" {
 				t.Errorf("the exit is told as %q", b.Generations[0].LastExit)
 			}
 		}
-		flow{from: l.b1, to: l.b2}.check(t, 4)
+		flow{from: l.B1, to: l.B2}.check(t, 4)
 	}
 	if time.Now().After(deadline) {
 		t.Error("the kills took longer than the connections were to be held")
@@ -42,8 +43,8 @@ func TestProxyKilled(t *testing.T) {
 	if !r.OK || r.Held != connections || r.Exchanges < 10*connections {
 		t.Errorf("%d of %d connections held, %d exchanges, failures %+v", r.Held, connections, r.Exchanges, r.Failures)
 	}
-	for _, n := range []*node{l.node1, l.node2} {
-		if a := n.tenant("team-a"); a.Generations[0].Restarts > 0 {
+	for _, n := range []*lab.Node{l.Node1, l.Node2} {
+		if a := n.Tenant("team-a"); a.Generations[0].Restarts > 0 {
 			t.Errorf("the other tenant's proxy was started %d times again", a.Generations[0].Restarts)
 		}
 	}
@@ -52,19 +53,19 @@ func TestProxyKilled(t *testing.T) {
 // Traffic doesn't notice that agents die.
 func TestAgentKilled(t *testing.T) {
 	const seconds, kills = 30, 5
-	l := newLab(t)
-	wait := l.a1.begin(t, "load", "--protocol=http", "--connections=32", "--rate=1000", "--new-connection-ratio=0.5",
-		fmt.Sprintf("--duration=%ds", seconds), at(l.b2.v4, app.HTTPPort).String())
+	l := lab.New(t)
+	wait := l.A1.Begin(t, "load", "--protocol=http", "--connections=32", "--rate=1000", "--new-connection-ratio=0.5",
+		fmt.Sprintf("--duration=%ds", seconds), lab.At(l.B2.V4, app.HTTPPort).String())
 	for range kills {
 		// Some of it with no agent at all.
 		time.Sleep((seconds/kills - 3) * time.Second)
-		for _, n := range []*node{l.node1, l.node2} {
-			n.kill()
+		for _, n := range []*lab.Node{l.Node1, l.Node2} {
+			n.Kill()
 		}
 		time.Sleep(time.Second)
-		for _, n := range []*node{l.node1, l.node2} {
-			n.start()
-			n.waitReady()
+		for _, n := range []*lab.Node{l.Node1, l.Node2} {
+			n.Start()
+			n.WaitReady()
 		}
 	}
 	var r app.RunResult
@@ -81,10 +82,10 @@ func TestAgentKilled(t *testing.T) {
 			t.Errorf("second %d had no request", i)
 		}
 	}
-	for _, n := range []*node{l.node1, l.node2} {
+	for _, n := range []*lab.Node{l.Node1, l.Node2} {
 		for _, tenant := range []string{"team-a", "team-b"} {
-			if g := n.tenant(tenant).Generations; len(g) != 1 || g[0].Restarts > 0 {
-				t.Errorf("the proxies of %s on %s: %+v", tenant, n.name, g)
+			if g := n.Tenant(tenant).Generations; len(g) != 1 || g[0].Restarts > 0 {
+				t.Errorf("the proxies of %s on %s: %+v", tenant, n.Name, g)
 			}
 		}
 	}

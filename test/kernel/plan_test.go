@@ -8,33 +8,35 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // A plan that asks for less takes back what it asked for before, to the last, and
 // what leaves the mesh is reached as without it.
 func TestPlanTakenBack(t *testing.T) {
-	l := newLab(t)
-	n := l.node1
-	all := []flow{{from: l.outside, to: l.b1}, {from: l.outside, to: l.a1}, {from: l.a1, to: l.a3, mesh: true}}
-	n.planned = []*host{l.a1}
-	n.plan()
-	n.waitReady()
-	eventually(t, "the end of team-b", func() error { return n.left("team-b") })
+	l := lab.New(t)
+	n := l.Node1
+	all := []flow{{from: l.Outside, to: l.B1}, {from: l.Outside, to: l.A1}, {from: l.A1, to: l.A3, mesh: true}}
+	n.Planned = []*lab.Host{l.A1}
+	n.WritePlan()
+	n.WaitReady()
+	lab.Eventually(t, "the end of team-b", func() error { return left(t, n, "team-b") })
 	for _, f := range all {
 		f.check(t, 4)
 		f.check(t, 6)
 	}
-	n.planned = nil
-	n.plan()
-	n.waitReady()
-	eventually(t, "the end of all tenants", func() error { return n.left("") })
+	n.Planned = nil
+	n.WritePlan()
+	n.WaitReady()
+	lab.Eventually(t, "the end of all tenants", func() error { return left(t, n, "") })
 	for _, f := range all[:2] {
 		f.check(t, 4)
 		f.check(t, 6)
 	}
-	n.planned = n.pods
-	n.plan()
-	n.waitReady()
+	n.Planned = n.Pods
+	n.WritePlan()
+	n.WaitReady()
 	for _, f := range all {
 		f.check(t, 4)
 		f.check(t, 6)
@@ -42,8 +44,8 @@ func TestPlanTakenBack(t *testing.T) {
 }
 
 // left fails while the kernel still has something of a tenant, "" for any.
-func (n *node) left(tenant string) error {
-	o := n.isolation()
+func left(t *testing.T, n *lab.Node, tenant string) error {
+	o := n.Isolation()
 	var found []string
 	for _, pattern := range []string{
 		"/sys/fs/cgroup/" + o.CgroupName + "/" + tenant, "/sys/fs/cgroup/*/" + o.CgroupName + "/" + tenant,
@@ -58,25 +60,25 @@ func (n *node) left(tenant string) error {
 		}
 		found = append(found, match...)
 	}
-	pods, err := os.ReadDir(filepath.Join(n.pinDir(), "pods"))
+	pods, err := os.ReadDir(filepath.Join(n.PinDir(), "pods"))
 	if err != nil {
 		return err
 	}
-	tenants, err := os.ReadDir(filepath.Join(n.pinDir(), "tenants"))
+	tenants, err := os.ReadDir(filepath.Join(n.PinDir(), "tenants"))
 	if err != nil {
 		return err
 	}
 	left := map[string]bool{}
-	for _, p := range n.planned {
-		left[p.tenant.String()] = true
+	for _, p := range n.Planned {
+		left[p.Tenant.String()] = true
 	}
-	if len(found) > 0 || len(pods) != len(n.planned) || len(tenants) != len(left) {
+	if len(found) > 0 || len(pods) != len(n.Planned) || len(tenants) != len(left) {
 		return fmt.Errorf("%q, %d pods and %d tenants are left", found, len(pods), len(tenants))
 	}
 	var veths []string
-	n.do(n.l.t, func() {
+	n.Do(t, func() {
 		links, err := netlink.LinkList()
-		check(n.l.t, err)
+		lab.Check(t, err)
 		for _, link := range links {
 			if name := link.Attrs().Name; strings.HasPrefix(name, "bh") {
 				veths = append(veths, name)

@@ -26,6 +26,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/capture"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
 
@@ -40,42 +41,42 @@ type refusal struct {
 
 // What pods and hostile proxies may not do reaches nobody, and is counted.
 func TestRefusedAndCounted(t *testing.T) {
-	l := newLab(t)
-	a, b := l.node1.proxy("team-a"), l.node1.proxy("team-b")
-	unknown := addresses("10.77.1.99", "fd77:1::99")
+	l := lab.New(t)
+	a, b := l.Node1.Proxy("team-a"), l.Node1.Proxy("team-b")
+	unknown := lab.Addresses("10.77.1.99", "fd77:1::99")
 	var refusals []refusal
 	// A connection from an address that isn't the sender's.
-	spoof := func(name, tenant, reason string, from *namespace, as, to pair) {
+	spoof := func(name, tenant, reason string, from *lab.Namespace, as, to lab.Pair) {
 		refusals = append(refusals, refusal{name, tenant, reason, func(t *testing.T, family int) {
-			if err := from.connectAs(t, as.of(family), at(to.of(family), app.GreetPort)); err == nil {
+			if err := connectAs(t, from, as.Of(family), lab.At(to.Of(family), app.GreetPort)); err == nil {
 				t.Error("connected")
 			}
 		}})
 	}
-	spoof("pod as a pod of its tenant", "team-a", "spoofed", l.a1.namespace, l.a2.pair, l.outside.pair)
-	spoof("pod as another tenant's pod", "team-b", "spoofed", l.b1.namespace, l.a1.pair, l.outside.pair)
-	spoof("pod as nobody", "team-a", "spoofed", l.a1.namespace, unknown, l.a2.pair)
-	spoof("pod as nobody to its node", "team-a", "spoofed", l.a1.namespace, unknown, l.node1.pair)
-	for _, to := range []*host{l.outside, l.b1, l.b2, l.node1.host} {
-		spoof("proxy as nobody to "+to.name, "team-a", "foreign", a, unknown, to.pair)
-		spoof("proxy as another tenant's pod to "+to.name, "team-a", "foreign", a, l.b2.pair, to.pair)
+	spoof("pod as a pod of its tenant", "team-a", "spoofed", l.A1.Namespace, l.A2.Pair, l.Outside.Pair)
+	spoof("pod as another tenant's pod", "team-b", "spoofed", l.B1.Namespace, l.A1.Pair, l.Outside.Pair)
+	spoof("pod as nobody", "team-a", "spoofed", l.A1.Namespace, unknown, l.A2.Pair)
+	spoof("pod as nobody to its node", "team-a", "spoofed", l.A1.Namespace, unknown, l.Node1.Pair)
+	for _, to := range []*lab.Host{l.Outside, l.B1, l.B2, l.Node1.Host} {
+		spoof("proxy as nobody to "+to.Name, "team-a", "foreign", a, unknown, to.Pair)
+		spoof("proxy as another tenant's pod to "+to.Name, "team-a", "foreign", a, l.B2.Pair, to.Pair)
 	}
 	// The address from which nodes' connections are delivered to own pods.
-	for _, to := range []*host{l.outside, l.a1, l.b2, l.node1.host} {
-		spoof("proxy from the deliver address to "+to.name, "team-b", "deliver", b, addresses("169.254.96.1", "fd69:8::1"), to.pair)
+	for _, to := range []*lab.Host{l.Outside, l.A1, l.B2, l.Node1.Host} {
+		spoof("proxy from the deliver address to "+to.Name, "team-b", "deliver", b, lab.Addresses("169.254.96.1", "fd69:8::1"), to.Pair)
 	}
 	refusals = append(refusals, refusal{"TCP fragment", "team-a", "fragment", func(t *testing.T, family int) {
-		l.a1.sendFragment(t, l.a1.of(family), l.outside.of(family))
+		sendFragment(t, l.A1.Namespace, l.A1.Of(family), l.Outside.Of(family))
 	}}, refusal{"proxy's TCP fragment", "team-a", "fragment", func(t *testing.T, family int) {
-		a.sendFragment(t, l.a1.of(family), l.outside.of(family))
+		sendFragment(t, a, l.A1.Of(family), l.Outside.Of(family))
 	}})
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, r := range refusals {
 			t.Run(r.name, func(t *testing.T) {
-				before := l.node1.tenant(r.tenant).Drops[r.reason]
+				before := l.Node1.Tenant(r.tenant).Drops[r.reason]
 				r.try(t, family)
-				eventually(t, "the count of "+r.reason, func() error {
-					if drops := l.node1.tenant(r.tenant).Drops; drops[r.reason] <= before {
+				lab.Eventually(t, "the count of "+r.reason, func() error {
+					if drops := l.Node1.Tenant(r.tenant).Drops; drops[r.reason] <= before {
 						return fmt.Errorf("%d as before: %v", before, drops)
 					}
 					return nil
@@ -86,10 +87,10 @@ func TestRefusedAndCounted(t *testing.T) {
 }
 
 // connectAs begins a connection from any address.
-func (n *namespace) connectAs(t *testing.T, from netip.Addr, to netip.AddrPort) (err error) {
+func connectAs(t *testing.T, n *lab.Namespace, from netip.Addr, to netip.AddrPort) (err error) {
 	t.Helper()
-	n.do(t, func() {
-		d := net.Dialer{Timeout: 50 * time.Millisecond, LocalAddr: net.TCPAddrFromAddrPort(at(from, 0)), Control: func(_, _ string, c syscall.RawConn) error {
+	n.Do(t, func() {
+		d := net.Dialer{Timeout: 50 * time.Millisecond, LocalAddr: net.TCPAddrFromAddrPort(lab.At(from, 0)), Control: func(_, _ string, c syscall.RawConn) error {
 			return c.Control(func(fd uintptr) {
 				unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 				unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
@@ -104,26 +105,26 @@ func (n *namespace) connectAs(t *testing.T, from netip.Addr, to netip.AddrPort) 
 }
 
 // sendFragment sends the first fragment of a TCP packet.
-func (n *namespace) sendFragment(t *testing.T, from, to netip.Addr) {
+func sendFragment(t *testing.T, n *lab.Namespace, from, to netip.Addr) {
 	t.Helper()
 	tcp := make([]byte, 24)
 	binary.BigEndian.PutUint16(tcp, 40000)
 	binary.BigEndian.PutUint16(tcp[2:], app.GreetPort)
 	tcp[12], tcp[13] = 5<<4, 2
-	n.do(t, func() {
+	n.Do(t, func() {
 		if to.Is4() {
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
-			check(t, err)
+			lab.Check(t, err)
 			defer unix.Close(fd)
 			ip := make([]byte, 20, 44)
 			ip[0], ip[6], ip[8], ip[9] = 0x45, 0x20, 64, unix.IPPROTO_TCP
 			copy(ip[12:], from.AsSlice())
 			copy(ip[16:], to.AsSlice())
-			check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet4{Addr: to.As4()}))
+			lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet4{Addr: to.As4()}))
 			return
 		}
 		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_RAW)
-		check(t, err)
+		lab.Check(t, err)
 		defer unix.Close(fd)
 		ip := make([]byte, 48, 72)
 		ip[0], ip[6], ip[7] = 0x60, unix.IPPROTO_FRAGMENT, 64
@@ -131,36 +132,36 @@ func (n *namespace) sendFragment(t *testing.T, from, to netip.Addr) {
 		copy(ip[8:], from.AsSlice())
 		copy(ip[24:], to.AsSlice())
 		ip[40], ip[43] = unix.IPPROTO_TCP, 1
-		check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
+		lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
 	})
 }
 
 // A tunnel leads to the pod that it was made to, and nowhere else.
 func TestForeignAuthority(t *testing.T) {
-	l := newLab(t)
-	own := l.certificate(t, l.b2.identity)
-	stranger := l.certificate(t, model.Identity{TrustDomain: trustDomain, Namespace: "team-b", ServiceAccount: "db"})
+	l := lab.New(t)
+	own := certificate(t, l, l.B2.Identity)
+	stranger := certificate(t, l, model.Identity{TrustDomain: lab.TrustDomain, Namespace: "team-b", ServiceAccount: "db"})
 	stranger.Certificate = stranger.Certificate[:1] // without what signed it
 	var refused []string
 	eachFamily(t, func(t *testing.T, family int) {
-		a1, a2 := l.a1.of(family), l.a2.of(family)
+		a1, a2 := l.A1.Of(family), l.A2.Of(family)
 		for _, c := range []struct {
 			name        string
 			certificate *tls.Certificate
 			authority   string
 			want        int // 0: no connection
 		}{
-			{"its own", own, at(a1, app.GreetPort).String(), 200},
-			{"another pod of the tenant", own, at(a2, app.GreetPort).String(), 403},
-			{"another tenant's pod", own, at(l.b1.of(family), app.GreetPort).String(), 403},
-			{"outside", own, at(l.outside.of(family), app.GreetPort).String(), 403},
+			{"its own", own, lab.At(a1, app.GreetPort).String(), 200},
+			{"another pod of the tenant", own, lab.At(a2, app.GreetPort).String(), 403},
+			{"another tenant's pod", own, lab.At(l.B1.Of(family), app.GreetPort).String(), 403},
+			{"outside", own, lab.At(l.Outside.Of(family), app.GreetPort).String(), 403},
 			{"loopback", own, fmt.Sprintf("127.0.0.1:%d", app.GreetPort), 403},
 			{"a name", own, "localhost:8082", 403},
-			{"its own, without a certificate", nil, at(a1, app.GreetPort).String(), 0},
-			{"its own, with half a chain", stranger, at(a1, app.GreetPort).String(), 0},
+			{"its own, without a certificate", nil, lab.At(a1, app.GreetPort).String(), 0},
+			{"its own, with half a chain", stranger, lab.At(a1, app.GreetPort).String(), 0},
 		} {
 			t.Run(c.name, func(t *testing.T) {
-				got, greeting, err := l.outside.tunnel(t, c.certificate, at(a1, xds.PortInbound), c.authority)
+				got, greeting, err := tunnel(t, l.Outside, c.certificate, lab.At(a1, xds.PortInbound), c.authority)
 				if application := strings.Contains(greeting, `"pod":"a1"`); got != c.want || application != (c.want == 200) || strings.Contains(greeting, `"pod":`) != application {
 					t.Errorf("got %d, %q, %v; want %d", got, greeting, err, c.want)
 				}
@@ -171,9 +172,9 @@ func TestForeignAuthority(t *testing.T) {
 		}
 	})
 	for _, authority := range refused {
-		eventually(t, "a line of the proxy's log", func() error {
-			for _, line := range l.node1.accessLog("team-a") {
-				if line["authority"] == authority && line["code"] == "403" && line["peer"] == l.b2.identity.String() {
+		lab.Eventually(t, "a line of the proxy's log", func() error {
+			for _, line := range l.Node1.AccessLog("team-a") {
+				if line["authority"] == authority && line["code"] == "403" && line["peer"] == l.B2.Identity.String() {
 					return nil
 				}
 			}
@@ -183,28 +184,28 @@ func TestForeignAuthority(t *testing.T) {
 }
 
 // certificate is what a pod with that identity has.
-func (l *lab) certificate(t *testing.T, id model.Identity) *tls.Certificate {
+func certificate(t *testing.T, l *lab.Lab, id model.Identity) *tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	check(t, err)
+	lab.Check(t, err)
 	u, err := url.Parse(id.String())
-	check(t, err)
+	lab.Check(t, err)
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{u}}, key)
-	check(t, err)
-	chain, err := l.authority.Sign(csr, id, time.Hour, time.Now())
-	check(t, err)
+	lab.Check(t, err)
+	chain, err := l.Authority.Sign(csr, id, time.Hour, time.Now())
+	lab.Check(t, err)
 	return &tls.Certificate{Certificate: chain, PrivateKey: key}
 }
 
 // tunnel asks a pod's end of tunnels for an authority, and reads what the
 // application there says first.
-func (h *host) tunnel(t *testing.T, certificate *tls.Certificate, to netip.AddrPort, authority string) (code int, greeting string, err error) {
+func tunnel(t *testing.T, h *lab.Host, certificate *tls.Certificate, to netip.AddrPort, authority string) (code int, greeting string, err error) {
 	t.Helper()
 	config := &tls.Config{NextProtos: []string{"h2"}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}
 	if certificate != nil {
 		config.Certificates = []tls.Certificate{*certificate}
 	}
-	c := tls.Client(h.dial(t, to.String()), config)
+	c := tls.Client(dial(t, h, to.String()), config)
 	if err := c.Handshake(); err != nil {
 		return 0, "", err
 	}
@@ -231,42 +232,42 @@ func (h *host) tunnel(t *testing.T, certificate *tls.Certificate, to netip.AddrP
 // Without a proxy nothing passes, not even what connections that were there before
 // go on to send.
 func TestClosedWithoutProxy(t *testing.T) {
-	l := newLab(t)
+	l := lab.New(t)
 	const marker = "bulkhead-in-the-clear"
 	flows := []flow{
-		{name: "other node", from: l.a1, to: l.b2},
-		{name: "same node", from: l.a1, to: l.b1},
-		{name: "to outside", from: l.a1, to: l.outside},
-		{name: "from outside", from: l.outside, to: l.a1},
-		{name: "from the other node", from: l.b2, to: l.a1},
+		{name: "other node", from: l.A1, to: l.B2},
+		{name: "same node", from: l.A1, to: l.B1},
+		{name: "to outside", from: l.A1, to: l.Outside},
+		{name: "from outside", from: l.Outside, to: l.A1},
+		{name: "from the other node", from: l.B2, to: l.A1},
 	}
 	// Connections in both families, which send all the time from now on.
 	var held []*net.TCPConn
 	for _, f := range flows {
 		for _, family := range []int{4, 6} {
-			c := f.from.dial(t, f.address(family, app.GreetPort).String())
+			c := dial(t, f.from, f.address(family, app.GreetPort).String())
 			_, err := c.Read(make([]byte, 1)) // of the greeting: it is there as a whole
-			check(t, err)
+			lab.Check(t, err)
 			held = append(held, c)
 		}
 	}
-	pid := l.node1.tenant("team-a").Generations[0].PID
-	l.node1.kill() // or it would start the proxy again
-	check(t, unix.Kill(pid, unix.SIGKILL))
-	eventually(t, "the proxy's end", func() error {
+	pid := l.Node1.Tenant("team-a").Generations[0].PID
+	l.Node1.Kill() // or it would start the proxy again
+	lab.Check(t, unix.Kill(pid, unix.SIGKILL))
+	lab.Eventually(t, "the proxy's end", func() error {
 		if files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)); err == nil && len(files) > 0 {
 			return fmt.Errorf("it has %d files open", len(files))
 		}
 		return nil
 	})
 
-	reports := l.capture(t, marker, func() {
+	reports := captureAt(t, l, marker, func() {
 		// What isn't the mesh's is in the clear: the capture sees it.
-		if r := l.node1.call(t, "tcp", "--data", marker, at(l.outside.v4, app.GreetPort).String()); !r.OK {
+		if r := l.Node1.Call(t, "tcp", "--data", marker, lab.At(l.Outside.V4, app.GreetPort).String()); !r.OK {
 			t.Errorf("%+v", r.Failure)
 		}
 		for _, c := range held {
-			c.SetDeadline(time.Now().Add(patience))
+			c.SetDeadline(time.Now().Add(lab.Patience))
 			for {
 				if _, err := c.Write([]byte(marker + "\n")); err != nil {
 					break // reset
@@ -278,7 +279,7 @@ func TestClosedWithoutProxy(t *testing.T) {
 		}
 		for _, f := range flows {
 			for _, family := range []int{4, 6} {
-				r := f.from.call(t, "tcp", "--data", marker, "--timeout=1s", f.address(family, app.GreetPort).String())
+				r := f.from.Call(t, "tcp", "--data", marker, "--timeout=1s", f.address(family, app.GreetPort).String())
 				if r.OK {
 					t.Errorf("%s, IPv%d: connected", f.name, family)
 				}
@@ -288,20 +289,20 @@ func TestClosedWithoutProxy(t *testing.T) {
 	control := 0
 	for where, r := range reports {
 		if r.Dropped > 0 || r.Full {
-			t.Errorf("the capture at %s isn't complete: %+v", where.name, r)
+			t.Errorf("the capture at %s isn't complete: %+v", where.Name, r)
 		}
 		for _, c := range r.Flows {
 			tunnel := c.FromPort == xds.PortInbound || c.ToPort == xds.PortInbound
 			switch {
-			case c.From == l.node1.v4:
+			case c.From == l.Node1.V4:
 				control += c.Marked
-			case c.To == l.node1.v4:
+			case c.To == l.Node1.V4:
 			case tunnel && c.Marked == 0:
 			// What a host sends is in the clear up to where it is refused.
-			case where == l.a1 && l.a1.has(c.From):
-			case where != l.a1 && l.outside.has(c.From):
+			case where == l.A1 && l.A1.Has(c.From):
+			case where != l.A1 && l.Outside.Has(c.From):
 			default:
-				t.Errorf("at %s: %d bytes from %s:%d to %s:%d, %d packets of them with the marker", where.name, c.Bytes, c.From, c.FromPort, c.To, c.ToPort, c.Marked)
+				t.Errorf("at %s: %d bytes from %s:%d to %s:%d, %d packets of them with the marker", where.Name, c.Bytes, c.From, c.FromPort, c.To, c.ToPort, c.Marked)
 			}
 		}
 	}
@@ -309,9 +310,9 @@ func TestClosedWithoutProxy(t *testing.T) {
 		t.Error("the captures saw nothing at all")
 	}
 	// The kernel counts what it refused; the agent that comes back tells.
-	l.node1.start()
-	l.node1.waitReady()
-	if n := l.node1.tenant("team-a").Drops["refused"]; n == 0 {
+	l.Node1.Start()
+	l.Node1.WaitReady()
+	if n := l.Node1.Tenant("team-a").Drops["refused"]; n == 0 {
 		t.Error("no refused connection was counted")
 	}
 	for _, f := range flows {
@@ -320,8 +321,8 @@ func TestClosedWithoutProxy(t *testing.T) {
 	}
 }
 
-// capture looks at the interfaces of five hosts while f runs.
-func (l *lab) capture(t *testing.T, marker string, f func()) map[*host]capture.Report {
+// captureAt looks at the interfaces of five hosts while f runs.
+func captureAt(t *testing.T, l *lab.Lab, marker string, f func()) map[*lab.Host]capture.Report {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -329,14 +330,14 @@ func (l *lab) capture(t *testing.T, marker string, f func()) map[*host]capture.R
 		report capture.Report
 		err    error
 	}
-	outcomes, reports := map[*host]chan outcome{}, map[*host]capture.Report{}
-	for _, h := range []*host{l.node1.host, l.node2.host, l.outside, l.a1, l.b1} {
+	outcomes, reports := map[*lab.Host]chan outcome{}, map[*lab.Host]capture.Report{}
+	for _, h := range []*lab.Host{l.Node1.Host, l.Node2.Host, l.Outside, l.A1, l.B1} {
 		ready, done := make(chan struct{}), make(chan outcome, 1)
 		outcomes[h] = done
-		enter(t, h.path).jobs <- func() {
-			r, err := capture.Run(ctx, capture.Options{Address: h.v4, Marker: marker}, func() { close(ready) })
+		lab.Enter(t, h.Path).Go(func() {
+			r, err := capture.Run(ctx, capture.Options{Address: h.V4, Marker: marker}, func() { close(ready) })
 			done <- outcome{r, err}
-		}
+		})
 		select {
 		case <-ready:
 		case o := <-done:
@@ -347,7 +348,7 @@ func (l *lab) capture(t *testing.T, marker string, f func()) map[*host]capture.R
 	cancel()
 	for h, done := range outcomes {
 		o := <-done
-		check(t, o.err)
+		lab.Check(t, o.err)
 		reports[h] = o.report
 	}
 	return reports

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // bulk is what is sent each way.
@@ -16,18 +17,18 @@ const bulk = 64 << 20
 // Large transfers arrive unchanged, also where packets have to be smaller than
 // either end thinks.
 func TestBulk(t *testing.T) {
-	l := newLab(t)
+	l := lab.New(t)
 	too := map[int]string{4: "Icmp InDestUnreachs", 6: "Icmp6InPktTooBigs"}
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, f := range []flow{
-			{name: "same node, same tenant", from: l.a1, to: l.a2},
-			{name: "same node, other tenant", from: l.a1, to: l.b1},
-			{name: "other node", from: l.a1, to: l.b2},
-			{name: "from outside, narrow", from: l.outside, to: l.b2},
-			{name: "to outside, narrow", from: l.b2, to: l.outside},
+			{name: "same node, same tenant", from: l.A1, to: l.A2},
+			{name: "same node, other tenant", from: l.A1, to: l.B1},
+			{name: "other node", from: l.A1, to: l.B2},
+			{name: "from outside, narrow", from: l.Outside, to: l.B2},
+			{name: "to outside, narrow", from: l.B2, to: l.Outside},
 		} {
 			t.Run(f.name, func(t *testing.T) {
-				r := f.from.call(t, "bulk", fmt.Sprint("--up=", bulk), fmt.Sprint("--down=", bulk), f.address(family, app.BulkPort).String())
+				r := f.from.Call(t, "bulk", fmt.Sprint("--up=", bulk), fmt.Sprint("--down=", bulk), f.address(family, app.BulkPort).String())
 				if !r.OK {
 					t.Errorf("%d bytes sent, %d got: %+v", r.Up, r.Down, r.Failure)
 				}
@@ -35,11 +36,11 @@ func TestBulk(t *testing.T) {
 		}
 		// Probing would have found a size that fits, too, after a long silence.
 		for _, p := range []struct {
-			n      *node
+			n      *lab.Node
 			tenant string
-		}{{l.node1, "team-a"}, {l.node2, "team-b"}} {
-			if n := p.n.proxy(p.tenant).counter(t, too[family]); n == 0 {
-				t.Errorf("no router's word on the path's MTU reached the proxy of %s on %s", p.tenant, p.n.name)
+		}{{l.Node1, "team-a"}, {l.Node2, "team-b"}} {
+			if n := p.n.Proxy(p.tenant).Counter(t, too[family]); n == 0 {
+				t.Errorf("no router's word on the path's MTU reached the proxy of %s on %s", p.tenant, p.n.Name)
 			}
 		}
 	})
@@ -48,27 +49,27 @@ func TestBulk(t *testing.T) {
 // With SYN cookies, the kernel forgets a connection until its ACK comes, which is
 // steered anew, here while two generations listen.
 func TestSYNCookies(t *testing.T) {
-	l := newLab(t)
-	var proxies []*namespace
-	for _, n := range []*node{l.node1, l.node2} {
-		n.canary = 50
-		n.plan()
-		n.waitReady()
+	l := lab.New(t)
+	var proxies []*lab.Namespace
+	for _, n := range []*lab.Node{l.Node1, l.Node2} {
+		n.Canary = 50
+		n.WritePlan()
+		n.WaitReady()
 		for _, tenant := range []string{"team-a", "team-b"} {
-			proxies = append(proxies, n.proxy(tenant))
+			proxies = append(proxies, n.Proxy(tenant))
 		}
 	}
 	for _, p := range proxies {
-		p.do(t, func() { sysctl(t, "ipv4/tcp_syncookies=2") })
+		p.Do(t, func() { lab.Sysctl(t, "ipv4/tcp_syncookies=2") })
 	}
 	received := func() (sum uint64) {
 		for _, p := range proxies {
-			sum += p.counter(t, "TcpExt SyncookiesRecv")
+			sum += p.Counter(t, "TcpExt SyncookiesRecv")
 		}
 		return sum
 	}
 	eachFamily(t, func(t *testing.T, family int) {
-		for _, f := range l.flows() {
+		for _, f := range flows(l) {
 			t.Run(f.name, func(t *testing.T) {
 				f.check(t, family)
 				if !f.mesh {
@@ -77,14 +78,14 @@ func TestSYNCookies(t *testing.T) {
 				const connections = 40
 				before := received()
 				var r app.RunResult
-				f.from.run(t, &r, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--duration=100ms", "--timeout=5s", f.address(family, app.GreetPort).String())
+				f.from.Run(t, &r, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--duration=100ms", "--timeout=5s", f.address(family, app.GreetPort).String())
 				if !r.OK || received() < before+connections {
 					t.Errorf("%d of %d connections held, %d cookies came back: %+v", r.Held, connections, received()-before, r.Failures)
 				}
 			})
 		}
 	})
-	if steered := l.node1.tenant("team-a").Steered; steered[0] < 100 || steered[1] < 100 {
+	if steered := l.Node1.Tenant("team-a").Steered; steered[0] < 100 || steered[1] < 100 {
 		t.Errorf("the generations got %d connections", steered)
 	}
 }
@@ -93,25 +94,26 @@ func TestSYNCookies(t *testing.T) {
 // the server's where there is no tunnel. (In one, Envoy resets the CONNECT as soon
 // as the server's half is closed: envoyproxy/envoy#47378 is to change that.)
 func TestHalfClose(t *testing.T) {
-	l := newLab(t)
+	l := lab.New(t)
 	const port = 9000
-	for _, h := range []*host{l.a1, l.a2, l.b2, l.outside} {
-		h.serveHalfClose(t, port)
+	halfClosed := map[*lab.Host]chan int64{}
+	for _, h := range []*lab.Host{l.A1, l.A2, l.B2, l.Outside} {
+		halfClosed[h] = serveHalfClose(t, h, port)
 	}
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, f := range []flow{
-			{name: "same node", from: l.a1, to: l.a2, mesh: true},
-			{name: "other node", from: l.a1, to: l.b2, mesh: true},
-			{name: "to outside", from: l.a1, to: l.outside},
-			{name: "from outside", from: l.outside, to: l.a1},
+			{name: "same node", from: l.A1, to: l.A2, mesh: true},
+			{name: "other node", from: l.A1, to: l.B2, mesh: true},
+			{name: "to outside", from: l.A1, to: l.Outside},
+			{name: "from outside", from: l.Outside, to: l.A1},
 		} {
 			t.Run(f.name, func(t *testing.T) {
-				c := f.from.dial(t, f.address(family, port).String())
-				check(t, c.CloseWrite())
+				c := dial(t, f.from, f.address(family, port).String())
+				lab.Check(t, c.CloseWrite())
 				if b, err := io.ReadAll(c); err != nil || len(b) != afterwards {
 					t.Errorf("read %d bytes after the client's end, %v", len(b), err)
 				}
-				c = f.from.dial(t, f.address(family, port+1).String())
+				c = dial(t, f.from, f.address(family, port+1).String())
 				if b, err := io.ReadAll(c); err != nil || string(b) != "goodbye" {
 					t.Fatalf("read %q, %v", b, err)
 				}
@@ -121,13 +123,13 @@ func TestHalfClose(t *testing.T) {
 				if _, err := c.Write(make([]byte, afterwards)); err != nil {
 					t.Fatalf("write after the server's end: %v", err)
 				}
-				check(t, c.CloseWrite())
+				lab.Check(t, c.CloseWrite())
 				select {
-				case n := <-f.to.halfClosed:
+				case n := <-halfClosed[f.to]:
 					if n != afterwards {
 						t.Errorf("the server got %d bytes after its end", n)
 					}
-				case <-time.After(patience):
+				case <-time.After(lab.Patience):
 					t.Error("the server saw no end")
 				}
 			})
@@ -139,22 +141,22 @@ func TestHalfClose(t *testing.T) {
 const afterwards = 4 << 20
 
 // dial connects from a host.
-func (h *host) dial(t *testing.T, to string) *net.TCPConn {
+func dial(t *testing.T, h *lab.Host, to string) *net.TCPConn {
 	t.Helper()
 	var c net.Conn
 	var err error
-	h.do(t, func() { c, err = net.DialTimeout("tcp", to, patience) })
-	check(t, err)
+	h.Do(t, func() { c, err = net.DialTimeout("tcp", to, lab.Patience) })
+	lab.Check(t, err)
 	t.Cleanup(func() { c.Close() })
-	check(t, c.SetDeadline(time.Now().Add(patience)))
+	lab.Check(t, c.SetDeadline(time.Now().Add(lab.Patience)))
 	return c.(*net.TCPConn)
 }
 
 // serveHalfClose listens to the end on a port before it talks, and on the next one
-// says goodbye and then listens.
-func (h *host) serveHalfClose(t *testing.T, port int) {
+// says goodbye and then listens. It tells how much it got after its own end.
+func serveHalfClose(t *testing.T, h *lab.Host, port int) (halfClosed chan int64) {
 	t.Helper()
-	h.halfClosed = make(chan int64, 16)
+	halfClosed = make(chan int64, 16)
 	for i, serve := range []func(*net.TCPConn){
 		func(c *net.TCPConn) {
 			if _, err := io.Copy(io.Discard, c); err == nil {
@@ -165,14 +167,14 @@ func (h *host) serveHalfClose(t *testing.T, port int) {
 			io.WriteString(c, "goodbye")
 			c.CloseWrite()
 			n, _ := io.Copy(io.Discard, c)
-			h.halfClosed <- n
+			halfClosed <- n
 		},
 	} {
 		var listener net.Listener
-		h.do(t, func() {
+		h.Do(t, func() {
 			var err error
 			listener, err = net.Listen("tcp", fmt.Sprintf("[::]:%d", port+i))
-			check(t, err)
+			lab.Check(t, err)
 		})
 		t.Cleanup(func() { listener.Close() })
 		go func() {
@@ -183,22 +185,23 @@ func (h *host) serveHalfClose(t *testing.T, port int) {
 				}
 				go func() {
 					defer c.Close()
-					c.SetDeadline(time.Now().Add(patience))
+					c.SetDeadline(time.Now().Add(lab.Patience))
 					serve(c.(*net.TCPConn))
 				}()
 			}
 		}()
 	}
+	return halfClosed
 }
 
 // Idle connections cost memory that has a bound, and are there when they are used
 // again.
 func TestIdleConnections(t *testing.T) {
 	const connections, perConnection = 10_000, 64 << 10
-	l := newLab(t)
-	memory := func(n *node, tenant string) int64 { return n.memory(t, tenant) }
-	before1, before2 := memory(l.node1, "team-a"), memory(l.node2, "team-b")
-	wait := l.a1.begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=8s", "--duration=14s", "--timeout=20s", at(l.b2.v4, app.GreetPort).String())
+	l := lab.New(t)
+	memory := func(n *lab.Node, tenant string) int64 { return n.Memory(t, tenant) }
+	before1, before2 := memory(l.Node1, "team-a"), memory(l.Node2, "team-b")
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=8s", "--duration=14s", "--timeout=20s", lab.At(l.B2.V4, app.GreetPort).String())
 	var most1, most2 int64
 	done := make(chan struct{})
 	var r app.RunResult
@@ -211,7 +214,7 @@ func TestIdleConnections(t *testing.T) {
 		case <-done:
 			running = false
 		case <-time.After(500 * time.Millisecond):
-			most1, most2 = max(most1, memory(l.node1, "team-a")), max(most2, memory(l.node2, "team-b"))
+			most1, most2 = max(most1, memory(l.Node1, "team-a")), max(most2, memory(l.Node2, "team-b"))
 		}
 	}
 	if !r.OK || r.Held != connections || r.Exchanges < connections {

@@ -1,4 +1,4 @@
-package kernel
+package lab
 
 import (
 	"errors"
@@ -15,33 +15,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespace is a network namespace with a thread in it, which lives as long as
+// Namespace is a network namespace with a thread in it, which lives as long as
 // the test, and so does what it starts.
-type namespace struct {
-	path string
+type Namespace struct {
+	// Path is a file that is the namespace.
+	Path string
 	jobs chan func()
 	// dead is closed when a job has failed the test: t.Fatal ends the thread.
 	dead chan struct{}
 }
 
 // newNamespace makes one at a path.
-func newNamespace(t *testing.T, path string) *namespace {
+func newNamespace(t testing.TB, path string) *Namespace {
 	t.Helper()
-	check(t, os.MkdirAll(filepath.Dir(path), 0o755))
-	check(t, os.WriteFile(path, nil, 0o600))
+	Check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	Check(t, os.WriteFile(path, nil, 0o600))
 	n := inThread(t, path, func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
 		return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
 	})
-	t.Cleanup(func() { check(t, unix.Unmount(path, unix.MNT_DETACH)) })
-	n.do(t, func() { up(t, "lo") })
+	t.Cleanup(func() { Check(t, unix.Unmount(path, unix.MNT_DETACH)) })
+	n.Do(t, func() { up(t, "lo") })
 	return n
 }
 
-// enter is the namespace at a path, which somebody else made.
-func enter(t *testing.T, path string) *namespace {
+// Enter is the namespace at a path, which somebody else made.
+func Enter(t testing.TB, path string) *Namespace {
 	t.Helper()
 	return inThread(t, path, func() error {
 		f, err := os.Open(path)
@@ -53,9 +54,9 @@ func enter(t *testing.T, path string) *namespace {
 	})
 }
 
-func inThread(t *testing.T, path string, enter func() error) *namespace {
+func inThread(t testing.TB, path string, enter func() error) *Namespace {
 	t.Helper()
-	n := &namespace{path: path, jobs: make(chan func()), dead: make(chan struct{})}
+	n := &Namespace{Path: path, jobs: make(chan func()), dead: make(chan struct{})}
 	entered := make(chan error)
 	go func() {
 		defer close(n.dead)
@@ -65,13 +66,13 @@ func inThread(t *testing.T, path string, enter func() error) *namespace {
 			job()
 		}
 	}()
-	check(t, <-entered)
+	Check(t, <-entered)
 	t.Cleanup(func() { close(n.jobs) })
 	return n
 }
 
-// do runs f on the namespace's thread; f may call t.Fatal.
-func (n *namespace) do(t *testing.T, f func()) {
+// Do runs f on the namespace's thread; f may call t.Fatal.
+func (n *Namespace) Do(t testing.TB, f func()) {
 	t.Helper()
 	finished, done := false, make(chan struct{})
 	select {
@@ -88,53 +89,61 @@ func (n *namespace) do(t *testing.T, f func()) {
 	}
 }
 
-// pair is an address of each family.
-type pair struct{ v4, v6 netip.Addr }
+// Go begins f on the namespace's thread.
+func (n *Namespace) Go(f func()) { n.jobs <- f }
 
-func addresses(v4, v6 string) pair { return pair{netip.MustParseAddr(v4), netip.MustParseAddr(v6)} }
+// Pair is an address of each family.
+type Pair struct{ V4, V6 netip.Addr }
 
-func (p pair) of(family int) netip.Addr {
+// Addresses is a pair as text.
+func Addresses(v4, v6 string) Pair { return Pair{netip.MustParseAddr(v4), netip.MustParseAddr(v6)} }
+
+// Of is the address of a family, 4 or 6.
+func (p Pair) Of(family int) netip.Addr {
 	if family == 4 {
-		return p.v4
+		return p.V4
 	}
-	return p.v6
+	return p.V6
 }
 
-func (p pair) has(a netip.Addr) bool { return a == p.v4 || a == p.v6 }
+// Has says whether a is one of them.
+func (p Pair) Has(a netip.Addr) bool { return a == p.V4 || a == p.V6 }
 
-func (p pair) both() []netip.Addr { return []netip.Addr{p.v4, p.v6} }
+// Both are both.
+func (p Pair) Both() []netip.Addr { return []netip.Addr{p.V4, p.V6} }
 
-func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
+// At is a port of an address.
+func At(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
 // veth connects two namespaces.
-func veth(t *testing.T, from *namespace, name string, to *namespace, peer string) {
+func veth(t testing.TB, from *Namespace, name string, to *Namespace, peer string) {
 	t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
-	fd, err := os.Open(to.path)
-	check(t, err)
+	fd, err := os.Open(to.Path)
+	Check(t, err)
 	defer fd.Close()
-	from.do(t, func() {
-		check(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: peer, PeerNamespace: netlink.NsFd(int(fd.Fd()))}))
+	from.Do(t, func() {
+		Check(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: peer, PeerNamespace: netlink.NsFd(int(fd.Fd()))}))
 		up(t, name)
 	})
-	to.do(t, func() { up(t, peer) })
+	to.Do(t, func() { up(t, peer) })
 }
 
-func up(t *testing.T, name string) {
+func up(t testing.TB, name string) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
-	check(t, err)
-	check(t, netlink.LinkSetUp(l))
+	Check(t, err)
+	Check(t, netlink.LinkSetUp(l))
 }
 
-func address(t *testing.T, name string, ip pair, bits4, bits6 int) {
+func address(t testing.TB, name string, ip Pair, bits4, bits6 int) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
-	check(t, err)
+	Check(t, err)
 	for _, n := range []*net.IPNet{
-		{IP: ip.v4.AsSlice(), Mask: net.CIDRMask(bits4, 32)},
-		{IP: ip.v6.AsSlice(), Mask: net.CIDRMask(bits6, 128)},
+		{IP: ip.V4.AsSlice(), Mask: net.CIDRMask(bits4, 32)},
+		{IP: ip.V6.AsSlice(), Mask: net.CIDRMask(bits6, 128)},
 	} {
 		a := &netlink.Addr{IPNet: n}
 		if n.IP.To4() == nil {
@@ -146,12 +155,12 @@ func address(t *testing.T, name string, ip pair, bits4, bits6 int) {
 	}
 }
 
-func route(t *testing.T, name, to string, via netip.Addr) {
+func route(t testing.TB, name, to string, via netip.Addr) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
-	check(t, err)
+	Check(t, err)
 	_, dst, err := net.ParseCIDR(to)
-	check(t, err)
+	Check(t, err)
 	r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: dst, Scope: netlink.SCOPE_LINK}
 	if via.IsValid() {
 		r.Gw, r.Scope = via.AsSlice(), netlink.SCOPE_UNIVERSE
@@ -161,36 +170,37 @@ func route(t *testing.T, name, to string, via netip.Addr) {
 	}
 }
 
-func setMTU(t *testing.T, name string, mtu int) {
+func setMTU(t testing.TB, name string, mtu int) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
-	check(t, err)
-	check(t, netlink.LinkSetMTU(l, mtu))
+	Check(t, err)
+	Check(t, netlink.LinkSetMTU(l, mtu))
 }
 
-func sysctl(t *testing.T, settings ...string) {
+// Sysctl sets what is below /proc/sys/net in the thread's namespace, as PATH=VALUE.
+func Sysctl(t testing.TB, settings ...string) {
 	t.Helper()
 	for _, s := range settings {
 		path, value, _ := strings.Cut(s, "=")
-		check(t, os.WriteFile(filepath.Join("/proc/sys/net", path), []byte(value), 0o644))
+		Check(t, os.WriteFile(filepath.Join("/proc/sys/net", path), []byte(value), 0o644))
 	}
 }
 
-func forward(t *testing.T) {
+func forward(t testing.TB) {
 	t.Helper()
 	// Strict, as on many nodes: each packet must come from where its source is.
-	sysctl(t, "ipv4/ip_forward=1", "ipv6/conf/all/forwarding=1", "ipv4/conf/all/rp_filter=1")
+	Sysctl(t, "ipv4/ip_forward=1", "ipv6/conf/all/forwarding=1", "ipv4/conf/all/rp_filter=1")
 }
 
-// counter reads one of the kernel's counters of a namespace, such as "TcpExt
+// Counter reads one of the kernel's counters of a namespace, such as "TcpExt
 // SyncookiesRecv" or "Icmp6InPktTooBigs".
-func (n *namespace) counter(t *testing.T, name string) (value uint64) {
+func (n *Namespace) Counter(t testing.TB, name string) (value uint64) {
 	t.Helper()
-	n.do(t, func() {
+	n.Do(t, func() {
 		table, field, ok := strings.Cut(name, " ")
 		if !ok {
 			b, err := os.ReadFile("/proc/thread-self/net/snmp6")
-			check(t, err)
+			Check(t, err)
 			for line := range strings.Lines(string(b)) {
 				if f := strings.Fields(line); len(f) == 2 && f[0] == name {
 					fmt.Sscan(f[1], &value)
@@ -201,7 +211,7 @@ func (n *namespace) counter(t *testing.T, name string) (value uint64) {
 		}
 		for _, file := range []string{"snmp", "netstat"} {
 			b, err := os.ReadFile("/proc/thread-self/net/" + file)
-			check(t, err)
+			Check(t, err)
 			var names []string
 			for line := range strings.Lines(string(b)) {
 				f := strings.Fields(line)

@@ -1,0 +1,294 @@
+package lab
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/identity"
+	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/xds"
+)
+
+const (
+	// TrustDomain is the mesh's.
+	TrustDomain = "cluster.local"
+	// Patience with what takes milliseconds on an idle machine.
+	Patience = 30 * time.Second
+)
+
+// Host is anything with an application on it.
+type Host struct {
+	*Namespace
+	Pair
+	Name string
+	// Of pods only.
+	Node     *Node
+	Tenant   model.Tenant
+	Identity model.Identity
+	// VIP is the service whose only endpoint this is.
+	VIP Pair
+}
+
+// Lab is all of it. It ends with the test.
+type Lab struct {
+	t         testing.TB
+	dir       string
+	envoys    string
+	Authority *identity.Authority
+	Store     *xds.Store
+
+	router, router2 *Namespace
+	Outside         *Host
+	Node1, Node2    *Node
+	A1, A2, A3      *Host
+	B1, B2          *Host
+	Pods            []*Host
+}
+
+// New makes it, and waits until all of its pods are steered.
+func New(t testing.TB) *Lab {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs root: make test-kernel")
+	}
+	envoy, err := dist.Fetch(t.Context(), dist.Default)
+	Check(t, err)
+	Check(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	// Keys, state and copies of Envoy: nothing of it on a disk.
+	dir := filepath.Join(os.Getenv(dirVariable), "lab")
+	Check(t, os.MkdirAll(dir, 0o755))
+	Check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"))
+	t.Cleanup(func() { Check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	l := &Lab{t: t, dir: dir, envoys: filepath.Dir(envoy.Dir)}
+	l.Authority, err = identity.NewAuthority(TrustDomain, time.Now())
+	Check(t, err)
+	l.Store = xds.NewStore(xds.StoreOptions{OnReject: func(r xds.Rejection) { t.Errorf("Envoy refused %+v", r) }})
+
+	l.router, l.router2 = l.namespace("router"), l.namespace("router2")
+	l.Node1 = l.newNode("node1", l.router, 1)
+	l.Node2 = l.newNode("node2", l.router2, 2)
+	l.Outside = &Host{Namespace: l.namespace("outside"), Name: "outside", Pair: Addresses("172.20.9.2", "fd20:9::2")}
+	l.connect()
+	l.A1 = l.pod(l.Node1, "a1", "team-a", "web", 11)
+	l.A2 = l.pod(l.Node1, "a2", "team-a", "api", 12)
+	l.B1 = l.pod(l.Node1, "b1", "team-b", "db", 13)
+	l.A3 = l.pod(l.Node2, "a3", "team-a", "api", 14)
+	l.B2 = l.pod(l.Node2, "b2", "team-b", "db", 15)
+	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, l.Pods...) {
+		l.serve(h)
+	}
+	l.publish()
+	for _, n := range []*Node{l.Node1, l.Node2} {
+		n.serveConfiguration()
+		n.Start()
+	}
+	l.Node1.WaitReady()
+	l.Node2.WaitReady()
+	return l
+}
+
+func (l *Lab) namespace(name string) *Namespace {
+	return newNamespace(l.t, filepath.Join(l.dir, "netns", name))
+}
+
+// connect joins nodes and the host outside by two routers, whose path takes 1300
+// bytes.
+func (l *Lab) connect() {
+	t := l.t
+	t.Helper()
+	for _, c := range []struct {
+		router  *Namespace
+		to      *Namespace
+		ip, via Pair
+		name    string
+	}{
+		{l.router, l.Node1.Namespace, l.Node1.Pair, Addresses("172.20.1.1", "fd20:1::1"), "node1"},
+		{l.router2, l.Node2.Namespace, l.Node2.Pair, Addresses("172.20.2.1", "fd20:2::1"), "node2"},
+		{l.router, l.Outside.Namespace, l.Outside.Pair, Addresses("172.20.9.1", "fd20:9::1"), "outside"},
+	} {
+		veth(t, c.router, c.name, c.to, "eth0")
+		c.router.Do(t, func() { forward(t); address(t, c.name, c.via, 24, 64) })
+		c.to.Do(t, func() {
+			address(t, "eth0", c.ip, 24, 64)
+			route(t, "eth0", "0.0.0.0/0", c.via.V4)
+			route(t, "eth0", "::/0", c.via.V6)
+		})
+	}
+	first, second := Addresses("172.20.0.1", "fd20::1"), Addresses("172.20.0.2", "fd20::2")
+	veth(t, l.router, "narrow", l.router2, "narrow")
+	l.router.Do(t, func() {
+		setMTU(t, "narrow", 1300)
+		address(t, "narrow", first, 24, 64)
+		for _, to := range []string{"172.20.2.0/24", "10.77.2.0/24"} {
+			route(t, "narrow", to, second.V4)
+		}
+		for _, to := range []string{"fd20:2::/64", "fd77:2::/64"} {
+			route(t, "narrow", to, second.V6)
+		}
+		route(t, "node1", "10.77.1.0/24", l.Node1.V4)
+		route(t, "node1", "fd77:1::/64", l.Node1.V6)
+	})
+	l.router2.Do(t, func() {
+		setMTU(t, "narrow", 1300)
+		address(t, "narrow", second, 24, 64)
+		route(t, "narrow", "0.0.0.0/0", first.V4)
+		route(t, "narrow", "::/0", first.V6)
+		route(t, "node2", "10.77.2.0/24", l.Node2.V4)
+		route(t, "node2", "fd77:2::/64", l.Node2.V6)
+	})
+}
+
+var gateway = Addresses("169.254.1.1", "fe80::1")
+
+// pod makes a pod as a point-to-point CNI plugin does.
+func (l *Lab) pod(n *Node, name, namespace, account string, number int) *Host {
+	t := l.t
+	t.Helper()
+	p := &Host{
+		Namespace: l.namespace(name), Name: name, Node: n,
+		Pair:     Addresses(fmt.Sprintf("10.77.%d.%d", n.number, number), fmt.Sprintf("fd77:%d::%d", n.number, number)),
+		VIP:      Addresses(fmt.Sprintf("10.96.0.%d", number), fmt.Sprintf("fd96::%d", number)),
+		Tenant:   model.NamespaceTenant(namespace),
+		Identity: model.Identity{TrustDomain: TrustDomain, Namespace: namespace, ServiceAccount: account},
+	}
+	veth(t, n.Namespace, "pod"+name, p.Namespace, "eth0")
+	n.Do(t, func() {
+		address(t, "pod"+name, gateway, 32, 64)
+		route(t, "pod"+name, p.V4.String()+"/32", netip.Addr{})
+		route(t, "pod"+name, p.V6.String()+"/128", netip.Addr{})
+	})
+	p.Do(t, func() {
+		address(t, "eth0", p.Pair, 32, 128)
+		route(t, "eth0", "169.254.1.1/32", netip.Addr{})
+		route(t, "eth0", "0.0.0.0/0", gateway.V4)
+		route(t, "eth0", "::/0", gateway.V6)
+	})
+	l.Pods, n.Pods, n.Planned = append(l.Pods, p), append(n.Pods, p), append(n.Planned, p)
+	return p
+}
+
+// publish tells the configuration's server of the mesh.
+func (l *Lab) publish() {
+	t := l.t
+	t.Helper()
+	prefixes := func(p ...string) (out []netip.Prefix) {
+		for _, s := range p {
+			out = append(out, netip.MustParsePrefix(s))
+		}
+		return out
+	}
+	Check(t, l.Store.SetNetwork(model.Network{TrustDomain: TrustDomain,
+		PodCIDRs: prefixes("10.77.0.0/16", "fd77::/16"), ServiceCIDRs: prefixes("10.96.0.0/16", "fd96::/16")}))
+	proxies := map[model.ProxyKey]*model.Proxy{}
+	for _, p := range l.Pods {
+		w := model.Workload{UID: p.Name, Namespace: p.Identity.Namespace, Name: p.Name, Node: p.Node.Name,
+			Identity: p.Identity, Tenant: p.Tenant, IPs: p.Both()}
+		Check(t, l.Store.SetWorkload(w))
+		key := model.ProxyKey{Node: p.Node.Name, Tenant: p.Tenant}
+		if proxies[key] == nil {
+			proxies[key] = &model.Proxy{Node: key.Node, Tenant: key.Tenant, AccessLog: true}
+		}
+		proxies[key].Workloads = append(proxies[key].Workloads, w)
+		s := model.Service{Namespace: p.Identity.Namespace, Name: p.Name, VIPs: p.VIP.Both(),
+			Ports: []model.ServicePort{{Port: app.GreetPort}}}
+		for _, ip := range p.Both() {
+			s.Ports[0].Endpoints = append(s.Ports[0].Endpoints, model.Endpoint{Addr: At(ip, app.GreetPort), Identity: p.Identity})
+		}
+		Check(t, l.Store.SetService(s))
+	}
+	for _, p := range proxies {
+		Check(t, l.Store.SetProxy(*p))
+	}
+	l.Store.MarkSynced()
+}
+
+// command is the test application on a host.
+func (h *Host) command(t testing.TB, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), roleVariable+"=app", "POD_NAME="+h.Name)
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	return cmd
+}
+
+// start starts it; it ends with the test at the latest.
+func (h *Host) start(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
+	h.Do(t, func() { Check(t, cmd.Start()) })
+}
+
+// serve runs the application's server.
+func (l *Lab) serve(h *Host) {
+	cmd := h.command(l.t, "serve")
+	messages := &bytes.Buffer{}
+	cmd.Stderr = messages
+	h.start(l.t, cmd)
+	l.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	Eventually(l.t, h.Name+" serves", func() error {
+		r := h.Call(l.t, "tcp", "--timeout", "1s", At(netip.MustParseAddr("::1"), app.GreetPort).String())
+		if !r.OK {
+			return fmt.Errorf("%+v", r.Failure)
+		}
+		return nil
+	})
+}
+
+// Call runs a client to its end.
+func (h *Host) Call(t testing.TB, args ...string) (r app.CallResult) {
+	t.Helper()
+	h.Run(t, &r, args...)
+	return r
+}
+
+// Run runs a client to its end, whose last line is the result.
+func (h *Host) Run(t testing.TB, result any, args ...string) {
+	t.Helper()
+	h.Begin(t, args...)(result)
+}
+
+// Begin runs a client; the function waits for its end.
+func (h *Host) Begin(t testing.TB, args ...string) (wait func(result any)) {
+	t.Helper()
+	cmd := h.command(t, args...)
+	var out, messages bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &messages
+	h.start(t, cmd)
+	return func(result any) {
+		t.Helper()
+		cmd.Wait() // that it failed is in the result
+		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), result); err != nil {
+			t.Fatalf("%s on %s: %v: %s%s", args, h.Name, err, out.String(), messages.String())
+		}
+	}
+}
+
+// Eventually waits for a condition, which may call t.Fatal.
+func Eventually(t testing.TB, what string, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(Patience)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("waited for %s: %v", what, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
