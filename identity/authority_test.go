@@ -145,11 +145,11 @@ func TestChain(t *testing.T) {
 	}
 
 	// The constraints hold a stolen intermediate key to its trust domain.
-	foreign := must[*x509.Certificate](t)(a.leaf(&x509.Certificate{URIs: []*url.URL{uri("spiffe://elsewhere/ns/a/sa/b")}}, &testKey(t).PublicKey, time.Hour, now))
+	foreign := must[*x509.Certificate](t)(a.issuer.signLeaf(&x509.Certificate{URIs: []*url.URL{uri("spiffe://elsewhere/ns/a/sa/b")}}, &testKey(t).PublicKey, time.Hour, now))
 	verify := func(c *x509.Certificate) error {
 		roots, between := x509.NewCertPool(), x509.NewCertPool()
-		roots.AddCert(a.roots[0])
-		between.AddCert(a.intermediate)
+		roots.AddCert(a.issuer.roots[0])
+		between.AddCert(a.issuer.chain[0])
 		_, err := c.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 		return err
 	}
@@ -159,7 +159,7 @@ func TestChain(t *testing.T) {
 
 	own := must[tls.Certificate](t)(a.ServerCertificate([]string{"bulkhead-operator.bulkhead-system.svc"}, time.Hour, now))
 	pool := x509.NewCertPool()
-	pool.AddCert(a.roots[0])
+	pool.AddCert(a.issuer.roots[0])
 	c, s := net.Pipe()
 	defer s.Close()
 	go tls.Server(s, &tls.Config{Certificates: []tls.Certificate{own}}).Handshake()
@@ -180,7 +180,7 @@ func TestChain(t *testing.T) {
 		}
 		return path
 	}
-	root, between := write("root", a.Roots()...), write("between", a.intermediate.Raw)
+	root, between := write("root", a.Roots()...), write("between", a.issuer.chain[0].Raw)
 	check := func(c *x509.Certificate) error {
 		return exec.Command(openssl, "verify", "-x509_strict", "-CAfile", root, "-untrusted", between, write("leaf", c.Raw)).Run()
 	}
@@ -202,14 +202,14 @@ func TestAuthorityLife(t *testing.T) {
 	key := testKey(t)
 	csr := must[[]byte](t)(NewCSR(key, reviews))
 	chain := must[[][]byte](t)(first.Sign(csr, reviews, time.Hour, late))
-	if leaf := must[*x509.Certificate](t)(x509.ParseCertificate(chain[0])); leaf.NotAfter.After(first.intermediate.NotAfter) {
+	if leaf := must[*x509.Certificate](t)(x509.ParseCertificate(chain[0])); leaf.NotAfter.After(first.issuer.chain[0].NotAfter) {
 		t.Error("a leaf outlives the intermediate")
 	}
 	if _, err := first.Sign(csr, reviews, time.Hour, now.Add(IntermediateLifetime)); err == nil {
 		t.Error("signed with an intermediate that ended")
 	}
 	second := must[*Authority](t)(first.Renew(late))
-	bundle := must[*x509bundle.Bundle](t)(x509bundle.ParseRaw(first.trustDomain, bytes.Join(second.Roots(), nil)))
+	bundle := must[*x509bundle.Bundle](t)(x509bundle.ParseRaw(first.issuer.trustDomain, bytes.Join(second.Roots(), nil)))
 	for _, a := range []*Authority{first, second} {
 		chain := must[[][]byte](t)(a.Sign(csr, reviews, time.Hour, late))
 		if _, _, err := x509svid.ParseAndVerify(chain, bundle, x509svid.WithTime(late)); err != nil {

@@ -117,7 +117,7 @@ func TestEnvoy(t *testing.T) {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(10 * time.Second))
 		pool := x509.NewCertPool()
-		pool.AddCert(n.signer.authority.roots[0])
+		pool.AddCert(n.signer.authority.issuer.roots[0])
 		var server string
 		conn := tls.Client(c, &tls.Config{
 			Certificates: []tls.Certificate{client}, InsecureSkipVerify: true, // the name is a URI: below
@@ -150,7 +150,7 @@ func TestEnvoy(t *testing.T) {
 		t.Errorf("Envoy talked (%q, %v) to a client of another root", body, err)
 	}
 	// The same intermediate, but beyond its constraint.
-	outside := must[*x509.Certificate](t)(n.signer.authority.leaf(&x509.Certificate{
+	outside := must[*x509.Certificate](t)(n.signer.authority.issuer.signLeaf(&x509.Certificate{
 		URIs: append(client.Leaf.URIs[:0:0], uri("spiffe://elsewhere/ns/team-b/sa/reviews")), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, &key.PublicKey, time.Hour, time.Now()))
 	if body, _, err := call(tls.Certificate{Certificate: [][]byte{outside.Raw, client.Certificate[1]}, PrivateKey: key}); err == nil || body != "" {
