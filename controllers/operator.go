@@ -21,6 +21,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
 
@@ -42,6 +43,9 @@ type Options struct {
 	// CertificateTTL is how long workloads' certificates live. Default
 	// identity.DefaultTTL.
 	CertificateTTL time.Duration
+	// JWTTTL is how long JWT-SVIDs live, between identity.MinJWTTTL and
+	// identity.MaxJWTTTL. Default identity.DefaultJWTTTL.
+	JWTTTL time.Duration
 	// Logger; default slog.Default().
 	Logger *slog.Logger
 }
@@ -51,6 +55,9 @@ type Options struct {
 func Run(ctx context.Context, o Options) error {
 	if o.Config == nil {
 		return errors.New("run operator: no client configuration")
+	}
+	if o.JWTTTL != 0 && (o.JWTTTL < identity.MinJWTTTL || o.JWTTTL > identity.MaxJWTTTL) {
+		return fmt.Errorf("run operator: the TTL of JWT-SVIDs is %s, must be %s to %s", o.JWTTTL, identity.MinJWTTTL, identity.MaxJWTTTL)
 	}
 	o.Namespace, o.Service = cmp.Or(o.Namespace, "bulkhead-system"), cmp.Or(o.Service, "bulkhead-operator")
 	if o.Logger == nil {
@@ -99,18 +106,27 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 		cache: mgr.GetCache(), live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, mesh: m, ttl: o.CertificateTTL, log: o.Logger, now: time.Now, leading: leading,
 		dnsNames: []string{o.Service + "." + o.Namespace + ".svc", o.Service + "." + o.Namespace + ".svc.cluster.local"},
 	}
+	jwts := &jwtKeeper{
+		live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, ttl: o.JWTTTL, log: o.Logger, now: time.Now, leading: leading,
+		event: func(reason, note string) {
+			secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: SecretJWT}}
+			recorder.Eventf(secret, nil, corev1.EventTypeWarning, reason, "Read", "%s", note)
+		},
+		changed: func() { m.triggers.membership.add(struct{}{}) },
+	}
 	if err := startPublishers(mgr, m, k); err != nil {
 		return err
 	}
-	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, namespace: o.Namespace, now: time.Now}); err != nil {
+	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now}); err != nil {
 		return err
 	}
-	register, err := agentServices(mgr, m, k, store, o)
+	register, err := agentServices(mgr, m, k, jwts, store, o)
 	if err != nil {
 		return err
 	}
 	err = errors.Join(
 		mgr.Add(loader{m, k}),
+		mgr.Add(jwts),
 		mgr.Add(&server{address: cmp.Or(o.Listen, ":15012"), keeper: k, mesh: m, log: o.Logger, register: register}),
 		mgr.AddHealthzCheck("ping", healthz.Ping),
 		mgr.AddReadyzCheck("mesh", func(*http.Request) error {

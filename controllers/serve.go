@@ -22,7 +22,7 @@ import (
 const drainFor = 3 * time.Second
 
 // agentServices are what is served to agents: a way to register them.
-func agentServices(mgr manager.Manager, m *mesh, k *keeper, store *xds.Store, o Options) (func(grpc.ServiceRegistrar), error) {
+func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, store *xds.Store, o Options) (func(grpc.ServiceRegistrar), error) {
 	clients, err := kubernetes.NewForConfigAndClient(mgr.GetConfig(), mgr.GetHTTPClient())
 	if err != nil {
 		return nil, fmt.Errorf("make client: %w", err)
@@ -35,9 +35,9 @@ func agentServices(mgr manager.Manager, m *mesh, k *keeper, store *xds.Store, o 
 		Callers: nodeservice.NewAuthenticator(nodeservice.AuthenticatorOptions{
 			Reviews: clients.AuthenticationV1().TokenReviews(), Username: "system:serviceaccount:" + o.Namespace + ":bulkhead-agent",
 		}),
-		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, Proxies: ads, Log: o.Logger,
+		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, JWTs: jwts, Proxies: ads, Log: o.Logger,
 	})
-	for _, c := range ads.Collectors() {
+	for _, c := range append(ads.Collectors(), nodes.Collectors()...) {
 		if err := metrics.Registry.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

@@ -26,6 +26,7 @@ type writer struct {
 	client.Client // reads from the cache
 	mesh          *mesh
 	keeper        *keeper
+	jwts          *jwtKeeper
 	namespace     string
 	now           func() time.Time
 }

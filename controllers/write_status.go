@@ -158,7 +158,34 @@ func (w *writer) writeMembership(ctx context.Context, _ struct{}) error {
 	if roots == "" {
 		return nil
 	}
-	return w.writeConfigMap(ctx, ConfigMapTrustBundle, map[string]string{"trustDomain": trustDomain, "ca.crt": roots})
+	bundle, err := w.bundle(ctx)
+	if err != nil {
+		return fmt.Errorf("write ConfigMap %s: %w", ConfigMapTrustBundle, err)
+	}
+	data := map[string]string{"trustDomain": trustDomain, "ca.crt": roots}
+	if bundle != "" {
+		data[bundleKey] = bundle
+	}
+	return w.writeConfigMap(ctx, ConfigMapTrustBundle, data)
+}
+
+// bundleKey of the ConfigMap has roots and keys of JWT-SVIDs in the SPIFFE bundle
+// format.
+const bundleKey = "bundle.json"
+
+// bundle is the value of bundleKey. Before this replica has read the keys of
+// JWT-SVIDs, or if it can't, it is what another one wrote: tokens are to be
+// verified on.
+func (w *writer) bundle(ctx context.Context) (string, error) {
+	jwts, _ := w.jwts.JWTAuthority()
+	if jwts == nil {
+		var have corev1.ConfigMap
+		err := w.Get(ctx, client.ObjectKey{Namespace: w.namespace, Name: ConfigMapTrustBundle}, &have)
+		return have.Data[bundleKey], client.IgnoreNotFound(err)
+	}
+	authority, _, _ := w.keeper.Authority()
+	b, err := authority.BundleDocument(jwts)
+	return string(b), err
 }
 
 func (w *writer) writeConfigMap(ctx context.Context, name string, data map[string]string) error {

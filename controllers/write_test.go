@@ -18,7 +18,7 @@ import (
 
 func (c *cluster) writer() *writer {
 	k := c.keeper()
-	return &writer{Client: c.WithWatch, mesh: c.mesh, keeper: k, namespace: "bulkhead-system", now: func() time.Time { return born }}
+	return &writer{Client: c.WithWatch, mesh: c.mesh, keeper: k, jwts: c.jwtKeeper(), namespace: "bulkhead-system", now: func() time.Time { return born }}
 }
 
 func (c *cluster) keeper() *keeper {

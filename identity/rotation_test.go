@@ -409,7 +409,7 @@ func TestBundleDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := must[*spiffebundle.Bundle](t)(spiffebundle.Parse(a.issuer.trustDomain, must[[]byte](t)(a.BundleDocument())))
+	b := must[*spiffebundle.Bundle](t)(spiffebundle.Parse(a.issuer.trustDomain, must[[]byte](t)(a.BundleDocument(nil))))
 	sequence, _ := b.SequenceNumber()
 	hint, _ := b.RefreshHint()
 	if len(b.X509Authorities()) != 2 || sequence != a.Sequence() || sequence != 2 || hint != RefreshHint {

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -72,13 +73,15 @@ type Proxies interface {
 	WaitServed(ctx context.Context, key model.ProxyKey, podUID string) error
 }
 
-// Options configure a Service. All but Log and the bounds are required.
+// Options configure a Service. All but JWTs, Log and the bounds are required.
 type Options struct {
 	Callers     Callers
 	Pods        Pods
 	Mesh        Mesh
 	Authorities Authorities
 	Proxies     Proxies
+	// JWTs; without, SignJWT is Unimplemented.
+	JWTs JWTAuthorities
 	// AttachTimeout bounds AttachPod beyond what the caller asks for. Default 30 s.
 	AttachTimeout time.Duration
 	// StreamTime is how long WatchTrustBundle goes on before the agent has to come
@@ -106,6 +109,8 @@ type Service struct {
 
 	mu       sync.Mutex
 	inFlight map[inFlight]int
+
+	jwts *prometheus.CounterVec // by code
 }
 
 var _ nodev1alpha1.NodeServiceServer = (*Service)(nil)
@@ -126,7 +131,7 @@ func New(o Options) *Service {
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
-	return &Service{o: o, now: time.Now, inFlight: map[inFlight]int{}}
+	return &Service{o: o, now: time.Now, inFlight: map[inFlight]int{}, jwts: newJWTCounter()}
 }
 
 // Register adds the service to a gRPC server.

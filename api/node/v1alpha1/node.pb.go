@@ -139,6 +139,121 @@ func (x *SignCertificateResponse) GetChain() [][]byte {
 	return nil
 }
 
+type SignJWTRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A running pod of the calling node.
+	PodUid       string `protobuf:"bytes,1,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	PodNamespace string `protobuf:"bytes,2,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	PodName      string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// 1 to 8 different ones, each of 1 to 256 bytes of printable UTF-8.
+	Audiences     []string `protobuf:"bytes,4,rep,name=audiences,proto3" json:"audiences,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTRequest) Reset() {
+	*x = SignJWTRequest{}
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTRequest) ProtoMessage() {}
+
+func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
+func (*SignJWTRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SignJWTRequest) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *SignJWTRequest) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *SignJWTRequest) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *SignJWTRequest) GetAudiences() []string {
+	if x != nil {
+		return x.Audiences
+	}
+	return nil
+}
+
+type SignJWTResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The JWT-SVID in JWS compact serialisation, of at most 8 KiB.
+	Token         string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTResponse) Reset() {
+	*x = SignJWTResponse{}
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTResponse) ProtoMessage() {}
+
+func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
+func (*SignJWTResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SignJWTResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 type WatchTrustBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -147,7 +262,7 @@ type WatchTrustBundleRequest struct {
 
 func (x *WatchTrustBundleRequest) Reset() {
 	*x = WatchTrustBundleRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -159,7 +274,7 @@ func (x *WatchTrustBundleRequest) String() string {
 func (*WatchTrustBundleRequest) ProtoMessage() {}
 
 func (x *WatchTrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -172,7 +287,7 @@ func (x *WatchTrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*WatchTrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{2}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{4}
 }
 
 type TrustBundle struct {
@@ -186,7 +301,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -198,7 +313,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -211,7 +326,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -241,7 +356,7 @@ type AttachPodRequest struct {
 
 func (x *AttachPodRequest) Reset() {
 	*x = AttachPodRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -253,7 +368,7 @@ func (x *AttachPodRequest) String() string {
 func (*AttachPodRequest) ProtoMessage() {}
 
 func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -266,7 +381,7 @@ func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodRequest.ProtoReflect.Descriptor instead.
 func (*AttachPodRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AttachPodRequest) GetPodUid() string {
@@ -305,7 +420,7 @@ type AttachPodResponse struct {
 
 func (x *AttachPodResponse) Reset() {
 	*x = AttachPodResponse{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -317,7 +432,7 @@ func (x *AttachPodResponse) String() string {
 func (*AttachPodResponse) ProtoMessage() {}
 
 func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -330,7 +445,7 @@ func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodResponse.ProtoReflect.Descriptor instead.
 func (*AttachPodResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
 }
 
 var File_api_node_v1alpha1_node_proto protoreflect.FileDescriptor
@@ -344,7 +459,14 @@ const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x03 \x01(\tR\fpodNamespace\x12\x19\n" +
 	"\bpod_name\x18\x04 \x01(\tR\apodName\"/\n" +
 	"\x17SignCertificateResponse\x12\x14\n" +
-	"\x05chain\x18\x01 \x03(\fR\x05chain\"\x19\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\"\x87\x01\n" +
+	"\x0eSignJWTRequest\x12\x17\n" +
+	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12#\n" +
+	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x1c\n" +
+	"\taudiences\x18\x04 \x03(\tR\taudiences\"'\n" +
+	"\x0fSignJWTResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"\x19\n" +
 	"\x17WatchTrustBundleRequest\"F\n" +
 	"\vTrustBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x14\n" +
@@ -354,9 +476,10 @@ const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x19\n" +
 	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x10\n" +
 	"\x03ips\x18\x04 \x03(\tR\x03ips\"\x13\n" +
-	"\x11AttachPodResponse2\xcf\x02\n" +
+	"\x11AttachPodResponse2\xab\x03\n" +
 	"\vNodeService\x12r\n" +
-	"\x0fSignCertificate\x12..bulkhead.node.v1alpha1.SignCertificateRequest\x1a/.bulkhead.node.v1alpha1.SignCertificateResponse\x12j\n" +
+	"\x0fSignCertificate\x12..bulkhead.node.v1alpha1.SignCertificateRequest\x1a/.bulkhead.node.v1alpha1.SignCertificateResponse\x12Z\n" +
+	"\aSignJWT\x12&.bulkhead.node.v1alpha1.SignJWTRequest\x1a'.bulkhead.node.v1alpha1.SignJWTResponse\x12j\n" +
 	"\x10WatchTrustBundle\x12/.bulkhead.node.v1alpha1.WatchTrustBundleRequest\x1a#.bulkhead.node.v1alpha1.TrustBundle0\x01\x12`\n" +
 	"\tAttachPod\x12(.bulkhead.node.v1alpha1.AttachPodRequest\x1a).bulkhead.node.v1alpha1.AttachPodResponseBBZ@github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1;nodev1alpha1b\x06proto3"
 
@@ -372,24 +495,28 @@ func file_api_node_v1alpha1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1alpha1_node_proto_rawDescData
 }
 
-var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_api_node_v1alpha1_node_proto_goTypes = []any{
 	(*SignCertificateRequest)(nil),  // 0: bulkhead.node.v1alpha1.SignCertificateRequest
 	(*SignCertificateResponse)(nil), // 1: bulkhead.node.v1alpha1.SignCertificateResponse
-	(*WatchTrustBundleRequest)(nil), // 2: bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	(*TrustBundle)(nil),             // 3: bulkhead.node.v1alpha1.TrustBundle
-	(*AttachPodRequest)(nil),        // 4: bulkhead.node.v1alpha1.AttachPodRequest
-	(*AttachPodResponse)(nil),       // 5: bulkhead.node.v1alpha1.AttachPodResponse
+	(*SignJWTRequest)(nil),          // 2: bulkhead.node.v1alpha1.SignJWTRequest
+	(*SignJWTResponse)(nil),         // 3: bulkhead.node.v1alpha1.SignJWTResponse
+	(*WatchTrustBundleRequest)(nil), // 4: bulkhead.node.v1alpha1.WatchTrustBundleRequest
+	(*TrustBundle)(nil),             // 5: bulkhead.node.v1alpha1.TrustBundle
+	(*AttachPodRequest)(nil),        // 6: bulkhead.node.v1alpha1.AttachPodRequest
+	(*AttachPodResponse)(nil),       // 7: bulkhead.node.v1alpha1.AttachPodResponse
 }
 var file_api_node_v1alpha1_node_proto_depIdxs = []int32{
 	0, // 0: bulkhead.node.v1alpha1.NodeService.SignCertificate:input_type -> bulkhead.node.v1alpha1.SignCertificateRequest
-	2, // 1: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:input_type -> bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	4, // 2: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
-	1, // 3: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
-	3, // 4: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:output_type -> bulkhead.node.v1alpha1.TrustBundle
-	5, // 5: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
-	3, // [3:6] is the sub-list for method output_type
-	0, // [0:3] is the sub-list for method input_type
+	2, // 1: bulkhead.node.v1alpha1.NodeService.SignJWT:input_type -> bulkhead.node.v1alpha1.SignJWTRequest
+	4, // 2: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:input_type -> bulkhead.node.v1alpha1.WatchTrustBundleRequest
+	6, // 3: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
+	1, // 4: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
+	3, // 5: bulkhead.node.v1alpha1.NodeService.SignJWT:output_type -> bulkhead.node.v1alpha1.SignJWTResponse
+	5, // 6: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:output_type -> bulkhead.node.v1alpha1.TrustBundle
+	7, // 7: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
+	4, // [4:8] is the sub-list for method output_type
+	0, // [0:4] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -406,7 +533,7 @@ func file_api_node_v1alpha1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1alpha1_node_proto_rawDesc), len(file_api_node_v1alpha1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	NodeService_SignCertificate_FullMethodName  = "/bulkhead.node.v1alpha1.NodeService/SignCertificate"
+	NodeService_SignJWT_FullMethodName          = "/bulkhead.node.v1alpha1.NodeService/SignJWT"
 	NodeService_WatchTrustBundle_FullMethodName = "/bulkhead.node.v1alpha1.NodeService/WatchTrustBundle"
 	NodeService_AttachPod_FullMethodName        = "/bulkhead.node.v1alpha1.NodeService/AttachPod"
 )
@@ -43,6 +44,12 @@ type NodeServiceClient interface {
 	// no member of the mesh, or has another identity), Unavailable (the pod isn't
 	// visible yet, or the authority isn't loaded: retry).
 	SignCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
+	// SignJWT signs a JWT-SVID of a pod's identity for the audiences that the pod
+	// asks for. The keys that verify it are in the bundle of ConfigMap
+	// bulkhead-trust-bundle.
+	//
+	// Errors: as SignCertificate; InvalidArgument is for the audiences.
+	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
 	// WatchTrustBundle sends the roots that peers' certificates must chain to, now
 	// and whenever they change.
 	WatchTrustBundle(ctx context.Context, in *WatchTrustBundleRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrustBundle], error)
@@ -70,6 +77,16 @@ func (c *nodeServiceClient) SignCertificate(ctx context.Context, in *SignCertifi
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SignCertificateResponse)
 	err := c.cc.Invoke(ctx, NodeService_SignCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeServiceClient) SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignJWTResponse)
+	err := c.cc.Invoke(ctx, NodeService_SignJWT_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +138,12 @@ type NodeServiceServer interface {
 	// no member of the mesh, or has another identity), Unavailable (the pod isn't
 	// visible yet, or the authority isn't loaded: retry).
 	SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)
+	// SignJWT signs a JWT-SVID of a pod's identity for the audiences that the pod
+	// asks for. The keys that verify it are in the bundle of ConfigMap
+	// bulkhead-trust-bundle.
+	//
+	// Errors: as SignCertificate; InvalidArgument is for the audiences.
+	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
 	// WatchTrustBundle sends the roots that peers' certificates must chain to, now
 	// and whenever they change.
 	WatchTrustBundle(*WatchTrustBundleRequest, grpc.ServerStreamingServer[TrustBundle]) error
@@ -146,6 +169,9 @@ type UnimplementedNodeServiceServer struct{}
 
 func (UnimplementedNodeServiceServer) SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignCertificate not implemented")
+}
+func (UnimplementedNodeServiceServer) SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignJWT not implemented")
 }
 func (UnimplementedNodeServiceServer) WatchTrustBundle(*WatchTrustBundleRequest, grpc.ServerStreamingServer[TrustBundle]) error {
 	return status.Error(codes.Unimplemented, "method WatchTrustBundle not implemented")
@@ -192,6 +218,24 @@ func _NodeService_SignCertificate_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NodeService_SignJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServiceServer).SignJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NodeService_SignJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServiceServer).SignJWT(ctx, req.(*SignJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _NodeService_WatchTrustBundle_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchTrustBundleRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -231,6 +275,10 @@ var NodeService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignCertificate",
 			Handler:    _NodeService_SignCertificate_Handler,
+		},
+		{
+			MethodName: "SignJWT",
+			Handler:    _NodeService_SignJWT_Handler,
 		},
 		{
 			MethodName: "AttachPod",
