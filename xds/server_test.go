@@ -258,6 +258,11 @@ func TestWaitServed(t *testing.T) {
 		c.subscribe(TypeListener)
 	}
 	stable.wantAll(TypeListener, listenerNames...)
+	eventually(t, "both streams are attached", func() bool {
+		m.store.mu.Lock()
+		defer m.store.mu.Unlock()
+		return len(m.store.proxies[key].streams) == 2
+	})
 	missing("hasn't acknowledged", "uid-web-0") // the canary hasn't
 	canary.wantAll(TypeListener, listenerNames...)
 	m.must(<-waiting("uid-web-0"))

@@ -164,6 +164,18 @@ func (s *Store) DeleteService(namespace, name string) {
 	delete(s.services, key)
 }
 
+// ServiceOf is the service that a resource's name stands for now.
+func (s *Store) ServiceOf(resource string) (namespace, name string, ok bool) {
+	vip, ok := parseVIPName(resource)
+	if !ok {
+		return "", "", false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key, ok := s.vips[vip]
+	return key.namespace, key.name, ok
+}
+
 func serviceVIPs(svc model.Service) map[netip.AddrPort]model.ServicePort {
 	out := map[netip.AddrPort]model.ServicePort{}
 	for _, v := range svc.VIPs {
