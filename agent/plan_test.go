@@ -147,7 +147,7 @@ func TestMakeStatus(t *testing.T) {
 			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true}
 		}, "operator"},
 		"rejected": {func(o *observation) {
-			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true, Listeners: 6, Rejection: "bad thing"}
+			o.configs[relay.Key{Tenant: b}] = relay.State{Connected: true, Listeners: 6, Rejections: []relay.Rejection{{Type: "CDS", Name: "vip|10.96.0.1:80", Message: "bad thing"}}}
 		}, "bad thing"},
 		"problem": {func(o *observation) { o.round.problems[b] = "version 9.9.9 isn't there" }, "9.9.9"},
 	} {

@@ -114,14 +114,15 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		}
 		t.Generations = append(t.Generations, g)
 	}
+	t.Rejected = rejected(o, tp.tenant)
 	config := o.configs[relay.Key{Tenant: tp.tenant}]
 	switch {
 	case o.round.problems[tp.tenant] != "":
 		t.Reason = o.round.problems[tp.tenant]
 	case state.Problem != "":
 		t.Reason = state.Problem
-	case config.Rejection != "":
-		t.Reason = "configuration refused: " + config.Rejection
+	case len(config.Rejections) > 0:
+		t.Reason = "configuration refused: " + config.Rejections[0].String()
 	case t.Ready:
 	case !running || len(state.Processes) == 0 || !state.Processes[0].Live:
 		t.Reason = "Envoy is starting"
@@ -133,6 +134,21 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		t.Reason = "Envoy's listeners are being taken"
 	}
 	return t
+}
+
+// rejected is what the tenant's generations refused, each resource once.
+func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
+	const most = 16 // that the API takes
+	var out []v1alpha1.RejectedResource
+	for g := range 2 {
+		for _, r := range o.configs[relay.Key{Tenant: t, Generation: g}].Rejections {
+			same := func(x v1alpha1.RejectedResource) bool { return x.Type == r.Type && x.Name == r.Name }
+			if len(out) < most && !slices.ContainsFunc(out, same) {
+				out = append(out, v1alpha1.RejectedResource{Type: r.Type, Name: r.Name, Message: r.Message})
+			}
+		}
+	}
+	return out
 }
 
 // observe gathers what makeStatus needs.

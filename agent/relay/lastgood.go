@@ -146,6 +146,13 @@ func (s *goodSet) update(typeURL string, sub *subscription, resources []*discove
 	s.owner.schedule()
 }
 
+// get returns the resource of that name; nil if there is none.
+func (s *goodSet) get(typeURL, name string) *discovery.Resource {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.types[typeURL][name].resource
+}
+
 // lookup returns what is known of the names that nobody answered.
 func (s *goodSet) lookup(typeURL string, sub *subscription) []*discovery.Resource {
 	s.mu.Lock()

@@ -70,10 +70,23 @@ type State struct {
 	Connected bool
 	// Listeners that it acknowledged. None means that it serves nothing.
 	Listeners int
-	// Rejection is the last configuration that it refused and hasn't got a better
-	// version of, for people.
-	Rejection string
+	// Rejections are what it refused and hasn't got a better version of, sorted and at
+	// most maxRejections.
+	Rejections []Rejection
 }
+
+// Rejection is a resource that a proxy refused.
+type Rejection struct {
+	Type string // short: LDS, CDS and so on
+	Name string
+	// Message is Envoy's, printable and cut.
+	Message string
+}
+
+func (r Rejection) String() string { return r.Type + " " + r.Name + ": " + r.Message }
+
+// maxRejections are kept of one proxy: who refuses everything says nothing more.
+const maxRejections = 16
 
 // Socket is where one proxy connects.
 type Socket struct {
@@ -98,8 +111,10 @@ type endpoint struct {
 	// current is the stream that State is about: the newest.
 	current  downstream
 	state    State
-	rejected map[string]string // by type and resource
+	rejected map[rejectionKey]Rejection
 }
+
+type rejectionKey struct{ typeURL, name string }
 
 // New returns a relay that serves nobody yet. The caller closes it.
 func New(o Options) *Relay {
@@ -134,7 +149,7 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 		return fmt.Errorf("listen for proxy %s/%d: %w", key.Tenant, key.Generation, err)
 	}
 	e := &endpoint{
-		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[string]string{},
+		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[rejectionKey]Rejection{},
 		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
 	}
 	e.server = grpc.NewServer(
@@ -180,10 +195,9 @@ func (r *Relay) State(key Key) State {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := e.state
-	for _, k := range slices.Sorted(maps.Keys(e.rejected)) {
-		s.Rejection = e.rejected[k]
-		break
-	}
+	s.Rejections = slices.SortedFunc(maps.Values(e.rejected), func(a, b Rejection) int {
+		return cmp.Or(cmp.Compare(a.Type, b.Type), cmp.Compare(a.Name, b.Name))
+	})
 	return s
 }
 
@@ -245,12 +259,15 @@ func (r *Relay) accepted(key Key, st downstream, typeURL string, held int, names
 		return
 	}
 	e.mu.Lock()
-	for _, n := range names {
-		delete(e.rejected, typeURL+"/"+n)
-	}
 	tell := false
+	for _, n := range names {
+		if k := (rejectionKey{typeURL, n}); e.rejected[k] != (Rejection{}) {
+			delete(e.rejected, k)
+			tell = true
+		}
+	}
 	if typeURL == TypeListener && e.current == st {
-		tell = e.state.Listeners != held
+		tell = tell || e.state.Listeners != held
 		e.state.Listeners = held
 	}
 	e.mu.Unlock()
@@ -266,8 +283,9 @@ func (r *Relay) rejected(key Key, typeURL string, names []string, reason string)
 	}
 	e.mu.Lock()
 	for _, n := range names {
-		if len(e.rejected) < 64 {
-			e.rejected[typeURL+"/"+n] = fmt.Sprintf("%s %s: %s", kinds[typeURL].short, n, printable(reason, 256))
+		k := rejectionKey{typeURL, n}
+		if _, had := e.rejected[k]; had || len(e.rejected) < maxRejections {
+			e.rejected[k] = Rejection{kinds[typeURL].short, n, printable(reason, 256)}
 		}
 	}
 	e.mu.Unlock()
@@ -285,7 +303,7 @@ type service struct {
 func (s *service) DeltaAggregatedResources(st downstream) error {
 	e, key := s.endpoint, s.endpoint.key
 	e.mu.Lock()
-	e.current, e.state, e.rejected = st, State{Connected: true}, map[string]string{}
+	e.current, e.state, e.rejected = st, State{Connected: true}, map[rejectionKey]Rejection{}
 	e.mu.Unlock()
 	s.relay.changed(key.Tenant)
 	defer func() {

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -300,7 +301,9 @@ func TestRelayForwards(t *testing.T) {
 	if r := receive(t, "ACK", up.requests); r.ResponseNonce != "op-1" || r.ErrorDetail != nil || r.Node != nil {
 		t.Errorf("ACK: %v", r)
 	}
-	eventually(t, "state", func() bool { return f.relay.State(Key{Tenant: teamA}) == State{Connected: true, Listeners: 1} })
+	eventually(t, "state", func() bool {
+		return reflect.DeepEqual(f.relay.State(Key{Tenant: teamA}), State{Connected: true, Listeners: 1})
+	})
 
 	p.subscribe(TypeCluster, wildcard)
 	p.subscribe(TypeCluster, "vip|10.0.0.1:80")
@@ -316,12 +319,12 @@ func TestRelayForwards(t *testing.T) {
 	if r := receive(t, "NACK", up.requests); r.ResponseNonce != "op-2" || r.ErrorDetail.GetMessage() != "bad cluster" {
 		t.Errorf("NACK: %v", r)
 	}
-	if s := f.relay.State(Key{Tenant: teamA}); s.Rejection != "CDS deliver: bad cluster" {
+	if s := f.relay.State(Key{Tenant: teamA}); len(s.Rejections) != 1 || s.Rejections[0].String() != "CDS deliver: bad cluster" {
 		t.Errorf("state after NACK: %+v", s)
 	}
 	up.send(t, "op-3", resource(TypeCluster, "deliver", "2"))
 	p.next()
-	eventually(t, "rejection is over", func() bool { return f.relay.State(Key{Tenant: teamA}).Rejection == "" })
+	eventually(t, "rejection is over", func() bool { return len(f.relay.State(Key{Tenant: teamA}).Rejections) == 0 })
 }
 
 func TestRelaySurvivesOperator(t *testing.T) {
@@ -447,7 +450,7 @@ func TestRelayServesLastGood(t *testing.T) {
 	up.send(t, "4", resource(TypeListener, "broken", "1"))
 	nack := receive(t, "response", p.responses)
 	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeListener, ResponseNonce: nack.Nonce, ErrorDetail: &status.Status{Code: 13}})
-	eventually(t, "rejection", func() bool { return f.relay.State(Key{Tenant: teamA}).Rejection != "" })
+	eventually(t, "rejection", func() bool { return len(f.relay.State(Key{Tenant: teamA}).Rejections) > 0 })
 	f.secrets.set(teamA, "ROOTCA", "top-secret")
 	p.subscribe(TypeSecret, "ROOTCA")
 	p.next()
@@ -506,6 +509,42 @@ func TestRelayServesLastGood(t *testing.T) {
 		if !strings.HasPrefix(e.Name(), "team-b@") {
 			t.Errorf("%s is left", e.Name())
 		}
+	}
+}
+
+// TestRelayReplacesWhatIsRefused: an Envoy that starts anew and refuses what the
+// operator has now gets what its predecessor took; one that has a version keeps it.
+func TestRelayReplacesWhatIsRefused(t *testing.T) {
+	f := setUp(t, nil)
+	p := f.proxy(teamA)
+	p.subscribe(TypeCluster, "vip|a", "vip|b")
+	up := f.op.stream()
+	up.await(t, TypeCluster, "vip|a")
+	up.send(t, "1", resource(TypeCluster, "vip|a", "1"))
+	p.next()
+	nack := func(p *proxy, version string) {
+		t.Helper()
+		r := receive(t, "response", p.responses)
+		wantNames(t, r, "vip|a@"+version)
+		p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: "bad"}})
+	}
+	up.send(t, "2", resource(TypeCluster, "vip|a", "2"))
+	nack(p, "2")
+	eventually(t, "rejection", func() bool { return len(f.relay.State(Key{Tenant: teamA}).Rejections) > 0 })
+	up.send(t, "3", resource(TypeCluster, "vip|b", "1"))
+	wantNames(t, p.next(), "vip|b@1") // and nothing before it: it has vip|a
+
+	fresh := connect(t, filepath.Join(f.dir, "team-a.sock"))
+	fresh.subscribe(TypeCluster, "vip|a")
+	up = f.op.stream()
+	up.await(t, TypeCluster, "vip|a")
+	up.send(t, "1", resource(TypeCluster, "vip|a", "2"))
+	nack(fresh, "2")
+	wantNames(t, fresh.next(), "vip|a@1")
+	fresh.subscribe(TypeCluster, "vip|c")
+	up.await(t, TypeCluster, "vip|c") // so that the ACK has been handled
+	if s := f.relay.State(Key{Tenant: teamA}); len(s.Rejections) != 1 {
+		t.Errorf("the rejection is told no more: %+v", s)
 	}
 }
 

@@ -202,17 +202,46 @@ func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscripti
 		names := resourceNames(p.resources)
 		s.relay.rejected(s.key, r.TypeUrl, names, message)
 		s.log.Warn("proxy rejected configuration", "type", kinds[r.TypeUrl].short, "resources", names, "lastGood", p.epoch == 0, "reason", message)
+		if err := s.replace(r.TypeUrl, sub, p); err != nil {
+			s.log.Debug("last good isn't sent", "error", err) // the stream is over
+		}
 	} else {
 		sub.acknowledged(p.resources, p.removed)
 		if r.TypeUrl != TypeSecret {
 			s.good.update(r.TypeUrl, sub, p.resources, p.removed)
-			s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), resourceNames(p.resources))
+			names := resourceNames(p.resources)
+			if p.epoch == 0 {
+				names = nil // last good: what was refused is still refused
+			}
+			s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), names)
 		}
 	}
 	if p.epoch == 0 || p.epoch != s.epoch || s.up == nil {
 		return nil
 	}
 	return up
+}
+
+// replace gives the proxy last good versions of what it refused and has no other
+// version of: one that has just started would otherwise be without.
+func (s *stream) replace(typeURL string, sub *subscription, refused sent) error {
+	if refused.epoch == 0 || typeURL == TypeSecret {
+		return nil
+	}
+	for _, r := range refused.resources {
+		if _, has := sub.held[r.Name]; has {
+			continue
+		}
+		g := s.good.get(typeURL, r.Name)
+		if g == nil || g.Version == r.Version {
+			continue
+		}
+		s.log.Info("serving last good configuration instead of what was refused", "type", kinds[typeURL].short, "resource", r.Name)
+		if err := s.send(sent{typeURL: typeURL, resources: []*discovery.Resource{g}}, "last-good"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // event handles what happened on the operator's side.

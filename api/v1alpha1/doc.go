@@ -41,4 +41,10 @@ const (
 	// ConditionRedirected tells whether nodes lead connections to their proxies as
 	// the object asks for.
 	ConditionRedirected = "Redirected"
+	// ConditionConfigured tells whether the proxies took all configuration that was
+	// made for them.
+	ConditionConfigured = "Configured"
+	// ConditionServed is a Service's: whether proxies can reach it as it is written.
+	// It is there only while it is false.
+	ConditionServed = "mesh.bulkhead.dev/Served"
 )

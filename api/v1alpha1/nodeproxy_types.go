@@ -130,11 +130,31 @@ type NodeTenantStatus struct {
 	// Weight is the percentage of new connections that the canary takes.
 	// +optional
 	Weight int32 `json:"weight,omitempty"`
+	// Rejected is configuration that the tenant's Envoys refused and hold no better
+	// version of: what they had before it is in force. At most 16.
+	// +kubebuilder:validation:MaxItems=16
+	// +listType=atomic
+	// +optional
+	Rejected []RejectedResource `json:"rejected,omitempty"`
 	// Generations that run: the first, and the canary if there is one.
 	// +listType=map
 	// +listMapKey=generation
 	// +optional
 	Generations []GenerationStatus `json:"generations,omitempty"`
+}
+
+// RejectedResource is one xDS resource that an Envoy refused.
+type RejectedResource struct {
+	// Type of the resource: LDS, CDS, EDS, RDS or FCDS.
+	// +kubebuilder:validation:MaxLength=16
+	Type string `json:"type"`
+	// Name of the resource.
+	// +kubebuilder:validation:MaxLength=1024
+	Name string `json:"name"`
+	// Message is Envoy's, cut.
+	// +kubebuilder:validation:MaxLength=300
+	// +optional
+	Message string `json:"message,omitempty"`
 }
 
 // GenerationStatus is one Envoy process of a tenant.

@@ -4,7 +4,8 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 // TenantProxyStatus is what the owner of a namespace sees of its proxies.
 type TenantProxyStatus struct {
-	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady).
+	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady), Configured
+	// (reasons Configured, ConfigRejected).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
