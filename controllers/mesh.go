@@ -60,6 +60,7 @@ type mesh struct {
 	waiting       map[netip.Addr]map[string]struct{} // UIDs that were refused an address
 	services      map[types.NamespacedName][]translate.Ref
 	users         map[translate.Ref]map[types.NamespacedName]struct{}
+	problems      map[types.NamespacedName]translate.Problem // of services
 }
 
 // triggers reach the controllers that do what follows from a change.
@@ -70,10 +71,11 @@ type triggers struct {
 	pods       trigger[types.NamespacedName]
 	services   trigger[types.NamespacedName]
 
-	plans      trigger[string] // node
-	tenants    trigger[string] // namespace
-	policies   trigger[string] // namespace
-	status     trigger[string] // MeshTopology
+	plans      trigger[string]               // node
+	tenants    trigger[string]               // namespace
+	policies   trigger[string]               // namespace
+	status     trigger[string]               // MeshTopology
+	served     trigger[types.NamespacedName] // Service
 	membership trigger[struct{}]
 }
 
@@ -99,6 +101,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 		podUIDs: map[types.NamespacedName]string{}, namespacePods: map[string]map[string]*podState{}, nodePods: map[string]map[string]*podState{},
 		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},
 		services: map[types.NamespacedName][]translate.Ref{}, users: map[translate.Ref]map[types.NamespacedName]struct{}{},
+		problems: map[types.NamespacedName]translate.Problem{},
 	}
 	// A plan holds up a new pod, so it waits less than what people read.
 	m.triggers.plans.delay = 20 * time.Millisecond
@@ -106,6 +109,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 	m.triggers.tenants.delay = 200 * time.Millisecond
 	m.triggers.policies.delay = 200 * time.Millisecond
 	m.triggers.status.delay = 500 * time.Millisecond
+	m.triggers.served.delay = time.Second // rollouts pass through states that nobody need read of
 	m.topologies = translate.NewTopologies(nil, "", exempt)
 	return m
 }
@@ -250,6 +254,11 @@ func (m *mesh) syncNamespace(ctx context.Context, name string) error {
 			errs = append(errs, m.publishProxy(model.ProxyKey{Node: node, Tenant: tenant})) // the access log
 		}
 	}
+	for key := range m.problems {
+		if key.Namespace == name {
+			m.triggers.served.add(key) // told to members only
+		}
+	}
 	m.triggers.membership.add(struct{}{})
 	m.triggers.tenants.add(name)
 	m.triggers.policies.add(name)
@@ -316,6 +325,7 @@ func (m *mesh) syncService(ctx context.Context, key types.NamespacedName) error 
 	}
 	if !found {
 		m.setRefs(key, nil)
+		delete(m.problems, key)
 		m.store.DeleteService(key.Namespace, key.Name)
 		return nil
 	}
@@ -325,7 +335,13 @@ func (m *mesh) syncService(ctx context.Context, key types.NamespacedName) error 
 	}
 	svc, refs := translate.Service(&s, slicesOf, directory{m})
 	m.setRefs(key, refs)
-	return m.store.SetService(svc)
+	problem := translate.ServiceProblem(svc, slicesOf)
+	if err := m.store.SetService(svc); err != nil {
+		// It stays as it was; trying again would change nothing.
+		problem = translate.Problem{Reason: translate.ReasonInvalid, Message: err.Error()}
+	}
+	m.setProblem(key, problem)
+	return nil
 }
 
 // setRefs remembers whom a service has to be asked about.
@@ -398,6 +414,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		if t, err := model.ParseTenant(name); err == nil && t.Namespace != "" {
 			m.triggers.tenants.add(t.Namespace)
 			m.triggers.policies.add(t.Namespace)
+			m.triggers.served.add(m.refusedServices(had.tenants[name], now.tenants[name])...)
 			if topology := m.namespaces[t.Namespace].Topology; topology != "" {
 				m.triggers.status.add(topology)
 			}

@@ -117,7 +117,10 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	if err := startPublishers(mgr, m, k); err != nil {
 		return err
 	}
-	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now}); err != nil {
+	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now,
+		event: func(about *corev1.ObjectReference, reason, note string) {
+			recorder.Eventf(about, nil, corev1.EventTypeWarning, reason, "Refuse", "%.1000s", note)
+		}}); err != nil {
 		return err
 	}
 	register, err := agentServices(mgr, m, k, jwts, store, o)

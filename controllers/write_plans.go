@@ -29,6 +29,8 @@ type writer struct {
 	jwts          *jwtKeeper
 	namespace     string
 	now           func() time.Time
+	// event makes a warning event; it never blocks. Default: none.
+	event func(about *corev1.ObjectReference, reason, note string)
 }
 
 // writePlan brings a node's NodeProxy up to date.

@@ -8,7 +8,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	corev1ac "k8s.io/client-go/applyconfigurations/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -50,6 +52,10 @@ func startWriters(mgr manager.Manager, w *writer) error {
 		func() error {
 			return reconciles[string]{name: "status", leader: true, do: once(w.writeTopology)}.start(mgr, w.mesh,
 				watch(mgr, &v1alpha1.MeshTopology{}, byName, changedSpec[*v1alpha1.MeshTopology]()), &t.status)
+		},
+		func() error {
+			return reconciles[types.NamespacedName]{name: "served", leader: true, workers: 4, do: once(w.writeService)}.start(mgr, w.mesh,
+				watch(mgr, &corev1.Service{}, byKey), &t.served)
 		},
 		func() error {
 			return reconciles[struct{}]{name: "membership", leader: true, do: once(w.writeMembership)}.start(mgr, w.mesh,
@@ -94,13 +100,20 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
 			return err
 		}
-		have = &v1alpha1.TenantProxy{}
+		have = want.DeepCopy()
 	}
 	want.Status = translate.TenantProxyStatus(name, m.Version, views, have.Status.Conditions, metav1.NewTime(w.now()))
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
 	}
-	return w.applyStatus(ctx, &want, "TenantProxy")
+	if err := w.applyStatus(ctx, &want, "TenantProxy"); err != nil {
+		return err
+	}
+	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
+	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
+		w.tell(have, "TenantProxy", now.Reason, now.Message)
+	}
+	return nil
 }
 
 // writePolicies tells the policies of a namespace what is enforced, and has the

@@ -3,13 +3,17 @@ package controllers
 import (
 	"bytes"
 	"log/slog"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -210,6 +214,137 @@ func TestStatusFollowsAgents(t *testing.T) {
 	var list v1alpha1.TenantProxyList
 	if err := c.List(t.Context(), &list); err != nil || len(list.Items) != 0 {
 		t.Errorf("TenantProxies %+v, %v", list.Items, err)
+	}
+}
+
+func newService(name, vip string, ports ...corev1.ServicePort) *corev1.Service {
+	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: name, UID: types.UID("uid-" + name)}, Spec: corev1.ServiceSpec{ClusterIPs: []string{vip}, Ports: ports}}
+}
+
+func newSlice(service string, port discoveryv1.EndpointPort, addresses ...string) *discoveryv1.EndpointSlice {
+	es := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Namespace: "a", Name: service + "-1", Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+		AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{port},
+	}
+	for _, a := range addresses {
+		es.Endpoints = append(es.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}})
+	}
+	return es
+}
+
+// What is wrong with a service is a condition and an event of that service, goes
+// when it is over, and nobody else's object is written to.
+func TestServicesAreTold(t *testing.T) {
+	http := corev1.ServicePort{Name: "http", Port: 80}
+	httpOf := discoveryv1.EndpointPort{Name: new("http"), Port: new(int32(8080))}
+	foreign := newService("foreign", "10.96.0.9", http)
+	foreign.Namespace = "out"
+	long := strings.Repeat("x", 63)
+	c := newCluster(t, newTopology("t", "mesh"), newNamespace("a", "mesh"), newNamespace("b", "mesh"), newNamespace("c", "mesh"), newNamespace("out"), newNode("n1", "10.0.1.0/24"),
+		newPod("one", "n1", "10.0.1.1"),
+		newService("good", "10.96.0.1", http), newSlice("good", httpOf, "10.0.1.1"),
+		newService("empty", "10.96.0.2", http),
+		newService("typo", "10.96.0.3", http), newSlice("typo", discoveryv1.EndpointPort{Name: new("htpp"), Port: new(int32(8080))}, "10.0.1.1"),
+		newService(long, "10.96.0.4", corev1.ServicePort{Name: strings.Repeat("p", 15), Port: 80}),
+		foreign)
+	w := c.writer()
+	var events []string
+	w.event = func(o *corev1.ObjectReference, reason, _ string) {
+		events = append(events, o.Kind+" "+o.Name+" "+reason)
+	}
+	condition := func(namespace, name string) (c1 metav1.Condition) {
+		t.Helper()
+		key := types.NamespacedName{Namespace: namespace, Name: name}
+		if err := w.writeService(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		var s corev1.Service
+		if err := c.Get(t.Context(), key, &s); err != nil {
+			t.Fatal(err)
+		}
+		if got := meta.FindStatusCondition(s.Status.Conditions, v1alpha1.ConditionServed); got != nil {
+			return *got
+		}
+		return c1
+	}
+	for name, reason := range map[string]string{"good": "", "empty": "NoEndpoints", "typo": "PortMismatch", long: "NoEndpoints"} {
+		if got := condition("a", name); got.Reason != reason || reason != "" && got.Status != metav1.ConditionFalse {
+			t.Errorf("%s is told %+v", name, got)
+		}
+	}
+	if got := condition("out", "foreign"); got.Reason != "" {
+		t.Errorf("a service outside of the mesh is told %+v", got)
+	}
+	condition("a", "empty")
+	slices.Sort(events)
+	if want := []string{"Service empty NoEndpoints", "Service typo PortMismatch", "Service " + long + " NoEndpoints"}; !slices.Equal(events, want) {
+		t.Errorf("events %q", events)
+	}
+	if err := c.Create(t.Context(), newSlice("empty", httpOf, "10.0.1.1")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.syncService(t.Context(), types.NamespacedName{Namespace: "a", Name: "empty"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := condition("a", "empty"); got.Reason != "" {
+		t.Errorf("with an endpoint it is told %+v", got)
+	}
+
+	// What Envoys refuse: a stranger's word alone counts for nothing.
+	refuse := func(tenants ...string) {
+		t.Helper()
+		if err := w.writePlan(t.Context(), "n1"); err != nil {
+			t.Fatal(err)
+		}
+		np := c.nodeProxy("n1")
+		np.Status.Tenants = nil
+		for _, tenant := range tenants {
+			np.Status.Tenants = append(np.Status.Tenants, v1alpha1.NodeTenantStatus{Name: tenant,
+				Rejected: []v1alpha1.RejectedResource{{Type: "EDS", Name: "vip|10.96.0.1:80", Message: tenant + " says no"}}})
+		}
+		if err := c.Status().Update(t.Context(), np); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.syncReport(t.Context(), "n1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events = nil
+	refuse("b")
+	if got := condition("a", "good"); got.Reason != "" {
+		t.Errorf("one stranger's word makes it %+v", got)
+	}
+	refuse("b", "c")
+	if got := condition("a", "good"); got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "2 tenants") || strings.Contains(got.Message, "says no") {
+		t.Errorf("two tenants' words make it %+v", got)
+	}
+	refuse("a")
+	if got := condition("a", "good"); got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "EDS vip|10.96.0.1:80: a says no") {
+		t.Errorf("its own tenant's word makes it %+v", got)
+	}
+	tenant := func() *metav1.Condition {
+		t.Helper()
+		if err := w.writeTenant(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		var tp v1alpha1.TenantProxy
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: "a"}, &tp); err != nil {
+			t.Fatal(err)
+		}
+		return meta.FindStatusCondition(tp.Status.Conditions, v1alpha1.ConditionConfigured)
+	}
+	if got := tenant(); got == nil || got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "n1 refused EDS vip|10.96.0.1:80: a says no") {
+		t.Errorf("the tenant is told %+v", got)
+	}
+	if want := []string{"Service good ConfigRejected", "TenantProxy a ConfigRejected"}; !slices.Equal(events, want) {
+		t.Errorf("events %q", events)
+	}
+	refuse()
+	if got := condition("a", "good"); got.Reason != "" {
+		t.Errorf("when it is over it is told %+v", got)
+	}
+	if got := tenant(); got == nil || got.Status != metav1.ConditionTrue {
+		t.Errorf("when it is over the tenant is told %+v", got)
 	}
 }
 

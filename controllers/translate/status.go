@@ -86,7 +86,7 @@ func TenantProxyStatus(tenant, version string, nodes []NodeView, had []metav1.Co
 	default:
 		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(nodes))
 	}
-	s.Conditions = conditions(had, now, c)
+	s.Conditions = conditions(had, now, c, configured(nodes))
 	return s
 }
 

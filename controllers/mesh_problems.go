@@ -1,0 +1,57 @@
+package controllers
+
+import (
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// setProblem remembers what is wrong with a service, to tell its owner.
+func (m *mesh) setProblem(key types.NamespacedName, p translate.Problem) {
+	if m.problems[key] == p {
+		return
+	}
+	if p == (translate.Problem{}) {
+		delete(m.problems, key)
+	} else {
+		m.problems[key] = p
+	}
+	m.triggers.served.add(key)
+}
+
+// refusedServices are those behind the resources in any of the statuses.
+func (m *mesh) refusedServices(statuses ...v1alpha1.NodeTenantStatus) (keys []types.NamespacedName) {
+	for _, s := range statuses {
+		for _, r := range s.Rejected {
+			if ns, name, ok := m.store.ServiceOf(r.Name); ok {
+				keys = append(keys, types.NamespacedName{Namespace: ns, Name: name})
+			}
+		}
+	}
+	return keys
+}
+
+// serviceProblem is what is wrong with a service of a namespace in the mesh:
+// others' objects aren't ours to write to.
+func (m *mesh) serviceProblem(key types.NamespacedName) (translate.Problem, []translate.Refusal) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.namespaces[key.Namespace].IsMember() {
+		return translate.Problem{}, nil
+	}
+	var refusals []translate.Refusal
+	for node, report := range m.reports {
+		for name, status := range report.tenants {
+			for _, r := range status.Rejected {
+				ns, service, ok := m.store.ServiceOf(r.Name)
+				tenant, err := model.ParseTenant(name)
+				if ok && err == nil && ns == key.Namespace && service == key.Name {
+					refusals = append(refusals, translate.Refusal{Tenant: tenant, Node: node, Resource: r})
+				}
+			}
+		}
+	}
+	return m.problems[key], refusals
+}
