@@ -16,7 +16,7 @@ packages = $(foreach d,$(1),$(if $(shell find $(d) -name '*_test.go' 2>/dev/null
 # Packages whose tests need root, a real kernel or a real Envoy.
 kernel_packages = $(call packages,agent bpf cmd/cni hack/cluster hack/envoy identity isolation test/kernel xds)
 # Packages that aren't for `go test ./...`: they need a cluster, or hours.
-slow_folders = test/e2e|test/conformance|test/bench|test/soak|test/kernel
+slow_folders = test/e2e|test/conformance|test/soak|test/kernel
 
 generated = api bpf config/crd
 
@@ -61,9 +61,17 @@ endif
 test-e2e: cluster ## End-to-end tests on the local cluster, or on the one of KUBECONFIG
 	$(use_cluster) $(GO) test -count=1 -p 1 -timeout 40m $(GOTESTFLAGS) ./test/e2e/...
 
+# Each part is a folder with a benchmark and a section of docs/benchmarks.md. What it
+# measures is never a test's business: machines differ.
+BENCH  ?= $(sort $(notdir $(patsubst %/,%,$(dir $(shell grep -l '^func Benchmark' test/bench/*/*_test.go)))))
+ROUNDS ?= 10
+
 .PHONY: bench
-bench: ## Figures beside a shared proxy's (not there yet)
-	@$(if $(call have,test/bench),$(GO) test -count=1 -timeout 60m -bench . $(GOTESTFLAGS) ./test/bench/...,echo "bench: there are no benchmarks yet"; false)
+bench: root setup ## Measure: BENCH=datapath is one part, ROUNDS=3 is quick, WRITE=1 writes docs/benchmarks.md; as root
+	$(GO) run ./hack/envoy --all
+	@for part in $(BENCH); do \
+		$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m $(GOTESTFLAGS) ./test/bench/$$part -args -rounds $(ROUNDS) $(if $(WRITE),-write) || exit 1; \
+	done
 
 .PHONY: soak
 soak: ## Long runs: held connections, random kills, many rollouts (not there yet)

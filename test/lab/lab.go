@@ -44,6 +44,7 @@ type Host struct {
 // Lab is all of it. It ends with the test.
 type Lab struct {
 	t         testing.TB
+	o         Options
 	dir       string
 	envoys    string
 	Authority *identity.Authority
@@ -57,8 +58,23 @@ type Lab struct {
 	Pods            []*Host
 }
 
-// New makes it, and waits until all of its pods are steered.
+// Options of a lab. The zero value is what the tests use.
+type Options struct {
+	// PathMTU is the bytes that the path between the nodes takes, below what either
+	// end thinks. Default 1300.
+	PathMTU int
+	// NoAccessLog has the proxies write none.
+	NoAccessLog bool
+}
+
+// New makes a lab, and waits until all of its pods are steered.
 func New(t testing.TB) *Lab {
+	t.Helper()
+	return NewWith(t, Options{})
+}
+
+// NewWith is New with options.
+func NewWith(t testing.TB, o Options) *Lab {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs root: make test-kernel")
@@ -71,7 +87,10 @@ func New(t testing.TB) *Lab {
 	Check(t, os.MkdirAll(dir, 0o755))
 	Check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755"))
 	t.Cleanup(func() { Check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
-	l := &Lab{t: t, dir: dir, envoys: filepath.Dir(envoy.Dir)}
+	if o.PathMTU == 0 {
+		o.PathMTU = 1300
+	}
+	l := &Lab{t: t, o: o, dir: dir, envoys: filepath.Dir(envoy.Dir)}
 	l.Authority, err = identity.NewAuthority(TrustDomain, time.Now())
 	Check(t, err)
 	l.Store = xds.NewStore(xds.StoreOptions{OnReject: func(r xds.Rejection) { t.Errorf("Envoy refused %+v", r) }})
@@ -103,8 +122,7 @@ func (l *Lab) namespace(name string) *Namespace {
 	return newNamespace(l.t, filepath.Join(l.dir, "netns", name))
 }
 
-// connect joins nodes and the host outside by two routers, whose path takes 1300
-// bytes.
+// connect joins nodes and the host outside by two routers, whose path is narrow.
 func (l *Lab) connect() {
 	t := l.t
 	t.Helper()
@@ -129,7 +147,7 @@ func (l *Lab) connect() {
 	first, second := Addresses("172.20.0.1", "fd20::1"), Addresses("172.20.0.2", "fd20::2")
 	veth(t, l.router, "narrow", l.router2, "narrow")
 	l.router.Do(t, func() {
-		setMTU(t, "narrow", 1300)
+		setMTU(t, "narrow", l.o.PathMTU)
 		address(t, "narrow", first, 24, 64)
 		for _, to := range []string{"172.20.2.0/24", "10.77.2.0/24"} {
 			route(t, "narrow", to, second.V4)
@@ -141,7 +159,7 @@ func (l *Lab) connect() {
 		route(t, "node1", "fd77:1::/64", l.Node1.V6)
 	})
 	l.router2.Do(t, func() {
-		setMTU(t, "narrow", 1300)
+		setMTU(t, "narrow", l.o.PathMTU)
 		address(t, "narrow", second, 24, 64)
 		route(t, "narrow", "0.0.0.0/0", first.V4)
 		route(t, "narrow", "::/0", first.V6)
@@ -152,16 +170,25 @@ func (l *Lab) connect() {
 
 var gateway = Addresses("169.254.1.1", "fe80::1")
 
-// pod makes a pod as a point-to-point CNI plugin does.
+// pod makes a pod of the mesh.
 func (l *Lab) pod(n *Node, name, namespace, account string, number int) *Host {
+	l.t.Helper()
+	p := l.AddPod(n, name, number)
+	p.VIP = Addresses(fmt.Sprintf("10.96.0.%d", number), fmt.Sprintf("fd96::%d", number))
+	p.Tenant = model.NamespaceTenant(namespace)
+	p.Identity = model.Identity{TrustDomain: TrustDomain, Namespace: namespace, ServiceAccount: account}
+	l.Pods, n.Pods, n.Planned = append(l.Pods, p), append(n.Pods, p), append(n.Planned, p)
+	return p
+}
+
+// AddPod makes a pod outside of the mesh, as a point-to-point CNI plugin does, with
+// nothing on it. number is 1 to 254, and another one for each pod.
+func (l *Lab) AddPod(n *Node, name string, number int) *Host {
 	t := l.t
 	t.Helper()
 	p := &Host{
 		Namespace: l.namespace(name), Name: name, Node: n,
-		Pair:     Addresses(fmt.Sprintf("10.77.%d.%d", n.number, number), fmt.Sprintf("fd77:%d::%d", n.number, number)),
-		VIP:      Addresses(fmt.Sprintf("10.96.0.%d", number), fmt.Sprintf("fd96::%d", number)),
-		Tenant:   model.NamespaceTenant(namespace),
-		Identity: model.Identity{TrustDomain: TrustDomain, Namespace: namespace, ServiceAccount: account},
+		Pair: Addresses(fmt.Sprintf("10.77.%d.%d", n.number, number), fmt.Sprintf("fd77:%d::%d", n.number, number)),
 	}
 	veth(t, n.Namespace, "pod"+name, p.Namespace, "eth0")
 	n.Do(t, func() {
@@ -175,7 +202,6 @@ func (l *Lab) pod(n *Node, name, namespace, account string, number int) *Host {
 		route(t, "eth0", "0.0.0.0/0", gateway.V4)
 		route(t, "eth0", "::/0", gateway.V6)
 	})
-	l.Pods, n.Pods, n.Planned = append(l.Pods, p), append(n.Pods, p), append(n.Planned, p)
 	return p
 }
 
@@ -198,7 +224,7 @@ func (l *Lab) publish() {
 		Check(t, l.Store.SetWorkload(w))
 		key := model.ProxyKey{Node: p.Node.Name, Tenant: p.Tenant}
 		if proxies[key] == nil {
-			proxies[key] = &model.Proxy{Node: key.Node, Tenant: key.Tenant, AccessLog: true}
+			proxies[key] = &model.Proxy{Node: key.Node, Tenant: key.Tenant, AccessLog: !l.o.NoAccessLog}
 		}
 		proxies[key].Workloads = append(proxies[key].Workloads, w)
 		s := model.Service{Namespace: p.Identity.Namespace, Name: p.Name, VIPs: p.VIP.Both(),

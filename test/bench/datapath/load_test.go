@@ -1,0 +1,141 @@
+package datapath
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// kind is one kind of load.
+type kind struct {
+	name    string
+	options load.Options
+}
+
+var kinds = []kind{
+	{"1 connection", load.Options{Connections: 1}},
+	{"16 connections", load.Options{Connections: 16}},
+	{"64 connections", load.Options{Connections: 64}},
+	{"a connection each, 16 at a time", load.Options{Connections: 16, New: true}},
+	{"one stream", load.Options{Bulk: true}},
+}
+
+// loader runs the program of package load on hosts.
+type loader struct {
+	b      *testing.B
+	binary string
+}
+
+func newLoader(b *testing.B) *loader {
+	b.Helper()
+	l := &loader{b: b, binary: filepath.Join(b.TempDir(), "load")}
+	out, err := exec.Command("go", "build", "-o", l.binary, "github.com/bulkhead-mesh/bulkhead/test/bench/load/cmd").CombinedOutput()
+	if err != nil {
+		b.Fatalf("build the load: %v: %s", err, out)
+	}
+	return l
+}
+
+func (l *loader) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(l.binary, args...)
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	return cmd
+}
+
+// serve bears load on a host until the benchmark ends.
+func (l *loader) serve(h *lab.Host) {
+	b := l.b
+	b.Helper()
+	cmd := l.command("serve")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	lab.Check(b, err)
+	h.Do(b, func() { lab.Check(b, cmd.Start()) })
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		b.Fatalf("the server on %s: %q, %v", h.Name, line, err)
+	}
+}
+
+// roomForPorts lets a host make many connections in a second: as many ports as
+// there can be, taken again one second after their last use.
+func roomForPorts(b *testing.B, h *lab.Host) {
+	b.Helper()
+	h.Do(b, func() { lab.Sysctl(b, "ipv4/ip_local_port_range=1024 65535", "ipv4/tcp_tw_reuse=1") })
+}
+
+// run makes load on a way, of which no request may fail.
+func (l *loader) run(w *way, k kind, duration time.Duration) load.Result {
+	b := l.b
+	b.Helper()
+	o := k.options
+	o.Duration, o.To = duration, netip.AddrPortFrom(w.to, load.RequestPort)
+	if o.Bulk {
+		o.To = netip.AddrPortFrom(w.to, load.BulkPort)
+	}
+	o.Processes = w.processes()
+	text, err := json.Marshal(o)
+	lab.Check(b, err)
+	cmd := l.command("run", string(text))
+	var out, messages bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &messages
+	w.from.Do(b, func() { lab.Check(b, cmd.Start()) })
+	if err := cmd.Wait(); err != nil {
+		b.Fatalf("%s, %s: %v: %s", w.name, k.name, err, messages.String())
+	}
+	var r load.Result
+	lab.Check(b, json.Unmarshal(out.Bytes(), &r))
+	if len(o.Processes) > 0 && r.CPU.Processes == 0 {
+		b.Fatalf("%s, %s: the proxies had nothing to do", w.name, k.name)
+	}
+	return r
+}
+
+// outcome is what the rounds measured of one way and kind.
+type outcome struct {
+	// rate is requests a second, or Gbit/s of a stream.
+	rate     report.Samples
+	p50, p99 report.Samples // µs
+	// CPU time in µs a request, or in ms a Gbit.
+	all, kernel, proxies report.Samples
+}
+
+func (o *outcome) add(k kind, r load.Result) {
+	n, unit := float64(r.Requests), float64(time.Microsecond)
+	if k.options.Bulk {
+		n, unit = float64(r.Bytes)*8/1e9, float64(time.Millisecond)
+	}
+	o.rate = append(o.rate, n/r.Duration.Seconds())
+	o.p50 = append(o.p50, float64(r.P50)/float64(time.Microsecond))
+	o.p99 = append(o.p99, float64(r.P99)/float64(time.Microsecond))
+	o.all = append(o.all, float64(r.CPU.All)/unit/n)
+	o.kernel = append(o.kernel, float64(r.CPU.Kernel)/unit/n)
+	o.proxies = append(o.proxies, float64(r.CPU.Processes)/unit/n)
+}
+
+// row of a table, with the rate beside the baseline's.
+func (o *outcome) row(k kind, name string, baseline *outcome) []string {
+	latency := []string{o.p50.String(), o.p99.String()}
+	if k.options.Bulk {
+		latency = []string{"", ""}
+	}
+	return append(append([]string{k.name, name, o.rate.Spread(), fmt.Sprintf("%.2f", o.rate.Per(baseline.rate).Median())}, latency...),
+		o.all.String(), o.kernel.String(), fmt.Sprintf("%.2f", o.kernel.Per(baseline.kernel).Median()), o.proxies.String())
+}
