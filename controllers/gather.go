@@ -124,7 +124,7 @@ func stripEndpointSlice(o any) (any, error) {
 		out.Labels = map[string]string{discoveryv1.LabelServiceName: v}
 	}
 	for _, e := range s.Endpoints {
-		k := discoveryv1.Endpoint{Addresses: e.Addresses, Conditions: e.Conditions, Zone: e.Zone}
+		k := discoveryv1.Endpoint{Addresses: e.Addresses, Conditions: e.Conditions, Hints: e.Hints}
 		if r := e.TargetRef; r != nil {
 			k.TargetRef = &corev1.ObjectReference{Kind: r.Kind, Namespace: r.Namespace, UID: r.UID}
 		}

@@ -286,14 +286,22 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 		m.triggers.plans.add(name)
 		m.triggers.status.add(m.topologies.Names()...)
 	}
+	var errs []error
+	if known && found && had.Zone() != now.Zone() {
+		for tenant, nodes := range m.proxies {
+			if nodes[name] != nil {
+				errs = append(errs, m.publishProxy(model.ProxyKey{Node: name, Tenant: tenant}))
+			}
+		}
+	}
 	if known == found && slices.Equal(had.PodCIDRs, now.PodCIDRs) {
-		return nil
+		return errors.Join(errs...)
 	}
 	m.triggers.network.add(struct{}{})
 	for _, p := range m.nodePods[name] {
 		m.triggers.pods.add(p.key)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // syncNetwork tells the store the ranges of the cluster.

@@ -293,7 +293,7 @@ func (m *mesh) publishProxy(key model.ProxyKey) error {
 			workloads = append(workloads, p.Workload(p.held))
 		}
 	}
-	return m.store.SetProxy(translate.Proxy(key, m.namespaces[key.Tenant.Namespace].Membership, workloads))
+	return m.store.SetProxy(translate.Proxy(key, m.nodes[key.Node].Zone(), m.namespaces[key.Tenant.Namespace].Membership, workloads))
 }
 
 // add puts v into a map of maps.

@@ -53,7 +53,9 @@ type Endpoint struct {
 	// Draining endpoints are terminating but still serve: they keep what they
 	// have and get new connections only if no other endpoint is left.
 	Draining bool
-	Zone     string
+	// ForZones and ForNodes are the zones and nodes whose clients it is meant for;
+	// none if it is for all alike.
+	ForZones, ForNodes []string
 }
 
 // Proxy is one tenant's proxy on one node and what it serves there.
@@ -63,6 +65,8 @@ type Proxy struct {
 	// Workloads of this tenant on this node, each with the addresses by which its
 	// connections are told from others.
 	Workloads []Workload
+	// Zone of the node; "" if it has none.
+	Zone string
 	// AccessLog writes one line a connection to the proxy's log.
 	AccessLog bool
 }

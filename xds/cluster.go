@@ -29,6 +29,8 @@ const (
 	// userTimeout is how long the kernel waits for a tunnel's peer to acknowledge
 	// data, or after an outage pools stay dead for a quarter of an hour.
 	userTimeout = 20 * time.Second
+	// ejectAfter is how many connections in a row must have failed.
+	ejectAfter = 5
 )
 
 // cluster is what all clusters share. The limits of a tenant are its cgroup's;
@@ -116,6 +118,17 @@ func VIPCluster(vip netip.AddrPort) (*clusterv3.Cluster, error) {
 	// Never send to an endpoint that is draining because few others are left:
 	// VIPEndpoints decides when that is right.
 	c.CommonLbConfig = &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}}
+	// An endpoint whose connections fail gets none for a while. Only where that shows
+	// here: a tunnel to a pod of the mesh begins behind an internal listener, which
+	// always takes the connection.
+	c.OutlierDetection = &clusterv3.OutlierDetection{
+		SplitExternalLocalOriginErrors: true,
+		ConsecutiveLocalOriginFailure:  wrapperspb.UInt32(ejectAfter), EnforcingConsecutiveLocalOriginFailure: wrapperspb.UInt32(100),
+		EnforcingLocalOriginSuccessRate: wrapperspb.UInt32(0), EnforcingConsecutive_5Xx: wrapperspb.UInt32(0),
+		EnforcingConsecutiveGatewayFailure: wrapperspb.UInt32(0), EnforcingSuccessRate: wrapperspb.UInt32(0),
+		Interval: durationpb.New(time.Second), BaseEjectionTime: durationpb.New(10 * time.Second), MaxEjectionTime: durationpb.New(time.Minute),
+		MaxEjectionPercent: wrapperspb.UInt32(50),
+	}
 	c.TransportSocketMatches = []*clusterv3.Cluster_TransportSocketMatch{
 		{Name: "plain", Match: structOf("plain", structpb.NewBoolValue(true)), TransportSocket: p.rawSocket()},
 		{Name: "tunnel", Match: &structpb.Struct{}, TransportSocket: p.internalSocket()},
@@ -127,18 +140,11 @@ func structOf(key string, value *structpb.Value) *structpb.Struct {
 	return &structpb.Struct{Fields: map[string]*structpb.Value{key: value}}
 }
 
-// VIPEndpoints are the endpoints behind a service's address, of its family; none
-// for the zero Service.
-func VIPEndpoints(vip netip.AddrPort, s model.Service) (*endpointv3.ClusterLoadAssignment, error) {
+// VIPEndpoints are the endpoints behind a service's address, of its family, as
+// clients at a place have them; none for the zero Service.
+func VIPEndpoints(vip netip.AddrPort, s model.Service, from Place) (*endpointv3.ClusterLoadAssignment, error) {
 	cla := &endpointv3.ClusterLoadAssignment{ClusterName: VIPName(vip)}
-	var port model.ServicePort
-	for _, sp := range s.Ports {
-		if sp.Port == vip.Port() {
-			port = sp
-			break
-		}
-	}
-	eps := slices.DeleteFunc(slices.Clone(port.Endpoints), func(e model.Endpoint) bool { return e.Addr.Addr().Is4() != vip.Addr().Is4() })
+	eps := slices.DeleteFunc(slices.Clone(portOf(s, vip).Endpoints), func(e model.Endpoint) bool { return e.Addr.Addr().Is4() != vip.Addr().Is4() })
 	slices.SortFunc(eps, func(a, b model.Endpoint) int {
 		// Of two that claim one address, the one that must prove an identity counts.
 		return cmp.Or(a.Addr.Compare(b.Addr), -cmp.Compare(a.Identity.String(), b.Identity.String()))
@@ -146,16 +152,20 @@ func VIPEndpoints(vip netip.AddrPort, s model.Service) (*endpointv3.ClusterLoadA
 	eps = slices.CompactFunc(eps, func(a, b model.Endpoint) bool { return a.Addr == b.Addr })
 	// Draining endpoints serve only if no other is left, as with kube-proxy.
 	last := !slices.ContainsFunc(eps, func(e model.Endpoint) bool { return !e.Draining })
-	locality := &endpointv3.LocalityLbEndpoints{}
+	var serving, leaving []model.Endpoint
 	for _, e := range eps {
-		lb := lbEndpoint(e)
 		if e.Draining && !last {
-			lb.HealthStatus = corev3.HealthStatus_DRAINING
+			leaving = append(leaving, e)
+		} else {
+			serving = append(serving, e)
 		}
-		locality.LbEndpoints = append(locality.LbEndpoints, lb)
 	}
-	if len(eps) > 0 {
-		cla.Endpoints = []*endpointv3.LocalityLbEndpoints{locality}
+	for _, tier := range tiers(serving, from) {
+		cla.Endpoints = append(cla.Endpoints, priority(len(cla.Endpoints), tier, corev3.HealthStatus_UNKNOWN))
+	}
+	if len(leaving) > 0 {
+		// Apart from the others, or a priority would pass for half dead in a rollout.
+		cla.Endpoints = append(cla.Endpoints, priority(len(cla.Endpoints), leaving, corev3.HealthStatus_DRAINING))
 	}
 	return cla, nil
 }

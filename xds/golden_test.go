@@ -94,10 +94,10 @@ func TestGolden(t *testing.T) {
 		"cluster-pod-mesh-ipv6":  func() ([]proto.Message, error) { return one(PodCluster(pod6, testProxy.Workloads[1])) },
 		"cluster-pod-plain":      func() ([]proto.Message, error) { return one(PodCluster(pod4, plainWorkload("p", "10.1.0.3"))) },
 		"cluster-pod-unknown":    func() ([]proto.Message, error) { return one(UnknownPodCluster(pod4)) },
-		"endpoints-ipv4":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, testService)) },
-		"endpoints-ipv6":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip6, testService)) },
-		"endpoints-all-draining": func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, draining)) },
-		"endpoints-unknown":      func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, model.Service{})) },
+		"endpoints-ipv4":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, testService, Place{})) },
+		"endpoints-ipv6":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip6, testService, Place{})) },
+		"endpoints-all-draining": func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, draining, Place{})) },
+		"endpoints-unknown":      func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, model.Service{}, Place{})) },
 	}
 	for name, build := range files {
 		t.Run(name, func(t *testing.T) {

@@ -69,7 +69,13 @@ func (s *Store) SetProxy(proxy model.Proxy) error {
 	} else if reflect.DeepEqual(p.proxy, proxy) {
 		return refused
 	}
+	moved := p.proxy.Zone != proxy.Zone
 	p.proxy = proxy
+	if moved {
+		for st := range p.streams {
+			st.markAll(TypeEndpoints)
+		}
+	}
 	p.invalidate()
 	p.wake()
 	return refused

@@ -57,9 +57,16 @@ type resourceKey struct{ typeURL, name string }
 
 // entry is a shared resource that somebody holds.
 type entry struct {
-	stale   bool
-	current *resource
+	// version counts the times that it may have changed.
+	version uint64
+	// built are the resources, one for each place that makes a difference.
+	built   map[Place]*built
 	holders map[*stream]struct{}
+}
+
+type built struct {
+	version uint64 // of the entry
+	current *resource
 }
 
 // NewStore returns an empty store. Nothing is served from it before MarkSynced.
@@ -253,7 +260,7 @@ func (s *Store) invalidate(typeURL, name string) {
 	if e == nil {
 		return
 	}
-	e.stale = true
+	e.version++
 	for st := range e.holders {
 		st.mark(typeURL, name, false)
 	}
@@ -275,7 +282,7 @@ func (s *Store) hold(st *stream, typeURL, name string) bool {
 		key := resourceKey{typeURL, name}
 		e := s.shared[key]
 		if e == nil {
-			e = &entry{stale: true, holders: map[*stream]struct{}{}}
+			e = &entry{version: 1, built: map[Place]*built{}, holders: map[*stream]struct{}{}}
 			s.shared[key] = e
 		}
 		e.holders[st] = struct{}{}
@@ -346,16 +353,32 @@ func (s *Store) lookup(st *stream, typeURL, name string) *resource {
 	if e == nil {
 		return nil
 	}
-	if e.stale {
-		e.stale = false
+	from := s.place(st, typeURL, name)
+	b := e.built[from]
+	if b == nil {
+		b = &built{}
+		e.built[from] = b
+	}
+	if b.version != e.version {
+		b.version = e.version
 		s.builds++
-		if r, err := s.build(typeURL, name); err != nil {
+		if r, err := s.build(typeURL, name, from); err != nil {
 			s.refuse(typeURL, name, err)
 		} else {
-			e.current = r
+			b.current = r
 		}
 	}
-	return e.current
+	return b.current
+}
+
+// place is what of a stream's place makes a difference to a resource.
+func (s *Store) place(st *stream, typeURL, name string) Place {
+	p := s.proxies[st.key]
+	if typeURL != TypeEndpoints || p == nil {
+		return Place{}
+	}
+	vip, _ := parseVIPName(name)
+	return Place{Zone: p.proxy.Zone, Node: p.proxy.Node}.at(portOf(s.services[s.vips[vip]], vip))
 }
 
 // wildcard is the names that a wildcard subscription of st stands for.
@@ -369,7 +392,7 @@ func (s *Store) wildcard(typeURL string) []string {
 	return nil
 }
 
-func (s *Store) build(typeURL, name string) (*resource, error) {
+func (s *Store) build(typeURL, name string, from Place) (*resource, error) {
 	var m proto.Message
 	var err error
 	var source Source
@@ -377,7 +400,7 @@ func (s *Store) build(typeURL, name string) (*resource, error) {
 		svc := s.services[s.vips[vip]]
 		source = serviceSource(svc)
 		if typeURL == TypeEndpoints {
-			m, err = VIPEndpoints(vip, svc)
+			m, err = VIPEndpoints(vip, svc, from)
 		} else {
 			m, err = VIPCluster(vip)
 		}

@@ -109,6 +109,19 @@ func (st *stream) mark(typeURL, name string, urgent bool) {
 	st.wake()
 }
 
+// markAll marks all names of a type.
+func (st *stream) markAll(typeURL string) {
+	st.mu.Lock()
+	var names []string
+	if sub := st.types[typeURL]; sub != nil {
+		names = slices.Collect(maps.Keys(sub.names))
+	}
+	st.mu.Unlock()
+	for _, name := range names {
+		st.mark(typeURL, name, false)
+	}
+}
+
 func (st *stream) wake() {
 	select {
 	case st.wakeup <- struct{}{}:

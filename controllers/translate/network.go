@@ -23,6 +23,9 @@ type Node struct {
 	PodCIDRs []netip.Prefix
 }
 
+// Zone that the node is in; "" if its labels don't say.
+func (n Node) Zone() string { return n.Labels[corev1.LabelTopologyZone] }
+
 // NewNode reads a Node. Ranges that aren't any are left out.
 func NewNode(n *corev1.Node) Node {
 	cidrs := n.Spec.PodCIDRs

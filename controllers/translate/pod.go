@@ -91,8 +91,8 @@ func InRanges(addr netip.Addr, ranges []netip.Prefix) bool {
 }
 
 // Proxy is one tenant's proxy on one node with the workloads that have addresses.
-func Proxy(key model.ProxyKey, m Membership, workloads []model.Workload) model.Proxy {
+func Proxy(key model.ProxyKey, zone string, m Membership, workloads []model.Workload) model.Proxy {
 	workloads = slices.Clone(workloads)
 	slices.SortFunc(workloads, func(a, b model.Workload) int { return strings.Compare(a.UID, b.UID) })
-	return model.Proxy{Node: key.Node, Tenant: key.Tenant, Workloads: workloads, AccessLog: m.AccessLog}
+	return model.Proxy{Node: key.Node, Tenant: key.Tenant, Zone: zone, Workloads: workloads, AccessLog: m.AccessLog}
 }

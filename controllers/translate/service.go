@@ -94,8 +94,13 @@ func endpoints(port string, endpointSlices []discoveryv1.EndpointSlice, d Direct
 					continue
 				}
 				ep := model.Endpoint{Addr: netip.AddrPortFrom(a, number), Identity: identity, Draining: draining}
-				if e.Zone != nil {
-					ep.Zone = *e.Zone
+				if e.Hints != nil {
+					for _, z := range e.Hints.ForZones {
+						ep.ForZones = append(ep.ForZones, z.Name)
+					}
+					for _, n := range e.Hints.ForNodes {
+						ep.ForNodes = append(ep.ForNodes, n.Name)
+					}
 				}
 				// Slices may repeat an endpoint while they are rewritten; ready anywhere is ready.
 				if had, ok := found[ep.Addr]; !ok || had.Draining {
