@@ -65,7 +65,7 @@ var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants,
 	datapathMapPerPod, datapathMapFlows, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.
-var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant, datapathProgNoTransparent}
+var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant}
 
 // Open loads the programs, or adopts what a former process pinned, also if that
 // one was killed at any point. Where a pinned program differs from the one of
@@ -161,7 +161,6 @@ func (d *Datapath) replacePrograms() error {
 	for _, index := range tenants {
 		dir := d.tenantDir(index)
 		d.replaceProgram(filepath.Join(dir, fromTenantLink), d.programs[datapathProgFromTenant])
-		d.replaceProgram(filepath.Join(dir, noTransparentLink), d.programs[datapathProgNoTransparent])
 		if err := d.replaceTenantPrograms(index); err != nil {
 			d.log.Warn("Can't load a tenant's steering; what is there stays", "tenant", index, "error", err)
 		}

@@ -179,24 +179,23 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	datapathMapConfig         = "config"
-	datapathMapCounters       = "counters"
-	datapathMapEvents         = "events"
-	datapathMapExclusions     = "exclusions"
-	datapathMapFlows          = "flows"
-	datapathMapListeners      = "listeners"
-	datapathMapNodeAddresses  = "node_addresses"
-	datapathMapPerPod         = "per_pod"
-	datapathMapPods           = "pods"
-	datapathMapTenants        = "tenants"
-	datapathMapVeths          = "veths"
-	datapathProgFromPod       = "from_pod"
-	datapathProgFromTenant    = "from_tenant"
-	datapathProgNoTransparent = "no_transparent"
-	datapathProgObserve       = "observe"
-	datapathProgSteer         = "steer"
-	datapathProgToPod         = "to_pod"
-	datapathVarTenantIndex    = "tenant_index"
+	datapathMapConfig        = "config"
+	datapathMapCounters      = "counters"
+	datapathMapEvents        = "events"
+	datapathMapExclusions    = "exclusions"
+	datapathMapFlows         = "flows"
+	datapathMapListeners     = "listeners"
+	datapathMapNodeAddresses = "node_addresses"
+	datapathMapPerPod        = "per_pod"
+	datapathMapPods          = "pods"
+	datapathMapTenants       = "tenants"
+	datapathMapVeths         = "veths"
+	datapathProgFromPod      = "from_pod"
+	datapathProgFromTenant   = "from_tenant"
+	datapathProgObserve      = "observe"
+	datapathProgSteer        = "steer"
+	datapathProgToPod        = "to_pod"
+	datapathVarTenantIndex   = "tenant_index"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -241,12 +240,11 @@ type datapathSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathProgramSpecs struct {
-	FromPod       *ebpf.ProgramSpec `ebpf:"from_pod"`
-	FromTenant    *ebpf.ProgramSpec `ebpf:"from_tenant"`
-	NoTransparent *ebpf.ProgramSpec `ebpf:"no_transparent"`
-	Observe       *ebpf.ProgramSpec `ebpf:"observe"`
-	Steer         *ebpf.ProgramSpec `ebpf:"steer"`
-	ToPod         *ebpf.ProgramSpec `ebpf:"to_pod"`
+	FromPod    *ebpf.ProgramSpec `ebpf:"from_pod"`
+	FromTenant *ebpf.ProgramSpec `ebpf:"from_tenant"`
+	Observe    *ebpf.ProgramSpec `ebpf:"observe"`
+	Steer      *ebpf.ProgramSpec `ebpf:"steer"`
+	ToPod      *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
@@ -333,19 +331,17 @@ type datapathVariables struct {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathPrograms struct {
-	FromPod       *ebpf.Program `ebpf:"from_pod"`
-	FromTenant    *ebpf.Program `ebpf:"from_tenant"`
-	NoTransparent *ebpf.Program `ebpf:"no_transparent"`
-	Observe       *ebpf.Program `ebpf:"observe"`
-	Steer         *ebpf.Program `ebpf:"steer"`
-	ToPod         *ebpf.Program `ebpf:"to_pod"`
+	FromPod    *ebpf.Program `ebpf:"from_pod"`
+	FromTenant *ebpf.Program `ebpf:"from_tenant"`
+	Observe    *ebpf.Program `ebpf:"observe"`
+	Steer      *ebpf.Program `ebpf:"steer"`
+	ToPod      *ebpf.Program `ebpf:"to_pod"`
 }
 
 func (p *datapathPrograms) Close() error {
 	return _DatapathClose(
 		p.FromPod,
 		p.FromTenant,
-		p.NoTransparent,
 		p.Observe,
 		p.Steer,
 		p.ToPod,

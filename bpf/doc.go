@@ -16,7 +16,7 @@
 //
 //	<PinDir>/maps/<map>                       shared by all programs
 //	<PinDir>/programs/<program>
-//	<PinDir>/tenants/<index>/{listeners,steer,from_tenant,steer_link,no_transparent,observe,observe_link}
+//	<PinDir>/tenants/<index>/{listeners,steer,from_tenant,steer_link,observe,observe_link}
 //	<PinDir>/pods/<uid>/{from_pod,to_pod}
 //
 // Whatever isn't known is closed: the TCP of a pod without a tenant is dropped,

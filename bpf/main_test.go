@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -38,8 +37,6 @@ func TestMain(m *testing.M) {
 		os.Exit(runNode())
 	case "node":
 		os.Exit(m.Run())
-	case "transparent":
-		os.Exit(askTransparent())
 	default:
 		os.Exit(runProxy(role))
 	}
@@ -120,19 +117,6 @@ func runProxy(name string) int {
 	return 0
 }
 
-// askTransparent asks for IP_TRANSPARENT of both families.
-func askTransparent() int {
-	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM, 0)
-	if err != nil {
-		return 1
-	}
-	err4 := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
-	err6 := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
-	nodelay := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	fmt.Println(err4, err6, nodelay)
-	return 0
-}
-
 // proxy is a running runProxy.
 type proxy struct {
 	pid      int
@@ -183,34 +167,6 @@ func startProxyIn(t *testing.T, netns *namespace, name, cgroup string) *proxy {
 		}
 	}()
 	return p
-}
-
-// transparent runs askTransparent without capabilities in a cgroup.
-func transparent(t *testing.T, cgroup string) string {
-	t.Helper()
-	dir, err := os.Open(cgroup)
-	check(t, err)
-	defer dir.Close()
-	// The binary's folder is root's alone.
-	exe := filepath.Join(t.TempDir(), "ask")
-	b, err := os.ReadFile("/proc/self/exe")
-	check(t, err)
-	check(t, os.WriteFile(exe, b, 0o755))
-	f, err := os.Open(exe)
-	check(t, err)
-	defer f.Close()
-	cmd := exec.Command("/proc/self/fd/3")
-	cmd.ExtraFiles = []*os.File{f}
-	cmd.Env = append(os.Environ(), roleVariable+"=transparent")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true, CgroupFD: int(dir.Fd()),
-		Credential: &syscall.Credential{Uid: 65534, Gid: 65534},
-	}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("ask for IP_TRANSPARENT: %v: %s", err, out)
-	}
-	return strings.TrimSpace(string(out))
 }
 
 func check(t *testing.T, err error) {

@@ -25,7 +25,6 @@ func Probe() error {
 		{"bpf_redirect_peer", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectPeer) }},
 		{"sk_lookup programs", func() error { return features.HaveProgramType(ebpf.SkLookup) }},
 		{"bpf_sk_assign in sk_lookup", func() error { return features.HaveProgramHelper(ebpf.SkLookup, asm.FnSkAssign) }},
-		{"setsockopt programs on cgroups (CONFIG_CGROUP_BPF)", func() error { return features.HaveProgramType(ebpf.CGroupSockopt) }},
 		{"socket maps (CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG)", func() error { return features.HaveMapType(ebpf.SockMap) }},
 		{"hash maps per CPU", func() error { return features.HaveMapType(ebpf.PerCPUHash) }},
 		{"ring buffers", func() error { return features.HaveMapType(ebpf.RingBuf) }},

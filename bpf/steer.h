@@ -1,10 +1,6 @@
 // In a tenant's network namespace: which socket gets a new connection.
 #pragma once
 
-#define IPPROTO_IP_LEVEL 0
-#define IPPROTO_IPV6_LEVEL 41
-#define IP_TRANSPARENT_OPTION 19
-#define IPV6_TRANSPARENT_OPTION 75
 #define AF_INET 2
 
 // A sk_lookup program can't see which namespace it runs for, so every tenant
@@ -130,20 +126,4 @@ int steer(struct bpf_sk_lookup *ctx)
 	if (of_pod)
 		of_pod->listener[listener & 3]++;
 	return SK_PASS;
-}
-
-// no_transparent: setsockopt of a tenant's processes. Envoy's original_src asks
-// for IP_TRANSPARENT, which needs CAP_NET_ADMIN. In the tenant's namespace every
-// address is local, so that bind works without it, and the answer can be yes.
-SEC("cgroup/setsockopt")
-int no_transparent(struct bpf_sockopt *ctx)
-{
-	if ((ctx->level == IPPROTO_IP_LEVEL && ctx->optname == IP_TRANSPARENT_OPTION) ||
-	    (ctx->level == IPPROTO_IPV6_LEVEL && ctx->optname == IPV6_TRANSPARENT_OPTION)) {
-		ctx->optlen = -1; // done: the kernel's own code doesn't see it
-		return 1;
-	}
-	if (ctx->optlen > 4096)
-		ctx->optlen = 0; // unchanged: only the first page could be handed on
-	return 1;
 }

@@ -448,25 +448,6 @@ func TestRefused(t *testing.T) {
 	})
 }
 
-func TestNoTransparent(t *testing.T) {
-	top := newTopology(t)
-	cgroup := makeCgroup(t)
-	d := top.open()
-	one := top.tenant(1)
-	refused := fmt.Sprint(unix.EPERM)
-	for _, step := range []struct{ cgroup, want string }{
-		{"", refused + " " + refused + " <nil>"},
-		{cgroup, "<nil> <nil> <nil>"},
-		{"", refused + " " + refused + " <nil>"},
-	} {
-		one.CgroupV2 = step.cgroup
-		check(t, d.UpdateTenant(one.Tenant))
-		if got := transparent(t, cgroup); got != step.want {
-			t.Errorf("with cgroup %q: %s, want %s", step.cgroup, got, step.want)
-		}
-	}
-}
-
 func makeCgroup(t *testing.T) string {
 	t.Helper()
 	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {

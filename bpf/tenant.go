@@ -19,10 +19,12 @@ const MaxTenantIndex = 4095
 
 // Names in a tenant's pin folder.
 const (
-	fromTenantLink    = "from_tenant"
-	steerLink         = "steer_link"
+	fromTenantLink = "from_tenant"
+	steerLink      = "steer_link"
+	observeLink    = "observe_link"
+	// noTransparentLink is of former versions; processes that they started need
+	// it as long as they run.
 	noTransparentLink = "no_transparent"
-	observeLink       = "observe_link"
 )
 
 // tenantLinks are in the order in which they go: what comes out of the namespace
@@ -42,9 +44,8 @@ type Tenant struct {
 	// TenantIfindex and HostMAC are the reverse; they aren't used yet.
 	TenantIfindex int
 	HostMAC       net.HardwareAddr
-	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none;
-	// Envoy then needs CAP_NET_ADMIN to keep source addresses, and there are no
-	// events of its connections.
+	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
+	// and no events of its connections.
 	CgroupV2 string
 }
 
@@ -143,19 +144,15 @@ func (d *Datapath) attachTenant(t Tenant) error {
 	if err != nil {
 		return err
 	}
-	noTransparent := d.programs[datapathProgNoTransparent]
-	if err := attachCgroup(filepath.Join(dir, noTransparentLink), t.CgroupV2, noTransparent, ebpf.AttachCGroupSetsockopt); err != nil {
-		return err
-	}
 	observe, err := d.loadObserve(t.Index)
 	if err != nil {
 		return err
 	}
 	defer observe.Close()
-	return attachCgroup(filepath.Join(dir, observeLink), t.CgroupV2, observe, ebpf.AttachCGroupSockOps)
+	return attachObserve(filepath.Join(dir, observeLink), t.CgroupV2, observe)
 }
 
-func attachCgroup(path, cgroup string, program *ebpf.Program, at ebpf.AttachType) error {
+func attachObserve(path, cgroup string, program *ebpf.Program) error {
 	if cgroup == "" {
 		return detach(path)
 	}
@@ -171,7 +168,7 @@ func attachCgroup(path, cgroup string, program *ebpf.Program, at ebpf.AttachType
 	return ensureLink(path, program,
 		func(i *link.Info) bool { c := i.Cgroup(); return c != nil && c.CgroupId == inode },
 		func() (link.Link, error) {
-			l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: at, Program: program})
+			l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: ebpf.AttachCGroupSockOps, Program: program})
 			if err != nil {
 				return nil, fmt.Errorf("attach %s to cgroup %s (is it version 2?): %w", filepath.Base(path), cgroup, err)
 			}

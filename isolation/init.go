@@ -12,7 +12,6 @@ import (
 	"strings"
 	"unsafe"
 
-	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -113,8 +112,8 @@ func become(c initConfig) error {
 		return fmt.Errorf("close files: %w", err)
 	}
 	for _, f := range list {
-		if err := seccomp.LoadFilter(f); err != nil {
-			return fmt.Errorf("load system call filter: %w", err)
+		if err := loadFilter(f); err != nil {
+			return err
 		}
 	}
 	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)),

@@ -9,7 +9,6 @@ import (
 	"syscall"
 	"testing"
 
-	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -23,6 +22,8 @@ func TestFilters(t *testing.T) {
 		"clone3":         "function not implemented", "thread": "ok",
 		"userns": "SIGSYS", "unshare": "SIGSYS", "mount": "SIGSYS", "ptrace": "SIGSYS", "bpf": "SIGSYS", "setns": "SIGSYS",
 		"x32": "function not implemented",
+		// Answered without being done; all other options are done.
+		"transparent": "ok", "transparent6": "ok", "nodelay": "bad file descriptor", "ttl": "bad file descriptor", "option19": "bad file descriptor",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -42,13 +43,19 @@ func TestFilters(t *testing.T) {
 // filtered makes one call behind the filters and prints what it returned.
 func filtered(name string) {
 	runtime.LockOSThread()
-	calls := map[string][3]uintptr{
+	const noFile = ^uintptr(0)
+	calls := map[string][4]uintptr{
 		"unix": {unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM}, "inet6": {unix.SYS_SOCKET, unix.AF_INET6, unix.SOCK_STREAM},
 		"vsock": {unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM}, "packet": {unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_DGRAM},
 		"family-as-call": {unix.SYS_SOCKET, unix.SYS_WRITEV, unix.SOCK_DGRAM},
 		"clone3":         {unix.SYS_CLONE3, 0, 0}, "userns": {unix.SYS_CLONE, unix.CLONE_NEWUSER | uintptr(unix.SIGCHLD), 0},
 		"unshare": {unix.SYS_UNSHARE, unix.CLONE_NEWUSER, 0}, "mount": {unix.SYS_MOUNT, 0, 0}, "ptrace": {unix.SYS_PTRACE, 0, 0},
 		"bpf": {unix.SYS_BPF, 0, 0}, "setns": {unix.SYS_SETNS, 0, 0}, "x32": {0x40000000 | unix.SYS_READ, 0, 0},
+		"transparent":  {unix.SYS_SETSOCKOPT, noFile, unix.SOL_IP, unix.IP_TRANSPARENT},
+		"transparent6": {unix.SYS_SETSOCKOPT, noFile, unix.SOL_IPV6, unix.IPV6_TRANSPARENT},
+		"nodelay":      {unix.SYS_SETSOCKOPT, noFile, unix.SOL_TCP, unix.TCP_NODELAY},
+		"ttl":          {unix.SYS_SETSOCKOPT, noFile, unix.SOL_IP, unix.IP_TTL},
+		"option19":     {unix.SYS_SETSOCKOPT, noFile, unix.SOL_IPV6, unix.IP_TRANSPARENT},
 	}
 	list, err := filters()
 	if err == nil {
@@ -56,7 +63,7 @@ func filtered(name string) {
 	}
 	for _, f := range list {
 		if err == nil {
-			err = seccomp.LoadFilter(f)
+			err = loadFilter(f)
 		}
 	}
 	if err != nil {
@@ -69,7 +76,7 @@ func filtered(name string) {
 		go func() { runtime.LockOSThread(); close(done) }()
 		<-done
 	} else if c := calls[name]; true {
-		if _, _, errno := unix.RawSyscall(c[0], c[1], c[2], 0); errno != 0 {
+		if _, _, errno := unix.RawSyscall(c[0], c[1], c[2], c[3]); errno != 0 {
 			os.Stdout.WriteString(errno.Error())
 			os.Exit(0)
 		}

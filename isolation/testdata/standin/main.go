@@ -177,7 +177,13 @@ func try(order string, t targets) error {
 		if err != nil {
 			return err
 		}
-		return unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+		if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1); err != nil {
+			return err
+		}
+		if on, err := unix.GetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT); err != nil || on != 1 {
+			return fmt.Errorf("it is %d, %v", on, err)
+		}
+		return nil
 	case "xds":
 		return dial("unix", t.Socket)
 	case "admin":
