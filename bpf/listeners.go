@@ -25,12 +25,16 @@ var listenerPorts = [listenerCount]int{
 	datapathListenerLISTENER_NODE_PLAIN: 15007,
 }
 
+// generationStep is between the ports of one generation and those of the next.
+const generationStep = 100
+
 // ErrNotListening says that a process doesn't listen on all ports; it may yet.
 var ErrNotListening = errors.New("not listening")
 
 // SetListeners gives new connections of a tenant to the listening sockets of a
 // process, which it duplicates: ports 15001, 15008, 15006 and 15007 on [::],
-// for IPv4 too; a port may have several sockets, one for each worker. It changes
+// those of generation 1 plus 100 (or not, as of former agents), for IPv4 too; a
+// port may have several sockets, one for each worker. It changes
 // nothing and returns an ErrNotListening that names the port if one is missing,
 // and ErrUnknownTenant before UpdateTenant. A socket that is closed leaves by
 // itself.
@@ -80,7 +84,7 @@ func (d *Datapath) setListeners(index uint16, generation, pid int) error {
 		return err
 	}
 	defer m.Close()
-	sockets, err := listeningSockets(pid)
+	sockets, err := listeningSockets(pid, generation)
 	defer func() {
 		for _, fds := range sockets {
 			closeAll(fds)
@@ -142,7 +146,7 @@ func clearSlots(m *ebpf.Map, generation, listener, from int) error {
 
 // listeningSockets duplicates a process's sockets that listen on the ports; the
 // caller closes them, also after an error.
-func listeningSockets(pid int) (sockets [listenerCount][]int, err error) {
+func listeningSockets(pid, generation int) (sockets [listenerCount][]int, err error) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return sockets, fmt.Errorf("open process: %w", err)
@@ -164,7 +168,7 @@ func listeningSockets(pid int) (sockets [listenerCount][]int, err error) {
 		if err != nil {
 			return sockets, fmt.Errorf("duplicate its file %d: %w", number, err)
 		}
-		listener, ok := listenerOf(fd)
+		listener, ok := listenerOf(fd, generation)
 		if !ok {
 			unix.Close(fd)
 			continue
@@ -174,8 +178,8 @@ func listeningSockets(pid int) (sockets [listenerCount][]int, err error) {
 	return sockets, nil
 }
 
-// listenerOf tells which listener a file is, if any.
-func listenerOf(fd int) (int, bool) {
+// listenerOf tells which listener of a generation a file is, if any.
+func listenerOf(fd, generation int) (int, bool) {
 	if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || v != 1 {
 		return 0, false
 	}
@@ -196,7 +200,7 @@ func listenerOf(fd int) (int, bool) {
 		return 0, false
 	}
 	for listener, port := range listenerPorts {
-		if six.Port == port {
+		if six.Port == port || six.Port == port+generationStep*generation {
 			return listener, true
 		}
 	}

@@ -80,7 +80,9 @@ func runProxy(name string) int {
 	listenConfig.SetMultipathTCP(false)
 	for i := range 2 * len(listenerPorts) {
 		port, worker := listenerPorts[i/2], i%2
-		if worker > 0 && name != "canary" {
+		if name == "canary" {
+			port += generationStep
+		} else if worker > 0 {
 			continue
 		}
 		l, err := listenConfig.Listen(context.Background(), "tcp", fmt.Sprintf("[::]:%d", port))

@@ -180,8 +180,9 @@ var sysctls = []struct{ key, value string }{
 	{"ipv4/tcp_tw_reuse", "1"},
 	{"ipv4/tcp_migrate_req", "1"},
 	{"ipv4/ip_local_port_range", "1024 65535"},
-	// Envoy's own ports: steering takes a connection from 15008 for the end of a tunnel.
-	{"ipv4/ip_local_reserved_ports", "15001,15006-15008"},
+	// Envoy's own ports, of both generations: steering takes a connection from 15008
+	// for the end of a tunnel.
+	{"ipv4/ip_local_reserved_ports", "15001,15006-15008,15101,15106-15108"},
 	// Without it IPv6 sources of pods can't be bound, whatever the routes say.
 	{"ipv6/ip_nonlocal_bind", "1"},
 	{"ipv6/conf/all/accept_dad", "0"},

@@ -255,8 +255,13 @@ func (f *fixture) start(change func(*Options)) *Relay {
 
 func (f *fixture) proxy(tenant model.Tenant) *proxy {
 	f.t.Helper()
-	path := filepath.Join(f.dir, tenant.String()+".sock")
-	if err := f.relay.Listen(Key{Tenant: tenant}, Socket{Path: path, UID: uint32(os.Getuid()), Version: "1.40.0"}); err != nil {
+	return f.proxyOf(Key{Tenant: tenant})
+}
+
+func (f *fixture) proxyOf(key Key) *proxy {
+	f.t.Helper()
+	path := filepath.Join(f.dir, key.Tenant.String()+strings.Repeat("-canary", key.Generation)+".sock")
+	if err := f.relay.Listen(key, Socket{Path: path, UID: uint32(os.Getuid()), Version: "1.40.0"}); err != nil {
 		f.t.Fatal(err)
 	}
 	return connect(f.t, path)

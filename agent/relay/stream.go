@@ -283,8 +283,12 @@ func (s *stream) send(p sent, version string) error {
 	s.nonces++
 	nonce := strconv.Itoa(s.nonces)
 	s.unacked[nonce] = p
+	resources := p.resources
+	if p.typeURL == TypeListener && s.key.Generation > 0 {
+		resources = ofGeneration(s.key.Generation, resources)
+	}
 	return s.down.Send(&discovery.DeltaDiscoveryResponse{
-		TypeUrl: p.typeURL, Nonce: nonce, Resources: p.resources, RemovedResources: p.removed, SystemVersionInfo: version,
+		TypeUrl: p.typeURL, Nonce: nonce, Resources: resources, RemovedResources: p.removed, SystemVersionInfo: version,
 	})
 }
 
