@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -21,9 +22,10 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/identity"
 )
 
-// SecretAuthority is the name of the Secret with the mesh's keys, in the
-// operator's namespace. Replicas create it, one of them succeeds; after that only
-// its intermediate is renewed.
+// SecretAuthority is the name of the Secret with the mesh's keys, in the operator's
+// namespace. Replicas create it, and one of them succeeds. The leader alone
+// changes it, one step of identity's at a time, and what somebody else changed
+// meanwhile stays: the API server takes an update only of what was read.
 const SecretAuthority = "bulkhead-ca"
 
 // annotationProvisional marks an authority that was made before the first
@@ -32,10 +34,17 @@ const SecretAuthority = "bulkhead-ca"
 // by it, so the first topology may have it replaced.
 const annotationProvisional = "mesh.bulkhead.dev/provisional"
 
+// AnnotationRotate of the Secret asks for another root, once for each value.
+const AnnotationRotate = "mesh.bulkhead.dev/rotate-root"
+
 const (
 	serverTTL = 24 * time.Hour
 	// authorityCheck is how often the authority's age is looked at.
 	authorityCheck = time.Hour
+	// issuerCheck is how often somebody else's issuer is read again, and what isn't
+	// right is looked at. RBAC names each Secret, so that a watch for one would have
+	// to come and go with the field that names it.
+	issuerCheck = 10 * time.Second
 )
 
 var errNoAuthority = errors.New("the mesh's authority isn't loaded yet: see Secret bulkhead-ca")
@@ -48,14 +57,18 @@ type keeper struct {
 	writer    client.Writer
 	namespace string
 	dnsNames  []string
-	ttl       time.Duration // of workloads' certificates; 0 is the default
 	mesh      *mesh
 	log       *slog.Logger
 	now       func() time.Time
 	leading   func() bool
+	// event tells people about a Secret; it never blocks.
+	event func(secret types.NamespacedName, kind, reason, note string)
 
 	mu        sync.Mutex
 	authority *identity.Authority
+	// stored is what authority was read from. A Secret that is deleted is made again
+	// from it: nothing that runs depends on an object that somebody removed.
+	stored *corev1.Secret
 	// trustDomain of the mesh; "" while the authority is provisional.
 	trustDomain string
 	changed     chan struct{} // closed and replaced with the authority
@@ -63,115 +76,263 @@ type keeper struct {
 	serverEnd   time.Time // when it is replaced
 }
 
-// sync loads the authority from its Secret, and makes the Secret if there is none.
-// The answer is when to look again.
+// problem is what is wrong with a Secret, for people.
+type problem struct {
+	secret  types.NamespacedName
+	reason  string
+	message string
+}
+
+func (p problem) Error() string { return p.message }
+
+// sync loads the authority from its Secret, makes the Secret if there is none, and
+// moves it on. What is wrong is told, not returned: the authority as it was stays
+// in use, and nothing is overwritten. The answer is when to look again.
 func (k *keeper) sync(ctx context.Context) (time.Duration, error) {
-	key := client.ObjectKey{Namespace: k.namespace, Name: SecretAuthority}
 	var list v1alpha1.MeshTopologyList
 	if err := k.cache.List(ctx, &list); err != nil {
 		return 0, fmt.Errorf("list MeshTopologies: %w", err)
 	}
-	wanted := translate.NewTopologies(list.Items, "", nil).TrustDomain()
-	var secret corev1.Secret
-	err := k.cache.Get(ctx, key, &secret)
+	secret := &corev1.Secret{}
+	err := k.cache.Get(ctx, k.key(), secret)
 	if apierrors.IsNotFound(err) {
 		// The cache may be behind another replica's: what exists stays.
-		err = k.live.Get(ctx, key, &secret)
+		err = k.live.Get(ctx, k.key(), secret)
 	}
+	var wait time.Duration
 	if apierrors.IsNotFound(err) {
-		return k.create(ctx, wanted)
+		wait, err = k.create(ctx, translate.NewTopologies(list.Items, "", nil))
 	} else if err != nil {
-		return 0, fmt.Errorf("read Secret %s: %w", key, err)
+		return 0, fmt.Errorf("read Secret %s: %w", k.key(), err)
+	} else {
+		wait, err = k.load(ctx, secret, list.Items)
 	}
-	a, err := identity.ParseAuthority(secret.Data)
-	if err != nil {
-		return 0, fmt.Errorf("read Secret %s (restore it from a backup; without one, delete it, and every workload gets new roots): %w", key, err)
+	var p problem
+	if errors.As(err, &p) {
+		k.tell(p)
+		return issuerCheck, nil
 	}
-	provisional := secret.Annotations[annotationProvisional] != ""
-	if provisional && wanted != "" {
-		return k.confirm(ctx, &secret, a, wanted)
-	}
-	k.set(a, provisional)
-	if k.leading() && a.NeedsRenewal(k.now()) {
-		if err := k.renew(ctx, &secret, a); err != nil {
-			return 0, err
-		}
-	}
-	return authorityCheck, nil
+	return wait, err
 }
 
-// create makes the authority, a provisional one without a trust domain.
-func (k *keeper) create(ctx context.Context, trustDomain string) (time.Duration, error) {
-	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: k.namespace, Name: SecretAuthority, Labels: map[string]string{"app.kubernetes.io/part-of": "bulkhead"}}}
-	provisional := trustDomain == ""
-	if provisional {
-		trustDomain = translate.DefaultTrustDomain
-		secret.Annotations = map[string]string{annotationProvisional: "true"}
-	}
-	a, err := identity.NewAuthority(trustDomain, k.now())
+func (k *keeper) key() types.NamespacedName {
+	return types.NamespacedName{Namespace: k.namespace, Name: SecretAuthority}
+}
+
+// load takes what the Secret holds, and has the leader move it on.
+func (k *keeper) load(ctx context.Context, secret *corev1.Secret, list []v1alpha1.MeshTopology) (time.Duration, error) {
+	a, err := identity.ParseAuthority(secret.Data)
 	if err != nil {
-		return 0, fmt.Errorf("make an authority for %q: %w", trustDomain, err)
+		return 0, problem{k.key(), translate.ReasonInvalidAuthority,
+			fmt.Sprintf("Secret %s can't be read, what was read before stays in use: %v; restore it from a backup, or delete it: the operator writes it anew from what it holds, and if it was restarted since, every workload gets new roots", k.key(), err)}
 	}
-	secret.Data = a.Data()
+	if secret.Annotations[annotationProvisional] != "" {
+		if topologies := translate.NewTopologies(list, "", nil); topologies.TrustDomain() != "" {
+			return k.confirm(ctx, secret, a, topologies)
+		}
+		k.set(a, secret, true)
+		return authorityCheck, nil
+	}
+	k.set(a, secret, false)
+	return k.step(ctx, secret, a, translate.NewTopologies(list, a.TrustDomain(), nil))
+}
+
+// create makes the authority, a provisional one without a trust domain, or makes
+// its Secret again.
+func (k *keeper) create(ctx context.Context, topologies translate.Topologies) (time.Duration, error) {
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: k.namespace, Name: SecretAuthority, Labels: map[string]string{"app.kubernetes.io/part-of": "bulkhead"}}}
+	k.mu.Lock()
+	stored := k.stored
+	k.mu.Unlock()
+	var a *identity.Authority
+	var err error
+	switch trustDomain := topologies.TrustDomain(); {
+	case stored != nil:
+		a, err = identity.ParseAuthority(stored.Data)
+		secret.Data, secret.Annotations = stored.Data, stored.Annotations
+	case trustDomain == "":
+		a, err = identity.NewAuthority(translate.DefaultTrustDomain, k.now())
+		secret.Annotations = map[string]string{annotationProvisional: "true"}
+	default:
+		a, err = k.first(ctx, topologies)
+	}
+	if err != nil {
+		return 0, err
+	}
+	if stored == nil {
+		secret.Data = a.Data()
+	}
 	err = k.writer.Create(ctx, secret)
 	if apierrors.IsAlreadyExists(err) {
 		return time.Second, nil // another replica was first: take its
 	} else if err != nil {
-		return 0, fmt.Errorf("create Secret %s/%s: %w", k.namespace, SecretAuthority, err)
+		return 0, fmt.Errorf("create Secret %s: %w", k.key(), err)
 	}
-	k.log.Info("authority created", "trustDomain", trustDomain, "provisional", provisional)
-	k.set(a, provisional)
-	return authorityCheck, nil
+	provisional := secret.Annotations[annotationProvisional] != ""
+	k.log.Info("authority created", "trustDomain", a.TrustDomain(), "provisional", provisional, "restored", stored != nil)
+	if stored != nil {
+		k.event(k.key(), corev1.EventTypeWarning, "Restored", "the Secret was deleted; the operator made it again from what it holds")
+	}
+	k.set(a, secret, provisional)
+	return issuerCheck, nil
+}
+
+// first makes the authority that a mesh begins with.
+func (k *keeper) first(ctx context.Context, topologies translate.Topologies) (*identity.Authority, error) {
+	if name, _ := topologies.Issuer(); name != "" {
+		i, err := k.issuer(ctx, name, topologies.TrustDomain())
+		if err != nil {
+			return nil, err
+		}
+		return identity.ImportAuthority(i, k.source(name)), nil
+	}
+	a, err := identity.NewAuthority(topologies.TrustDomain(), k.now())
+	if err != nil {
+		return nil, problem{k.key(), translate.ReasonInvalidTrustDomain,
+			fmt.Sprintf("MeshTopology %s: spec.trustDomain: %v; delete it and create it with another one", topologies.Names()[0], err)}
+	}
+	return a, nil
 }
 
 // confirm makes a provisional authority the mesh's, for the trust domain of its
 // first topology. Replicas race: the API server takes one of them.
-func (k *keeper) confirm(ctx context.Context, secret *corev1.Secret, a *identity.Authority, trustDomain string) (time.Duration, error) {
-	secret = secret.DeepCopy()
-	delete(secret.Annotations, annotationProvisional)
-	if a.TrustDomain() != trustDomain {
-		next, err := identity.NewAuthority(trustDomain, k.now())
+func (k *keeper) confirm(ctx context.Context, secret *corev1.Secret, a *identity.Authority, topologies translate.Topologies) (time.Duration, error) {
+	name, _ := topologies.Issuer()
+	if name != "" || a.TrustDomain() != topologies.TrustDomain() {
+		next, err := k.first(ctx, topologies)
 		if err != nil {
-			return 0, fmt.Errorf("make an authority for %q: %w", trustDomain, err)
+			k.set(a, secret, true)
+			return 0, err
 		}
-		a, secret.Data = next, next.Data()
+		a = next
+	}
+	confirmed, err := k.update(ctx, secret, a, func(s *corev1.Secret) { delete(s.Annotations, annotationProvisional) })
+	if err != nil || confirmed == nil {
+		return time.Second, err
+	}
+	k.log.Info("authority confirmed", "trustDomain", a.TrustDomain(), "source", a.Source())
+	k.set(a, confirmed, false)
+	return issuerCheck, nil
+}
+
+// step has the leader do what is due, and tells how the authority is.
+func (k *keeper) step(ctx context.Context, secret *corev1.Secret, a *identity.Authority, topologies translate.Topologies) (time.Duration, error) {
+	w := identity.Wanted{TTL: topologies.LongestTTL(), Request: secret.Annotations[AnnotationRotate], Acknowledged: len(k.mesh.untrusting(identity.BundleDigest(a.Roots()))) == 0}
+	wait := authorityCheck
+	if due := a.Due(); !due.IsZero() {
+		wait = min(wait, max(due.Sub(k.now()), time.Second))
+	}
+	var wrong error
+	if name, _ := topologies.Issuer(); name != "" {
+		wait = min(wait, issuerCheck)
+		w.Source = k.source(name)
+		w.Imported, wrong = k.issuer(ctx, name, a.TrustDomain())
+	}
+	if phase, _, _ := a.Rotation(); phase == identity.PhasePublishing {
+		wait = min(wait, issuerCheck)
+	}
+	if k.leading() {
+		next, change, err := a.Step(w, k.now())
+		switch {
+		case errors.Is(err, identity.ErrNoRootKey):
+			wrong = errors.Join(wrong, problem{k.key(), translate.ReasonNoRootKey, fmt.Sprintf("Secret %s: the intermediate ends soon: %v", k.key(), err)})
+		case err != nil:
+			return 0, fmt.Errorf("move Secret %s on: %w", k.key(), err)
+		case change != "":
+			if done, err := k.update(ctx, secret, next, nil); err != nil || done == nil {
+				return time.Second, err
+			}
+			k.log.Info("authority changed", "change", change, "sequence", next.Sequence())
+			k.event(k.key(), corev1.EventTypeNormal, "Changed", change)
+			return time.Second, nil // the cache has it by then, or the update is refused
+		}
+	}
+	if wrong != nil {
+		return 0, wrong
+	}
+	if err := a.Usable(k.dnsNames, k.now()); err != nil {
+		return 0, problem{k.key(), translate.ReasonAuthorityExpired, fmt.Sprintf("Secret %s: nothing can be signed: %v; replace what ended, or delete the Secret and restart the operator for new roots", k.key(), err)}
+	}
+	k.mesh.setAuthorityView(k.view(a))
+	return wait, nil
+}
+
+// update stores the authority; nil says that the Secret isn't what was read.
+func (k *keeper) update(ctx context.Context, secret *corev1.Secret, a *identity.Authority, change func(*corev1.Secret)) (*corev1.Secret, error) {
+	secret = secret.DeepCopy()
+	secret.Data = a.SetData(secret.Data)
+	if change != nil {
+		change(secret)
 	}
 	err := k.writer.Update(ctx, secret)
 	if apierrors.IsConflict(err) {
-		return time.Second, nil
+		return nil, nil
 	} else if err != nil {
-		return 0, fmt.Errorf("update Secret %s/%s: %w", k.namespace, SecretAuthority, err)
+		return nil, fmt.Errorf("update Secret %s: %w", k.key(), err)
 	}
-	k.log.Info("authority confirmed", "trustDomain", trustDomain)
-	k.set(a, false)
-	return authorityCheck, nil
+	return secret, nil
 }
 
-// renew replaces the intermediate; a Secret that changed since it was read stays.
-func (k *keeper) renew(ctx context.Context, secret *corev1.Secret, a *identity.Authority) error {
-	next, err := a.Renew(k.now())
-	if errors.Is(err, identity.ErrNoRootKey) {
-		k.log.Error("the authority's intermediate ends soon and its root key isn't in the Secret: renew it by hand", "secret", SecretAuthority)
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("renew the authority: %w", err)
+// issuer reads somebody else's issuer. It is read live, by name: see issuerCheck.
+func (k *keeper) issuer(ctx context.Context, name, trustDomain string) (*identity.Issuer, error) {
+	key := types.NamespacedName{Namespace: k.namespace, Name: name}
+	wrong := func(what string) error {
+		return problem{key, translate.ReasonInvalidIssuer, fmt.Sprintf("Secret %s: %s; the issuer as it was stays in use", key, what)}
 	}
-	secret = secret.DeepCopy()
-	secret.Data = next.Data()
-	if err := k.writer.Update(ctx, secret); err != nil {
-		return fmt.Errorf("update Secret %s/%s: %w", k.namespace, SecretAuthority, err)
+	var secret corev1.Secret
+	switch err := k.live.Get(ctx, key, &secret); {
+	case apierrors.IsNotFound(err):
+		return nil, wrong("it doesn't exist: create it, for example as secretName of a cert-manager Certificate, or correct spec.identity.issuerSecret")
+	case apierrors.IsForbidden(err):
+		return nil, wrong("the operator may not read it: add its name to resourceNames in Role bulkhead-operator")
+	case err != nil:
+		return nil, fmt.Errorf("read Secret %s: %w", key, err)
 	}
-	k.log.Info("authority's intermediate renewed")
-	return nil
+	i, err := identity.ParseIssuer(secret.Data, trustDomain, k.dnsNames, k.now())
+	if err != nil {
+		return nil, wrong(err.Error())
+	}
+	return i, nil
 }
 
-func (k *keeper) set(a *identity.Authority, provisional bool) {
+func (k *keeper) source(name string) string { return "Secret " + k.namespace + "/" + name }
+
+// tell tells people what is wrong, once.
+func (k *keeper) tell(p problem) {
+	if !k.mesh.setAuthorityView(translate.AuthorityView{Reason: p.reason, Message: p.message}) {
+		return
+	}
+	k.log.Error("authority isn't as wanted", "secret", p.secret.String(), "reason", p.reason, "error", p.message)
+	if k.leading() {
+		k.event(p.secret, corev1.EventTypeWarning, p.reason, p.message)
+	}
+}
+
+// view is how an authority is with which nothing is wrong.
+func (k *keeper) view(a *identity.Authority) (v translate.AuthorityView) {
+	v.State = "certificates are signed by an authority of the mesh's own"
+	if a.Source() != "" {
+		v.State = "certificates are signed by " + a.Source()
+	}
+	switch phase, since, until := a.Rotation(); phase {
+	case identity.PhasePublishing:
+		missing := k.mesh.untrusting(identity.BundleDigest(a.Roots()))
+		v.Changing = fmt.Sprintf("a new root is published since %s; certificates are signed under it when all nodes trust it, or at %s (nodes that don't yet: %d)",
+			since.UTC().Format(time.RFC3339), until.UTC().Format(time.RFC3339), len(missing))
+	case identity.PhaseRetiring:
+		v.Changing = fmt.Sprintf("certificates are signed under the new root since %s; the old one is trusted until %s", since.UTC().Format(time.RFC3339), until.UTC().Format(time.RFC3339))
+	}
+	return v
+}
+
+func (k *keeper) set(a *identity.Authority, secret *corev1.Secret, provisional bool) {
 	trustDomain := a.TrustDomain()
 	if provisional {
 		trustDomain = "" // the first topology's to say
 	}
 	k.mu.Lock()
 	same := k.authority != nil && sameData(k.authority.Data(), a.Data()) && k.trustDomain == trustDomain
+	k.stored = secret.DeepCopy()
 	if !same {
 		k.authority, k.trustDomain, k.server = a, trustDomain, nil
 		if k.changed != nil {
@@ -204,7 +365,7 @@ func (k *keeper) Authority() (*identity.Authority, time.Duration, <-chan struct{
 	if k.changed == nil {
 		k.changed = make(chan struct{})
 	}
-	return k.authority, k.ttl, k.changed
+	return k.authority, 0, k.changed
 }
 
 // certificate is a tls.Config's GetCertificate. It is replaced at half of its life.

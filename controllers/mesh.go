@@ -47,6 +47,7 @@ type mesh struct {
 
 	mu            sync.Mutex
 	authorityName string // trust domain of the authority; "" before there is one
+	authority     translate.AuthorityView
 	topologies    translate.Topologies
 	namespaces    map[string]namespaceState
 	nodes         map[string]translate.Node
@@ -71,6 +72,7 @@ type triggers struct {
 	pods       trigger[types.NamespacedName]
 	services   trigger[types.NamespacedName]
 
+	authority  trigger[struct{}]
 	plans      trigger[string]               // node
 	tenants    trigger[string]               // namespace
 	policies   trigger[string]               // namespace
@@ -89,6 +91,10 @@ type namespaceState struct {
 type nodeReport struct {
 	versions    []string
 	redirection v1alpha1.Redirection
+	// agent: it has reported. trustBundle is a digest of what all of its proxies
+	// trust, and notRenewed says why certificates aren't fresh, "" if they are.
+	agent                   bool
+	trustBundle, notRenewed string
 	// notRedirected says why the redirection isn't the planned one; "" if it is.
 	notRedirected string
 	tenants       map[string]v1alpha1.NodeTenantStatus
@@ -105,6 +111,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 	}
 	// A plan holds up a new pod, so it waits less than what people read.
 	m.triggers.plans.delay = 20 * time.Millisecond
+	m.triggers.authority.delay = time.Second
 	m.triggers.membership.delay = 50 * time.Millisecond
 	m.triggers.tenants.delay = 200 * time.Millisecond
 	m.triggers.policies.delay = 200 * time.Millisecond
@@ -190,6 +197,18 @@ func (m *mesh) setAuthority(trustDomain string) {
 		m.triggers.topologies.add(struct{}{})
 	}
 	m.triggers.membership.add(struct{}{})
+}
+
+// setAuthorityView says how the authority is, and reports whether that is new.
+func (m *mesh) setAuthorityView(v translate.AuthorityView) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.authority == v {
+		return false
+	}
+	m.authority = v
+	m.triggers.status.add(m.topologies.Names()...)
+	return true
 }
 
 // syncTopologies matches all namespaces anew.
@@ -401,6 +420,16 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRedirected = c.Message
+	}
+	now.agent, now.trustBundle = np.Status.AgentVersion != "", np.Status.TrustBundle
+	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionIdentityReady); c != nil && c.Status == metav1.ConditionFalse {
+		now.notRenewed = c.Message
+	}
+	if now.notRenewed != had.notRenewed {
+		m.triggers.status.add(m.topologies.Names()...)
+	}
+	if now.trustBundle != had.trustBundle || now.agent != had.agent {
+		m.triggers.authority.add(struct{}{})
 	}
 	if now.redirection != had.redirection || now.notRedirected != had.notRedirected {
 		m.triggers.status.add(m.topologies.Names()...)

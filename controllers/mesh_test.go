@@ -30,6 +30,7 @@ type cluster struct {
 	client.WithWatch
 	t       *testing.T
 	refused []string
+	events  []string
 }
 
 var born = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)

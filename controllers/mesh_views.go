@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -150,7 +151,7 @@ func (m *mesh) viewsLocked(namespace string) []translate.NodeView {
 func (m *mesh) topologyInput(name string) (translate.Topologies, translate.TopologyInput) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	in := translate.TopologyInput{TrustDomain: m.topologies.TrustDomain(), Lost: map[string]string{}}
+	in := translate.TopologyInput{TrustDomain: m.topologies.TrustDomain(), Lost: map[string]string{}, NotRenewed: map[string]string{}}
 	for namespace, ns := range m.namespaces {
 		if ns.Topology == name {
 			in.Namespaces++
@@ -166,7 +167,39 @@ func (m *mesh) topologyInput(name string) (translate.Topologies, translate.Topol
 			in.Nodes = append(in.Nodes, translate.NodeRedirectionView{Node: name, Labels: n.Labels, Have: r.redirection, Why: r.notRedirected})
 		}
 	}
+	in.Authority = m.authority
+	for node, r := range m.reports {
+		if r.notRenewed != "" {
+			in.NotRenewed[node] = r.notRenewed
+		}
+	}
 	return m.topologies, in
+}
+
+// untrusting are nodes with an agent that hasn't said yet that its proxies trust
+// all roots of a bundle.
+func (m *mesh) untrusting(bundle string) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	select {
+	case <-m.loaded:
+	default:
+		return []string{"unknown: the mesh isn't loaded yet"}
+	}
+	var nodes []string
+	for name := range m.nodes {
+		if r := m.reports[name]; r.agent && r.trustBundle != bundle {
+			nodes = append(nodes, name)
+		}
+	}
+	return nodes
+}
+
+// CertificateTTL is how long certificates of a namespace's workloads are to live.
+func (m *mesh) CertificateTTL(namespace string) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.namespaces[namespace].CertificateTTL
 }
 
 // membership is the mesh's trust domain and namespaces, sorted.

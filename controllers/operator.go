@@ -40,9 +40,6 @@ type Options struct {
 	Health string
 	// Metrics is where /metrics is. Default :8080.
 	Metrics string
-	// CertificateTTL is how long workloads' certificates live. Default
-	// identity.DefaultTTL.
-	CertificateTTL time.Duration
 	// JWTTTL is how long JWT-SVIDs live, between identity.MinJWTTTL and
 	// identity.MaxJWTTTL. Default identity.DefaultJWTTTL.
 	JWTTTL time.Duration
@@ -103,7 +100,10 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 		}
 	}
 	k := &keeper{
-		cache: mgr.GetCache(), live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, mesh: m, ttl: o.CertificateTTL, log: o.Logger, now: time.Now, leading: leading,
+		cache: mgr.GetCache(), live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, mesh: m, log: o.Logger, now: time.Now, leading: leading,
+		event: func(secret types.NamespacedName, kind, reason, note string) {
+			recorder.Eventf(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: secret.Namespace, Name: secret.Name}}, nil, kind, reason, "Sign", "%.1000s", note)
+		},
 		dnsNames: []string{o.Service + "." + o.Namespace + ".svc", o.Service + "." + o.Namespace + ".svc.cluster.local"},
 	}
 	jwts := &jwtKeeper{

@@ -81,7 +81,7 @@ func startPublishers(mgr manager.Manager, m *mesh, k *keeper) error {
 		func() error {
 			// The others wait for what this one makes, so it doesn't wait for them.
 			return reconciles[struct{}]{name: "authority", early: true, do: func(ctx context.Context, _ struct{}) (time.Duration, error) { return k.sync(ctx) }}.
-				start(mgr, m, watch(mgr, &corev1.Secret{}, single), watch(mgr, &v1alpha1.MeshTopology{}, single))
+				start(mgr, m, watch(mgr, &corev1.Secret{}, single), watch(mgr, &v1alpha1.MeshTopology{}, single, changedSpec[*v1alpha1.MeshTopology]()), &t.authority)
 		},
 		func() error {
 			return reconciles[struct{}]{name: "topologies", do: ignoreKey(m.syncTopologies)}.

@@ -27,7 +27,10 @@ func (c *cluster) writer() *writer {
 
 func (c *cluster) keeper() *keeper {
 	return &keeper{cache: c.WithWatch, live: c.WithWatch, writer: c.WithWatch, namespace: "bulkhead-system", dnsNames: []string{"bulkhead-operator.bulkhead-system.svc"},
-		mesh: c.mesh, log: slog.New(slog.DiscardHandler), now: time.Now, leading: func() bool { return true }}
+		mesh: c.mesh, log: slog.New(slog.DiscardHandler), now: time.Now, leading: func() bool { return true },
+		event: func(secret types.NamespacedName, _, reason, note string) {
+			c.events = append(c.events, secret.Name+" "+reason+": "+note)
+		}}
 }
 
 func (c *cluster) nodeProxy(name string) *v1alpha1.NodeProxy {

@@ -47,4 +47,7 @@ const (
 	// ConditionServed is a Service's: whether proxies can reach it as it is written.
 	// It is there only while it is false.
 	ConditionServed = "mesh.bulkhead.dev/Served"
+	// ConditionIdentityReady tells whether identities can be proven now and
+	// certificates are renewed in time.
+	ConditionIdentityReady = "IdentityReady"
 )

@@ -46,6 +46,11 @@ type MeshTopologySpec struct {
 	// +kubebuilder:default={}
 	Proxy ProxySpec `json:"proxy,omitempty"`
 
+	// Identity of the workloads.
+	// +optional
+	// +kubebuilder:default={}
+	Identity IdentitySpec `json:"identity,omitempty"`
+
 	// Redirection of the nodes that no entry of nodeRedirections selects. A node
 	// steers all of its pods one way, so of several MeshTopologies the oldest says
 	// for all nodes; see the condition Redirected.
@@ -106,7 +111,9 @@ type MeshTopologyStatus struct {
 	// Conditions: Accepted (reasons Accepted, NothingSelected, Overlaps,
 	// UnknownProxyVersion, InvalidSelector, TrustDomainMismatch), Ready (reasons
 	// Ready, Progressing, NodesNotReady), Redirected (reasons AsSpecified,
-	// Progressing, NodesDiffer, OlderDecides).
+	// Progressing, NodesDiffer, OlderDecides), IdentityReady (reasons Ready,
+	// ChangingRoots, OlderDecides, InvalidAuthority, AuthorityExpired, NoRootKey,
+	// InvalidIssuer, InvalidTrustDomain, NotRenewed).
 	// +listType=map
 	// +listMapKey=type
 	// +optional

@@ -90,7 +90,8 @@ type NodeProxyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady,
-	// KernelUnsupported), Redirected (reasons AsPlanned, Unsupported).
+	// KernelUnsupported), Redirected (reasons AsPlanned, Unsupported), IdentityReady
+	// (reasons Ready, NotRenewed, Expired).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
@@ -102,6 +103,9 @@ type NodeProxyStatus struct {
 	// +listType=set
 	// +optional
 	ProxyVersions []string `json:"proxyVersions,omitempty"`
+	// TrustBundle is a digest of the roots that all of the node's proxies trust.
+	// +optional
+	TrustBundle string `json:"trustBundle,omitempty"`
 	// Redirection that the node's pods have.
 	// +optional
 	Redirection Redirection `json:"redirection,omitempty"`

@@ -52,7 +52,6 @@ func command() *cobra.Command {
 	f.StringVar(&o.Listen, "listen", ":15012", "address for agents, gRPC over TLS")
 	f.StringVar(&o.Health, "health", ":8081", "address of /healthz and /readyz")
 	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics")
-	f.DurationVar(&o.CertificateTTL, "certificate-ttl", 0, "life of workloads' certificates (default 1h)")
 	f.DurationVar(&o.JWTTTL, "jwt-ttl", 0, "life of workloads' JWT-SVIDs, 1m to 1h (default 5m)")
 	f.Float32Var(&qps, "api-qps", 100, "requests a second to the API server, beyond a burst of twice as many")
 	f.TextVar(&level, "log-level", slog.LevelInfo, "DEBUG, INFO, WARN or ERROR")

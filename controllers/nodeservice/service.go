@@ -39,6 +39,9 @@ type Mesh interface {
 	// Member says what a pod is in the mesh, by its labels, namespace and service
 	// account; false if it isn't in it.
 	Member(pod *corev1.Pod) (model.Identity, model.Tenant, bool)
+	// CertificateTTL is how long certificates of a namespace's workloads are to live;
+	// 0 is identity.DefaultTTL.
+	CertificateTTL(namespace string) time.Duration
 	// HasTenant reports whether a node has a pod, and so a proxy, of the tenant.
 	HasTenant(node string, tenant model.Tenant) bool
 	// NodePodCIDRs are the ranges that a node's pods have addresses of; none if the
@@ -163,7 +166,7 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 		return nil, err
 	}
 	defer done()
-	authority, ttl, _ := s.o.Authorities.Authority()
+	authority, _, _ := s.o.Authorities.Authority()
 	if authority == nil {
 		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
 	}
@@ -172,6 +175,7 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 	if err != nil {
 		return nil, s.refused(caller, "SignCertificate", ref, err)
 	}
+	ttl := s.o.Mesh.CertificateTTL(p.Namespace)
 	if ttl <= 0 {
 		ttl = identity.DefaultTTL
 	}

@@ -44,6 +44,7 @@ type world struct {
 	pods      map[string]*corev1.Pod
 	podErr    map[string]error
 	strangers bool // nobody is a member
+	ttl       time.Duration
 	cidrs     []netip.Prefix
 	noNode    bool
 	holders   []Holder
@@ -97,6 +98,8 @@ func (w *world) Member(p *corev1.Pod) (model.Identity, model.Tenant, bool) {
 	return model.Identity{TrustDomain: "cluster.local", Namespace: p.Namespace, ServiceAccount: p.Spec.ServiceAccountName},
 		model.NamespaceTenant(p.Namespace), !w.strangers
 }
+
+func (w *world) CertificateTTL(string) time.Duration { return w.ttl }
 
 func (w *world) HasTenant(node string, t model.Tenant) bool {
 	return node == "node-1" && t == model.NamespaceTenant("team-a")

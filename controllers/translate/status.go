@@ -154,6 +154,10 @@ type TopologyInput struct {
 	Namespaces int
 	// Lost are namespaces that it selects and an older one has: namespace → topology.
 	Lost map[string]string
+	// Authority is how the mesh's authority is.
+	Authority AuthorityView
+	// NotRenewed says of nodes why they hold certificates that weren't renewed in time.
+	NotRenewed map[string]string
 	// Proxies of all of its tenants.
 	Proxies []NodeView
 	// Nodes that can run proxies.
@@ -210,7 +214,9 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	}
 	redirected := redirectedCondition(t.Name, all, in.Nodes)
 	redirected.ObservedGeneration = t.Generation
-	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected)
+	identity := identityCondition(t, all, in)
+	identity.ObservedGeneration = t.Generation
+	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected, identity)
 	return s
 }
 

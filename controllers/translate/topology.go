@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -18,6 +19,8 @@ import (
 const (
 	DefaultTrustDomain  = "cluster.local"
 	DefaultProxyVersion = "1.40.0"
+	// DefaultCertificateTTL is identity's.
+	DefaultCertificateTTL = time.Hour
 )
 
 // Topologies are all MeshTopologies, ready to be matched with namespaces. It is
@@ -33,6 +36,8 @@ type topology struct {
 	trustDomain string
 	version     string
 	accessLog   bool
+	ttl         time.Duration
+	issuer      string
 	rules       []labels.Selector // nil for a rule whose selector is invalid
 	redirection v1alpha1.Redirection
 	nodes       []nodeRedirection
@@ -53,6 +58,8 @@ type Membership struct {
 	// Version of Envoy that its proxies run.
 	Version   string
 	AccessLog bool
+	// CertificateTTL of its workloads.
+	CertificateTTL time.Duration
 }
 
 // IsMember reports whether the namespace belongs to the mesh.
@@ -73,6 +80,10 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 			name: o.Name, trustDomain: cmp.Or(o.Spec.TrustDomain, DefaultTrustDomain), version: cmp.Or(o.Spec.Proxy.Version, DefaultProxyVersion),
 			accessLog:   o.Spec.Proxy.AccessLog == v1alpha1.AccessLogConnections,
 			redirection: cmp.Or(o.Spec.Redirection, v1alpha1.RedirectionEBPF),
+			ttl:         DefaultCertificateTTL, issuer: o.Spec.Identity.IssuerSecret,
+		}
+		if d, err := time.ParseDuration(o.Spec.Identity.CertificateTTL); err == nil && d > 0 {
+			item.ttl = d // the API server takes no other but ""
 		}
 		t.trustDomain = cmp.Or(t.trustDomain, item.trustDomain)
 		for n := range o.Spec.Rules {
@@ -98,6 +109,28 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 
 // TrustDomain of the mesh; "" if there is neither a topology nor an authority.
 func (t Topologies) TrustDomain() string { return t.trustDomain }
+
+// LongestTTL is the longest that any workload's certificates are to live.
+func (t Topologies) LongestTTL() time.Duration {
+	longest := time.Duration(0)
+	for _, i := range t.items {
+		if i.trustDomain == t.trustDomain {
+			longest = max(longest, i.ttl)
+		}
+	}
+	return cmp.Or(longest, DefaultCertificateTTL)
+}
+
+// Issuer is the name of the Secret that the mesh's issuer is in, "" for one of its
+// own, and the topology that says so, the oldest of the mesh's trust domain.
+func (t Topologies) Issuer() (secret, topology string) {
+	for _, i := range t.items {
+		if i.trustDomain == t.trustDomain {
+			return i.issuer, i.name
+		}
+	}
+	return "", ""
+}
 
 // Redirection of a node with these labels, and the topology that says so, the
 // oldest of the mesh's trust domain. Without one it is "".
@@ -150,7 +183,7 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 			overlapped = append(overlapped, i.name)
 			continue
 		}
-		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog}
+		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl}
 	}
 	return m, overlapped
 }
