@@ -140,7 +140,7 @@ func drops(c bpf.Counters) map[string]uint64 {
 		"refused": c.Refused, "spoofed": c.Dropped.Spoofed, "fragment": c.Dropped.Fragment, "malformed": c.Dropped.Malformed,
 		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,
 		"foreign": c.Dropped.Foreign, "protocol": c.Dropped.Protocol, "unsteered": c.Dropped.Unsteered,
-		"midstream": c.Dropped.Midstream, "flowsFull": c.Dropped.FlowsFull,
+		"midstream": c.Dropped.Midstream, "flowsFull": c.Dropped.FlowsFull, "plainText": c.Dropped.PlainText,
 	}
 	maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
 	return m

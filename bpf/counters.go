@@ -18,7 +18,7 @@ type Counters struct {
 	// Refused are new connections that found no listener.
 	Refused uint64
 	// Excluded and Bypassed are new connections that passed in the clear, by an
-	// Exclusion or while SetBypass was on.
+	// Exclusion or by Pod.Bypass.
 	Excluded, Bypassed uint64
 	// EventsLost are connection events that found no room.
 	EventsLost uint64
@@ -52,6 +52,8 @@ type Drops struct {
 	// FlowsFull: a connection that would pass in the clear, of a pod that has
 	// 8,192 such ones already, or where the map of connections is full.
 	FlowsFull uint64
+	// PlainText: a new connection from outside of the mesh to a pod that is Strict.
+	PlainText uint64
 }
 
 // PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
@@ -117,6 +119,7 @@ func (d *Drops) add(o *datapathDrops) {
 	d.Unsteered += o.Unsteered
 	d.Midstream += o.Midstream
 	d.FlowsFull += o.FlowsFull
+	d.PlainText += o.PlainText
 }
 
 // PodCounters returns the counters of all pods, by UID.

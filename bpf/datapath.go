@@ -57,7 +57,9 @@ type Datapath struct {
 	programs map[string]*ebpf.Program // shared ones, by name
 	tags     map[string]string        // the kernel's, of this build's programs
 	pods     map[string]*podEntries   // what the maps hold, by UID
-	reading  bool                     // an EventReader is open
+	// exclusions are those of the map, by ifindex.
+	exclusions map[uint32]map[datapathExclusion]bool
+	reading    bool // an EventReader is open
 }
 
 // sharedMaps are used by the programs of all tenants.
@@ -104,7 +106,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := &Datapath{
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
-		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{},
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{},
 	}
 	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()
@@ -135,7 +137,7 @@ func (d *Datapath) load(settings datapathSettings) error {
 	if err := d.addCounters(0); err != nil {
 		return err
 	}
-	if err := d.readPods(); err != nil {
+	if err := errors.Join(d.readPods(), d.readExclusions()); err != nil {
 		return err
 	}
 	return d.replacePrograms()

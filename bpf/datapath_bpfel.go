@@ -31,6 +31,7 @@ type datapathDrops struct {
 	Unsteered uint64
 	Midstream uint64
 	FlowsFull uint64
+	PlainText uint64
 }
 
 type datapathEvent struct {
@@ -108,7 +109,9 @@ type datapathPod struct {
 	GatewayMac [6]uint8
 	Uid        [40]uint8
 	Learn      uint8
-	Pad        [3]uint8
+	Plain      uint8
+	Bypass     uint8
+	Pad        uint8
 }
 
 type datapathPodCounters struct {
@@ -133,8 +136,7 @@ type datapathTenant struct {
 	Mac     [6]uint8
 	Canary  uint8
 	Workers [2]uint8
-	Bypass  uint8
-	Pad     [2]uint8
+	Pad     [3]uint8
 }
 
 type datapathTenantCounters struct {

@@ -1,16 +1,14 @@
 package bpf
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
-
-	"github.com/cilium/ebpf"
 )
 
 // Exclusion leaves connections out of the mesh: they pass in the clear, between
 // the pod and its peer. It concerns new ones; one that has begun stays where it
-// is. Of two exclusions it is enough that one fits.
+// is. Of two exclusions it is enough that one fits. Tunnels to the pod (port
+// 15008) are never excluded: they end at its tenant.
 type Exclusion struct {
 	// Inbound is for connections that are made to the pod, otherwise it is for
 	// those that it makes.
@@ -57,6 +55,7 @@ func (d *Datapath) SetExclusions(all []Exclusion) error {
 
 func (d *Datapath) setExclusions(ifindex int, all []Exclusion) error {
 	m := d.maps[datapathMapExclusions]
+	has := d.exclusions[uint32(ifindex)]
 	wanted := map[datapathExclusion]bool{}
 	for _, e := range all {
 		key, err := e.key(ifindex)
@@ -66,71 +65,48 @@ func (d *Datapath) setExclusions(ifindex int, all []Exclusion) error {
 		wanted[key] = true
 	}
 	// First what goes: less passes in the clear if this fails halfway.
-	var stale []datapathExclusion
+	for key := range has {
+		if wanted[key] {
+			continue
+		}
+		if err := deleteKey(m, key); err != nil {
+			return fmt.Errorf("delete exclusion: %w", err)
+		}
+		delete(has, key)
+	}
+	if len(wanted) == 0 {
+		delete(d.exclusions, uint32(ifindex))
+		return nil
+	}
+	if has == nil {
+		has = map[datapathExclusion]bool{}
+		d.exclusions[uint32(ifindex)] = has
+	}
+	for key := range wanted {
+		if has[key] {
+			continue
+		}
+		if err := m.Put(key, uint8(1)); err != nil {
+			return fmt.Errorf("write exclusion: %w", fullError(m, datapathMapExclusions, err))
+		}
+		has[key] = true
+	}
+	return nil
+}
+
+// readExclusions reads what a former process left in the map.
+func (d *Datapath) readExclusions() error {
 	var key datapathExclusion
 	var value uint8
-	entries := m.Iterate()
+	entries := d.maps[datapathMapExclusions].Iterate()
 	for entries.Next(&key, &value) {
-		if key.Ifindex == uint32(ifindex) && !wanted[key] {
-			stale = append(stale, key)
+		if d.exclusions[key.Ifindex] == nil {
+			d.exclusions[key.Ifindex] = map[datapathExclusion]bool{}
 		}
+		d.exclusions[key.Ifindex][key] = true
 	}
 	if err := entries.Err(); err != nil {
 		return fmt.Errorf("read exclusions: %w", err)
 	}
-	for _, key := range stale {
-		if err := deleteKey(m, key); err != nil {
-			return fmt.Errorf("delete exclusion: %w", err)
-		}
-	}
-	for key := range wanted {
-		if err := m.Put(key, uint8(1)); err != nil {
-			return fmt.Errorf("write exclusion: %w", fullError(m, datapathMapExclusions, err))
-		}
-	}
 	return nil
-}
-
-// SetBypass switches the emergency bypass of a tenant: while it is on, new
-// connections of its pods pass in the clear, and are counted as
-// Counters.Bypassed; those that have begun stay where they are, also when it is
-// switched off. Every change is logged as a warning. Default off.
-func (d *Datapath) SetBypass(index uint16, on bool) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	former, err := d.tenant(index)
-	if err != nil {
-		return fmt.Errorf("set bypass: %w", err)
-	}
-	var value uint8
-	if on {
-		value = 1
-	}
-	if former.Bypass == value {
-		return nil
-	}
-	if err := d.changeTenant(index, func(t *datapathTenant) { t.Bypass = value }); err != nil {
-		return fmt.Errorf("set bypass: %w", err)
-	}
-	d.log.Warn("Emergency bypass of the mesh", "tenant", index, "on", on)
-	return nil
-}
-
-// Bypassed says which tenants have the emergency bypass on.
-func (d *Datapath) Bypassed() ([]uint16, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var on []uint16
-	var index uint32
-	var entry datapathTenant
-	entries := d.maps[datapathMapTenants].Iterate()
-	for entries.Next(&index, &entry) {
-		if entry.Bypass != 0 {
-			on = append(on, uint16(index))
-		}
-	}
-	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return nil, fmt.Errorf("read tenants: %w", err)
-	}
-	return on, nil
 }

@@ -3,8 +3,11 @@ package bpf
 import (
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -85,6 +88,11 @@ func TestExclusions(t *testing.T) {
 		goOn(t, "not excluded any more", held)
 		m.greets("not excluded any more", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
 	})
+	t.Run("tunnel", func(t *testing.T) {
+		check(t, m.d.SetExclusions([]Exclusion{{Inbound: true}}))
+		m.greets("a plain connection", m.remote, at(m.a.v4, 80), "app 192.0.2.2")
+		m.greets("a tunnel", m.remote, at(m.a.v4, 15008), "proxy1")
+	})
 	// A peer that comes from an excluded port must not come in thereby.
 	t.Run("source port", func(t *testing.T) {
 		check(t, m.d.SetExclusions([]Exclusion{{Port: 82}}))
@@ -113,6 +121,9 @@ func TestExclusions(t *testing.T) {
 		if n := size(t, m.d.maps[datapathMapExclusions]); n != 1 {
 			t.Errorf("%d exclusions, want 1", n)
 		}
+		// Another process knows them, too.
+		check(t, m.d.Close())
+		m.d = m.open()
 		check(t, m.d.DeletePod("a"))
 		if n := size(t, m.d.maps[datapathMapExclusions]); n != 0 {
 			t.Errorf("%d exclusions are left", n)
@@ -129,17 +140,21 @@ func TestBypass(t *testing.T) {
 	m := newMesh(t)
 	serve(t, m.remote, 80)
 	serve(t, m.a.namespace, 8080)
+	serve(t, m.c.namespace, 8080)
 	held := m.holdAllOutbound(m.a, "proxy1")
-	if err := m.d.SetBypass(9, true); !errors.Is(err, ErrUnknownTenant) {
-		t.Errorf("bypass of an unknown tenant: %v", err)
+	bypass := func(on bool) {
+		t.Helper()
+		m.a.Bypass = on
+		check(t, m.d.UpdatePod(m.a.Pod))
 	}
-	check(t, m.d.SetBypass(1, true))
-	check(t, m.d.SetBypass(1, true))
-	if on, err := m.d.Bypassed(); err != nil || len(on) != 1 || on[0] != 1 {
-		t.Errorf("bypassed %v, %v", on, err)
-	}
+	bypass(true)
 	check(t, m.d.UpdateTenant(m.one.Tenant))
 	m.greets("another tenant", m.b.namespace, at(remoteAddresses.v4, 80), "proxy2")
+	m.greets("another pod of the tenant", m.c.namespace, at(remoteAddresses.v4, 80), "proxy1")
+	// A tunnel still ends at the tenant: the pod doesn't speak it.
+	for _, family := range []int{4, 6} {
+		m.greets("tunnel", m.remote, at(m.a.of(family), 15008), "proxy1")
+	}
 	// What it is for: the proxy doesn't answer.
 	check(t, m.d.ClearListeners(1, 0))
 	goOn(t, "on", held)
@@ -152,21 +167,95 @@ func TestBypass(t *testing.T) {
 	if n := m.counters(1).Bypassed - before; n != 4 {
 		t.Errorf("%d connections counted, want 4", n)
 	}
-	check(t, m.d.SetBypass(1, false))
+	bypass(false)
 	check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
 	goOn(t, "off", append(direct, held...))
 	m.greets("off", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
 	if n := m.counters(1).Bypassed - before; n != 4 {
 		t.Errorf("%d connections counted after it was switched off, want 4", n)
 	}
-	if on, err := m.d.Bypassed(); err != nil || len(on) != 0 {
-		t.Errorf("bypassed %v, %v", on, err)
-	}
-	// Without its tenant a pod is closed, bypass or not.
-	check(t, m.d.SetBypass(1, true))
+	// While it is on, not even a tenant is needed; without both, the pod is closed.
+	bypass(true)
 	check(t, m.d.DeleteTenant(1))
+	m.greets("bypassed without its tenant", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+	bypass(false)
 	dropped := m.counters(0).Dropped.NoTenant
 	syn(t, m.a.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(0).Dropped.NoTenant > dropped })
+}
+
+// A strict pod refuses plain text before a connection begins, from wherever it
+// comes, and nothing else; what has begun goes on.
+func TestStrict(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8080)
+	var held []heldFlow
+	m.hold(&held, "plain", m.remote, netip.AddrPort{}, at(m.a.v4, 8080), "proxy1")
+	m.hold(&held, "plain", m.remote, netip.AddrPort{}, at(m.a.v6, 8080), "proxy1")
+	events, err := m.d.Events(1000)
+	check(t, err)
+	defer events.Close()
+	m.a.Strict = true
+	check(t, m.d.UpdatePod(m.a.Pod))
+	eachFamily(t, func(t *testing.T, family int) {
+		before, beforePod, plain := m.counters(1).Dropped.PlainText, m.pod1("a").Dropped.PlainText, m.counters(1).Plain
+		_, greeting, err := dial(t, m.remote, netip.AddrPort{}, at(m.a.of(family), 8080))
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("plain text: %q, %v, want a refused connection", greeting, err)
+		}
+		if n := m.counters(1).Dropped.PlainText - before; n != 1 {
+			t.Errorf("the tenant counts %d refusals, want 1", n)
+		}
+		if n := m.pod1("a").Dropped.PlainText - beforePod; n != 1 {
+			t.Errorf("the pod counts %d refusals, want 1", n)
+		}
+		if n := m.counters(1).Plain - plain; n != 0 {
+			t.Errorf("%d connections were steered", n)
+		}
+		// Not each one is told where they come fast.
+		told := false
+		for deadline := time.Now().Add(patience); !told && time.Now().Before(deadline); {
+			dial(t, m.remote, netip.AddrPort{}, at(m.a.of(family), 8080))
+			select {
+			case e := <-events.C:
+				told = e.Kind == Denied && e.PodUID == "a" && e.Reason == "PlainText" && e.Way == Inbound &&
+					e.Pod == at(m.a.of(family), 8080) && e.Peer.Addr() == remoteAddresses.of(family)
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+		if !told {
+			t.Error("the refusal isn't told as an event")
+		}
+		m.greets("tunnel", m.remote, at(m.a.of(family), 15008), "proxy1")
+		m.greets("what the pod makes", m.a.namespace, at(remoteAddresses.of(family), 80), "proxy1")
+		m.greets("another pod of the tenant", m.remote, at(m.c.of(family), 8080), "proxy1")
+		// A probe of the kubelet, or a process of the node.
+		if _, greeting, err := dial(t, nil, netip.AddrPort{}, at(m.a.of(family), 8080)); err != nil || !strings.HasPrefix(greeting, "app ") {
+			t.Errorf("from the node: %q, %v", greeting, err)
+		}
+	})
+	// Masqueraded traffic of a NodePort has the node's address, and isn't the node's.
+	check(t, m.d.SetNodeAddresses(append(nodeOwn(), remoteAddresses.both()...)))
+	eachFamily(t, func(t *testing.T, family int) {
+		before := m.counters(1)
+		if _, greeting, err := dial(t, m.remote, netip.AddrPort{}, at(m.a.of(family), 8080)); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("masqueraded: %q, %v", greeting, err)
+		}
+		if n := m.counters(1); n.Dropped.PlainText != before.Dropped.PlainText+1 || n.NodePlain != before.NodePlain {
+			t.Errorf("masqueraded: %+v", n)
+		}
+	})
+	check(t, m.d.SetNodeAddresses(nodeOwn()))
+	goOn(t, "strict", held)
+	// A process that takes over finds it so.
+	check(t, m.d.Close())
+	m.d = m.open()
+	if _, greeting, err := dial(t, m.remote, netip.AddrPort{}, at(m.a.v4, 8080)); err == nil {
+		t.Errorf("after another process took over: %q", greeting)
+	}
+	m.a.Strict = false
+	check(t, m.d.UpdatePod(m.a.Pod))
+	m.greets("permissive again", m.remote, at(m.a.v4, 8080), "proxy1")
 }
 
 func (m *mesh) holdAllOutbound(p *testPod, proxy string) (held []heldFlow) {

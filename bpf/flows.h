@@ -5,7 +5,8 @@
 // Of one pod, that the programs may write down: it must not take all of the
 // room. What the agent writes before a pod moves isn't limited.
 #define MAX_LEARNED 8192
-#define MAX_EXCLUSIONS 8192
+// 32 of its namespace and 16 of its own for each of 1,000 pods.
+#define MAX_EXCLUSIONS 65536
 
 #define ENDED_POD 1
 #define ENDED_PEER 2
@@ -88,12 +89,6 @@ static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound
 		return 1;
 	e.port = port;
 	return bpf_map_lookup_elem(&exclusions, &e) != 0;
-}
-
-static __always_inline int bypassed(__u32 tenant)
-{
-	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
-	return t && t->bypass;
 }
 
 static __noinline int tell_flow(const struct flow *f, const struct flow_state *s, const struct pod *pod, enum event_kind kind)
@@ -197,11 +192,13 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	}
 	struct tenant_counters *c = counters_of(tenant);
 	int direct = tenant == DIRECT;
-	if (!direct && excluded(f, pod->ifindex, from_pod)) {
+	// Tunnels end at the tenant in any case: the pod doesn't speak it.
+	int may = !direct && (from_pod || f->pod_port != HBONE_PORT);
+	if (may && excluded(f, pod->ifindex, from_pod)) {
 		direct = 1;
 		if (c)
 			c->excluded++;
-	} else if (!direct && bypassed(tenant)) {
+	} else if (may && pod->bypass) {
 		direct = 1;
 		if (c)
 			c->bypassed++;

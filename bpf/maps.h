@@ -55,7 +55,11 @@ struct pod {
 	__u8 uid[UID_LENGTH];
 	// Every flow that opens is written down, as before the pod moves.
 	__u8 learn;
-	__u8 pad[3];
+	// It takes plain text from outside of the mesh.
+	__u8 plain;
+	// New flows pass in the clear: the emergency bypass.
+	__u8 bypass;
+	__u8 pad;
 };
 
 struct tenant {
@@ -67,9 +71,7 @@ struct tenant {
 	__u8 canary;
 	// Listening sockets a port, per generation.
 	__u8 workers[GENERATIONS];
-	// New flows pass in the clear: the emergency bypass.
-	__u8 bypass;
-	__u8 pad[2];
+	__u8 pad[3];
 };
 
 // By ifindex, of the node's end.
@@ -111,6 +113,8 @@ struct drops {
 	__u64 midstream;
 	// A connection that would pass in the clear, but couldn't be written down.
 	__u64 flows_full;
+	// steer: a connection in plain text to a pod that takes none.
+	__u64 plain_text;
 };
 
 struct tenant_counters {

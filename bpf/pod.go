@@ -35,6 +35,14 @@ type Pod struct {
 	MAC net.HardwareAddr
 	// Exclusions are left out of the mesh for this pod, beside those of all pods.
 	Exclusions []Exclusion
+	// Strict pods take no plain text: new connections from outside of the mesh are
+	// refused before they begin, and counted as Drops.PlainText. What the node
+	// itself makes (probes, hostNetwork) and what is excluded still passes.
+	Strict bool
+	// Bypass is the emergency bypass: while it is on, new connections pass in the
+	// clear, and are counted as Counters.Bypassed; those that have begun stay where
+	// they are, also when it is switched off.
+	Bypass bool
 }
 
 // podEntries are a pod's keys in the maps.
@@ -93,8 +101,13 @@ func (p Pod) validate() error {
 func (d *Datapath) updatePod(p Pod, learn bool) error {
 	entry := datapathPod{Tenant: uint32(p.Tenant), Ifindex: uint32(p.Ifindex), Uid: uidBytes(p.UID)}
 	copy(entry.Mac[:], p.MAC)
-	if learn {
-		entry.Learn = 1
+	for _, flag := range []struct {
+		field *uint8
+		on    bool
+	}{{&entry.Learn, learn}, {&entry.Plain, !p.Strict}, {&entry.Bypass, p.Bypass}} {
+		if flag.on {
+			*flag.field = 1
+		}
 	}
 	gateway, err := gatewayMAC(p.Ifindex)
 	if err != nil {

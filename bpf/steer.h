@@ -85,6 +85,21 @@ int steer(struct bpf_sk_lookup *ctx)
 	__u32 pod_ifindex = pod ? pod->ifindex : 0;
 
 	__u32 remote_port = ctx->remote_port;
+	// Before there is a connection, so that not even a greeting gets out.
+	int is_plain = listener == LISTENER_PLAIN || listener == LISTENER_NODE_PLAIN;
+	if (is_plain && !(pod && pod->plain)) {
+		struct event e = { .tenant = tenant, .reason = offsetof(struct drops, plain_text) / sizeof(__u64), .way = WAY_INBOUND };
+		struct pod_counters *refused = pod_counters_of(pod_ifindex);
+		count->dropped.plain_text++;
+		if (refused)
+			refused->dropped.plain_text++;
+		e.pod = local;
+		e.peer = remote;
+		e.pod_port = port;
+		e.peer_port = bpf_ntohs(remote_port);
+		tell_denied(&e, pod_ifindex);
+		return SK_DROP;
+	}
 	__u32 hash = flow_hash(&local, &remote, port ^ (remote_port << 16));
 	__u32 generation = hash % 100 < t->canary;
 	// Without sockets of its own, a generation leaves all to the other.
