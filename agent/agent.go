@@ -21,6 +21,7 @@ import (
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
+	"github.com/bulkhead-mesh/bulkhead/identity/workloadapi"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -39,6 +40,7 @@ type Agent struct {
 	bulkheads  *isolation.Manager
 	datapath   *bpf.Datapath
 	identities *identity.Store
+	workloads  *workloadapi.Server
 	relay      *relay.Relay
 	operator   nodev1alpha1.NodeServiceClient
 	roots      *uplink.Roots
@@ -114,6 +116,9 @@ func (a *Agent) open() (err error) {
 	if a.identities, err = identity.OpenStore(identity.StoreOptions{Dir: a.o.keysDir(), Signer: signer{a.operator}, Log: a.log}); err != nil {
 		return fmt.Errorf("open keys: %w", err)
 	}
+	if err := a.openWorkloadAPI(); err != nil {
+		return err
+	}
 	a.relay = relay.New(relay.Options{
 		Operator: conn, Secrets: a.identities, LastGoodDir: a.o.lastGoodDir(), Log: a.log,
 		Changed: func(model.Tenant) { a.wake() },
@@ -142,6 +147,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 			return nil
 		}},
 		{"keys", a.identities.Run},
+		{"Workload API", a.workloads.Serve},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {
 		wg.Go(func() {

@@ -29,6 +29,9 @@ type ConnectionEvent struct {
 	PodUID    string         `json:"podUID,omitempty"`
 	Pod       netip.AddrPort `json:"pod"`
 	Peer      netip.AddrPort `json:"peer"`
+	// PeerUID is of the peer if it is a pod of the mesh on this node. Pods that share
+	// an identity are told apart by it.
+	PeerUID string `json:"peerUID,omitempty"`
 	// BytesSent are by the pod; of a connection that was closed.
 	BytesSent     uint64 `json:"bytesSent,omitempty"`
 	BytesReceived uint64 `json:"bytesReceived,omitempty"`
@@ -79,6 +82,7 @@ func (a *Agent) serveEvents(streams *sync.WaitGroup) http.HandlerFunc {
 				if pod, ok := a.planned(e.PodUID); ok {
 					line.Namespace, line.Name = pod.Namespace, pod.Name
 				}
+				line.PeerUID = a.sandboxes.at(e.Peer.Addr())
 				if err := lines.Encode(line); err != nil {
 					return
 				}

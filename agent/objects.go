@@ -112,6 +112,7 @@ func (a *Agent) setTrustBundle(m *corev1.ConfigMap, deleted bool) {
 		a.log.Error("trust bundle stays as it was", "error", fmt.Errorf("ConfigMap %s: %w", trustBundleConfigMap, err))
 		return
 	}
+	a.setBundle(m.Data["trustDomain"], m.Data["bundle.json"])
 	a.wake()
 }
 

@@ -50,6 +50,9 @@ type Options struct {
 	CNIPlugin string
 	// CNIConfDir and CNIBinDir of the node. Default /etc/cni/net.d and /opt/cni/bin.
 	CNIConfDir, CNIBinDir string
+	// PodCgroups is the cgroup of all of the kubelet's pods, such as /kubepods.
+	// Default: the one that the agent itself is in.
+	PodCgroups string
 	// HealthAddress serves /healthz, /readyz and /metrics. Default 127.0.0.1:15021.
 	HealthAddress string
 	// Linger is for how long a tenant's proxy stays after its last pod has left the
@@ -113,7 +116,10 @@ func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni",
 func (o Options) keysDir() string        { return filepath.Join(o.RunDir, "keys") }
 func (o Options) sandboxDir() string     { return filepath.Join(o.RunDir, "sandboxes") }
 func (o Options) lastGoodDir() string    { return filepath.Join(o.LibDir, "lastgood") }
-func (o Options) cniSocket() string      { return filepath.Join(o.RunDir, "cni.sock") }
+func (o Options) workloadSocket() string {
+	return filepath.Join(o.RunDir, "workload-api", "socket")
+}
+func (o Options) cniSocket() string { return filepath.Join(o.RunDir, "cni.sock") }
 
 // ControlSocket is where the agent answers its own command line.
 func (o Options) ControlSocket() string { return filepath.Join(o.RunDir, "agent.sock") }

@@ -29,6 +29,8 @@ const planPeriod = 250 * time.Millisecond
 //	trustDomain: cluster.local
 //	trustBundle: |            # of the operator, and of the pods' peers
 //	  -----BEGIN CERTIFICATE-----
+//	bundle: |                 # in the SPIFFE format: what verifies JWT-SVIDs
+//	  {"keys": []}
 //	tenants:
 //	- {name: team-a, version: 1.40.0, limits: {memoryMax: 268435456}, canary: {version: 1.39.3, weight: 10}}
 //	pods:
@@ -36,6 +38,7 @@ const planPeriod = 250 * time.Millisecond
 type planFile struct {
 	v1alpha1.NodeProxySpec `json:",inline"`
 	TrustBundle            string    `json:"trustBundle,omitempty"`
+	Bundle                 string    `json:"bundle,omitempty"`
 	Pods                   []planPod `json:"pods,omitempty"`
 }
 
@@ -141,6 +144,7 @@ func (a *Agent) applyPlan(b []byte) error {
 			errs = append(errs, fmt.Errorf("trust bundle: %w", err))
 		}
 	}
+	a.setBundle(f.TrustDomain, f.Bundle)
 	for _, pod := range f.Pods {
 		f.NodeProxySpec.Pods = append(f.NodeProxySpec.Pods, pod.NodePod)
 		r, err := pod.sandbox()

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -97,6 +98,23 @@ func (s *sandboxes) get(uid string) (sandboxRecord, bool) {
 	defer s.mu.Unlock()
 	r, ok := s.byUID[uid]
 	return r, ok
+}
+
+// at returns the UID of the pod that has an address, "" if there is none, or more
+// than one: of a pod that has just gone the record may still be there.
+func (s *sandboxes) at(ip netip.Addr) (uid string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.byUID {
+		if !slices.Contains(r.IPs, ip) {
+			continue
+		}
+		if uid != "" {
+			return ""
+		}
+		uid = r.UID
+	}
+	return uid
 }
 
 // drop forgets a pod.

@@ -30,6 +30,20 @@ func TestSandboxes(t *testing.T) {
 	if got, ok := s.get("u1"); !ok || !reflect.DeepEqual(got, newer) {
 		t.Errorf("after DEL of the old sandbox the pod's is %+v, %v", got, ok)
 	}
+	if uid := s.at(netip.MustParseAddr("10.0.0.1")); uid != "u1" {
+		t.Errorf("its address is pod %q's", uid)
+	}
+	if uid := s.at(netip.MustParseAddr("10.0.0.2")); uid != "" {
+		t.Errorf("an address that nobody has is pod %q's", uid)
+	}
+	// An address that two have, one of which is going, is told to be nobody's.
+	if err := s.put(sandboxRecord{UID: "u9", IPs: old.IPs}); err != nil {
+		t.Fatal(err)
+	}
+	if uid := s.at(netip.MustParseAddr("10.0.0.1")); uid != "" {
+		t.Errorf("an address that two have is pod %q's", uid)
+	}
+	s.drop("u9")
 	// The next agent knows it, and throws away what was half-written.
 	if err := os.WriteFile(filepath.Join(dir, "u2.json"), []byte(`{"uid":"u`), 0o600); err != nil {
 		t.Fatal(err)

@@ -62,6 +62,7 @@ func run(ctx context.Context, args []string) error {
 		flags.StringVar(&o.HealthAddress, "health-address", "", "probes and metrics")
 		flags.StringVar(&o.PinDir, "pin-dir", "", "where the kernel keeps programs and maps")
 		flags.StringVar(&o.CgroupName, "cgroup-name", "", "folder of the tenants' cgroups")
+		flags.StringVar(&o.PodCgroups, "pod-cgroups", "", "cgroup of all pods of the kubelet")
 		flags.DurationVar(&o.Linger, "linger", 0, "how long a proxy stays after its tenant's last pod")
 		flags.DurationVar(&o.Drain, "drain", 0, "how long a generation that isn't wanted any more may finish its connections")
 		plan := flags.String("plan", "", "a plan (YAML) in place of Kubernetes")

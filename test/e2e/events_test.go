@@ -14,6 +14,7 @@ import (
 // for a problem would.
 func TestEvents(t *testing.T) {
 	from, to, other := e.pod(webA, 0), e.pod(webB, 1), e.pod(webB, 0)
+	local := other // on the node that is watched
 	type answer struct {
 		out string
 		err error
@@ -30,6 +31,7 @@ func TestEvents(t *testing.T) {
 	defer calls.Stop()
 	for over := false; !over; {
 		mustCall(t, from, from.IPv4, "tcp", hostPort(to.IPv4, app.GreetPort))
+		mustCall(t, from, from.IPv4, "tcp", hostPort(local.IPv4, app.GreetPort))
 		mustCall(t, other, other.IPv4, "tcp", hostPort(to.IPv4, app.GreetPort))
 		select {
 		case a = <-watched:
@@ -40,7 +42,7 @@ func TestEvents(t *testing.T) {
 	if a.err != nil {
 		t.Fatal(a.err)
 	}
-	opened, closed := 0, 0
+	opened, closed, locals := 0, 0, 0
 	for line := range strings.Lines(a.out) {
 		var event agent.ConnectionEvent
 		if err := json.Unmarshal([]byte(line), &event); err != nil {
@@ -48,6 +50,11 @@ func TestEvents(t *testing.T) {
 		}
 		if event.Tenant != from.Echo.Namespace {
 			t.Errorf("an event of another tenant: %s", line)
+		}
+		if event.Way == "outbound" && event.Pod.Addr().String() == from.IPv4 && event.Peer.Addr().String() == local.IPv4 {
+			if locals++; event.PodUID != string(from.UID) || event.PeerUID != string(local.UID) {
+				t.Errorf("both ends are here and the event is of pods %q and %q, want %s and %s: %s", event.PodUID, event.PeerUID, from.UID, local.UID, line)
+			}
 		}
 		if event.Way != "outbound" || event.Time.Before(begin) || event.Pod.Addr().String() != from.IPv4 || event.Peer.String() != hostPort(to.IPv4, app.GreetPort) {
 			continue
@@ -64,6 +71,9 @@ func TestEvents(t *testing.T) {
 				t.Errorf("a connection that exchanged data has no bytes: %s", line)
 			}
 		}
+	}
+	if locals == 0 {
+		t.Errorf("no connection of %s to %s was seen", from, local)
 	}
 	if opened == 0 || closed == 0 {
 		t.Errorf("%d connections of %s were seen to open, %d to close:\n%.2000s", opened, from, closed, a.out)
