@@ -15,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/chain"
+	"github.com/bulkhead-mesh/bulkhead/agent/debug"
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/agent/uplink"
@@ -52,6 +53,7 @@ type Agent struct {
 	keeper  *chain.Keeper
 	members *membership
 	status  *statusWriter
+	debug   *debug.Server
 
 	woken chan struct{}
 

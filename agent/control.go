@@ -70,6 +70,9 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	var streams sync.WaitGroup
 	defer streams.Wait() // what they read from is closed next
 	mux.HandleFunc("GET /events", a.serveEvents(&streams))
+	for _, method := range []string{http.MethodGet, http.MethodPut} {
+		mux.HandleFunc(method+" /tenants/{tenant}/{what}", a.serveDebug)
+	}
 	mux.HandleFunc("POST /kill", func(w http.ResponseWriter, r *http.Request) {
 		pid, err := strconv.Atoi(r.FormValue("pid"))
 		signal := unix.SignalNum("SIG" + r.FormValue("signal"))

@@ -45,6 +45,7 @@ func Run(ctx context.Context, config *rest.Config, o Options) error {
 	if err := a.open(); err != nil {
 		return errors.Join(err, a.close())
 	}
+	a.debug = a.newDebug()
 	server, err := cni.Listen(a.o.cniSocket(), a, a.log)
 	if err != nil {
 		return errors.Join(err, a.close())
@@ -52,6 +53,7 @@ func Run(ctx context.Context, config *rest.Config, o Options) error {
 	runErr := a.run(ctx,
 		task{"watch objects", a.watch},
 		task{"status", func(ctx context.Context) error { a.status.run(ctx); return nil }},
+		task{"debugging", a.runDebug},
 		// Last, so that what they ask for has somebody to do it.
 		task{"CNI server", server.Serve},
 		task{"CNI chain", a.keeper.Run})

@@ -113,6 +113,9 @@ func (a *Agent) setTrustBundle(m *corev1.ConfigMap, deleted bool) {
 		return
 	}
 	a.setBundle(m.Data["trustDomain"], m.Data["bundle.json"])
+	if a.debug != nil {
+		a.debug.RootsChanged()
+	}
 	a.wake()
 }
 

@@ -17,6 +17,9 @@ const (
 	daemonSet            = "bulkhead-agent"
 )
 
+// DebugOff is the DebugAddress that none is.
+const DebugOff = "off"
+
 // Options of an Agent. Run needs Node, all else has a default.
 type Options struct {
 	// Node that this is the agent of. Default of RunPlan: the host's name.
@@ -55,6 +58,9 @@ type Options struct {
 	PodCgroups string
 	// HealthAddress serves /healthz, /readyz and /metrics. Default 127.0.0.1:15021.
 	HealthAddress string
+	// DebugAddress is where owners look into their proxies, by Kubernetes' word on
+	// who they are. Default :15022; DebugOff for nowhere, as always with RunPlan.
+	DebugAddress string
 	// Linger is for how long a tenant's proxy stays after its last pod has left the
 	// node: a rolling restart shouldn't start it anew. Default 10 s.
 	Linger time.Duration
@@ -88,6 +94,7 @@ func (o Options) withDefaults() (Options, error) {
 		{&o.CNIConfDir, "/etc/cni/net.d"},
 		{&o.CNIBinDir, "/opt/cni/bin"},
 		{&o.HealthAddress, "127.0.0.1:15021"},
+		{&o.DebugAddress, ":15022"},
 	} {
 		if *d.field == "" {
 			*d.field = d.value

@@ -183,6 +183,27 @@ func serverTemplate(dnsNames []string) *x509.Certificate {
 	return &x509.Certificate{DNSNames: dnsNames, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 }
 
+// AgentServerName is the DNS name of a node's agent as a server.
+func AgentServerName(node string) string { return node + ".agent.bulkhead" }
+
+// SignServer signs the key of a CSR that has no names (else ErrCSR) for a server
+// with one DNS name, and returns the chain, leaf first, without the root. ttl is
+// as in Sign.
+func (a *Authority) SignServer(csrDER []byte, dnsName string, ttl time.Duration, now time.Time) ([][]byte, error) {
+	r, key, err := parseCSR(csrDER)
+	if err == nil && len(r.Extensions) > 0 {
+		err = fmt.Errorf("%w: a server's must ask for no name and no extension", ErrCSR)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
+	}
+	leaf, err := a.issuer.signLeaf(serverTemplate([]string{dnsName}), key, ttl, now)
+	if err != nil {
+		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
+	}
+	return a.withChain(leaf), nil
+}
+
 func authorityTemplate(td spiffeid.TrustDomain, name string, life time.Duration, now time.Time) *x509.Certificate {
 	return &x509.Certificate{
 		Subject:   pkix.Name{CommonName: "Bulkhead " + name, Organization: []string{td.Name()}},

@@ -41,24 +41,43 @@ func NewCSR(key *ecdsa.PrivateKey, id model.Identity) ([]byte, error) {
 	return der, nil
 }
 
-// checkCSR returns the key of a CSR that asks for want and for nothing else.
-func checkCSR(der []byte, want model.Identity) (*ecdsa.PublicKey, error) {
+// NewServerCSR asks, in DER, for a server's certificate for a P-256 key. The name
+// is the signer's to know.
+func NewServerCSR(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		return nil, fmt.Errorf("make CSR: %w", err)
+	}
+	return der, nil
+}
+
+// parseCSR returns a CSR that has a P-256 key, which signed it, and no subject.
+func parseCSR(der []byte) (*x509.CertificateRequest, *ecdsa.PublicKey, error) {
 	if len(der) > MaxCSRSize {
-		return nil, fmt.Errorf("%w: %d bytes, more than %d", ErrCSR, len(der), MaxCSRSize)
+		return nil, nil, fmt.Errorf("%w: %d bytes, more than %d", ErrCSR, len(der), MaxCSRSize)
 	}
 	r, err := x509.ParseCertificateRequest(der)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCSR, err)
+		return nil, nil, fmt.Errorf("%w: %w", ErrCSR, err)
 	}
 	key, ok := r.PublicKey.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
-		return nil, fmt.Errorf("%w: its key isn't P-256", ErrCSR)
+		return nil, nil, fmt.Errorf("%w: its key isn't P-256", ErrCSR)
 	}
 	if err := r.CheckSignature(); err != nil {
-		return nil, fmt.Errorf("%w: its signature isn't its key's", ErrCSR)
+		return nil, nil, fmt.Errorf("%w: its signature isn't its key's", ErrCSR)
 	}
 	if len(r.Subject.Names) > 0 {
-		return nil, fmt.Errorf("%w: it has the subject %q, must have none", ErrCSR, r.Subject)
+		return nil, nil, fmt.Errorf("%w: it has the subject %q, must have none", ErrCSR, r.Subject)
+	}
+	return r, key, nil
+}
+
+// checkCSR returns the key of a CSR that asks for want and for nothing else.
+func checkCSR(der []byte, want model.Identity) (*ecdsa.PublicKey, error) {
+	r, key, err := parseCSR(der)
+	if err != nil {
+		return nil, err
 	}
 	// Extensions that are asked for are refused rather than ignored: who asks for
 	// an authority's certificate would believe to have got one.

@@ -2,7 +2,6 @@ package isolation
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -86,5 +85,3 @@ func ready(ctx context.Context, netns string, generation int) bool {
 	body, err := adminGet(ctx, netns, generation, "/ready", 64)
 	return err == nil && strings.TrimSpace(string(body)) == "LIVE"
 }
-
-var errNoProcess = errors.New("no such process runs")

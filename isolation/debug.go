@@ -21,6 +21,8 @@ var (
 	ErrAdminPath = errors.New("not a path for debugging")
 	// ErrTooLarge is returned instead of a part of an answer.
 	ErrTooLarge = errors.New("the answer is too large")
+	// ErrNoProcess is returned for a tenant or generation that doesn't run.
+	ErrNoProcess = errors.New("no such process runs")
 )
 
 // debugTimeout is for answers that Envoy's main thread has to gather.
@@ -89,17 +91,27 @@ var LogLevels = []string{"trace", "debug", "info", "warning", "error", "critical
 
 var loggerName = regexp.MustCompile(`^[a-z0-9_]{1,64}$`)
 
+// CheckLogLevel says whether SetLogLevel takes them; Envoy may yet not have the
+// logger.
+func CheckLogLevel(logger, level string) error {
+	if !slices.Contains(LogLevels, level) {
+		return fmt.Errorf("level %.40q is none of %s", level, strings.Join(LogLevels, ", "))
+	}
+	if logger != "" && (!loggerName.MatchString(logger) || logger == "level" || logger == "paths") {
+		return fmt.Errorf("%.100q is no logger", logger)
+	}
+	return nil
+}
+
 // SetLogLevel sets the level of one of Envoy's loggers, "" for all of them, until
 // the process ends, and returns the levels of all. A loud level fills the log
 // file, which then holds minutes instead of days, and costs the tenant CPU.
 func (m *Manager) SetLogLevel(ctx context.Context, name model.Tenant, generation int, logger, level string) ([]byte, error) {
-	if !slices.Contains(LogLevels, level) {
-		return nil, fmt.Errorf("set log level of %s: %q is none of %s", name, level, strings.Join(LogLevels, ", "))
+	if err := CheckLogLevel(logger, level); err != nil {
+		return nil, fmt.Errorf("set log level of %s: %w", name, err)
 	}
 	if logger == "" {
 		logger = "level"
-	} else if !loggerName.MatchString(logger) || logger == "level" || logger == "paths" {
-		return nil, fmt.Errorf("set log level of %s: %.100q is no logger", name, logger)
 	}
 	return m.ask(ctx, name, generation, http.MethodPost, "/logging?"+logger+"="+level)
 }
@@ -110,7 +122,7 @@ func (m *Manager) LogLevel(ctx context.Context, name model.Tenant, generation in
 }
 
 func (m *Manager) ask(ctx context.Context, name model.Tenant, generation int, method, path string) ([]byte, error) {
-	body, err := []byte(nil), errNoProcess
+	body, err := []byte(nil), ErrNoProcess
 	if t := m.tenant(name); t != nil && t.process(generation) != nil {
 		body, err = adminAsk(ctx, m.o.netnsPath(name), generation, method, path, debugTimeout, adminLimit)
 	}

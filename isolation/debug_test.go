@@ -155,7 +155,7 @@ func TestDebug(t *testing.T) {
 				t.Errorf("%q: %v %.100s", path, err, body)
 			}
 		}
-		if _, err := m.Admin(t.Context(), tenantA, 2, "/stats"); !errors.Is(err, errNoProcess) {
+		if _, err := m.Admin(t.Context(), tenantA, 2, "/stats"); !errors.Is(err, ErrNoProcess) {
 			t.Errorf("a generation that isn't there: %v", err)
 		}
 	})

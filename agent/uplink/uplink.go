@@ -48,6 +48,9 @@ func (r *Roots) SetPEM(pem []byte) error {
 	return nil
 }
 
+// Pool returns the roots, nil before there are any.
+func (r *Roots) Pool() *x509.CertPool { return r.pool.Load() }
+
 // Known reports whether there are roots.
 func (r *Roots) Known() bool { return r.pool.Load() != nil }
 

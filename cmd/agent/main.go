@@ -5,6 +5,7 @@
 //	agent run --plan FILE                the same without Kubernetes, by a plan in a file
 //	agent inspect                        what runs here, read back from the kernel
 //	agent log --tenant T [--generation]  a proxy's log
+//	agent debug config|stats|heap|loglevel --tenant T  what a proxy has and does; sets a log level
 //	agent kill --signal KILL PID         a signal to a tenant proxy, and to nothing else
 package main
 
@@ -18,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	ctrl "sigs.k8s.io/controller-runtime/pkg/client/config"
@@ -26,6 +28,7 @@ import (
 	"github.com/go-logr/logr"
 
 	"github.com/bulkhead-mesh/bulkhead/agent"
+	"github.com/bulkhead-mesh/bulkhead/agent/debug"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 )
 
@@ -46,7 +49,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	const usage = "usage: agent run [--plan FILE] | inspect | log --tenant TENANT | events [--tenant TENANT] [--duration TIME] | kill --signal NAME PID"
+	const usage = "usage: agent run [--plan FILE] | inspect | log --tenant TENANT | events [--tenant TENANT] [--duration TIME] | debug config|stats|heap|loglevel --tenant TENANT | kill --signal NAME PID"
 	if len(args) == 0 {
 		return fmt.Errorf("%s", usage)
 	}
@@ -60,6 +63,7 @@ func run(ctx context.Context, args []string) error {
 		flags.StringVar(&o.LibDir, "lib-dir", "", "what stays")
 		flags.StringVar(&o.EnvoyDir, "envoy-dir", "", "versions of Envoy")
 		flags.StringVar(&o.HealthAddress, "health-address", "", "probes and metrics")
+		flags.StringVar(&o.DebugAddress, "debug-address", "", "where owners look into their proxies, or off")
 		flags.StringVar(&o.PinDir, "pin-dir", "", "where the kernel keeps programs and maps")
 		flags.StringVar(&o.CgroupName, "cgroup-name", "", "folder of the tenants' cgroups")
 		flags.StringVar(&o.PodCgroups, "pod-cgroups", "", "cgroup of all pods of the kubelet")
@@ -117,6 +121,8 @@ func run(ctx context.Context, args []string) error {
 			return nil // that is how it ends
 		}
 		return err
+	case "debug":
+		return lookInto(ctx, flags, &o, args[1:])
 	case "kill":
 		name := flags.String("signal", "TERM", "name of the signal, without SIG")
 		if err := flags.Parse(args[1:]); err != nil {
@@ -126,4 +132,31 @@ func run(ctx context.Context, args []string) error {
 			url.Values{"pid": {flags.Arg(0)}, "signal": {*name}}, os.Stdout)
 	}
 	return fmt.Errorf("unknown command %q; %s", args[0], usage)
+}
+
+// lookInto asks a proxy for its configuration, statistics, heap profile or log
+// level, and sets the last if there is one to set.
+func lookInto(ctx context.Context, flags *flag.FlagSet, o *agent.Options, args []string) error {
+	tenant := flags.String("tenant", "", "whose proxy")
+	generation := flags.Int("generation", 0, "0, or 1 for a canary")
+	filter := flags.String("filter", "", "of stats a regular expression for names, of config a part such as dynamic_listeners")
+	logger := flags.String("logger", "", "of loglevel: which to set; all without it")
+	level := flags.String("level", "", "of loglevel: what to set it to")
+	if len(args) == 0 {
+		return fmt.Errorf("debug what? One of %s", strings.Join(debug.What, ", "))
+	}
+	if err := flags.Parse(args[1:]); err != nil {
+		return err
+	}
+	if *tenant == "" {
+		return fmt.Errorf("debug %s: name the tenant with --tenant", args[0])
+	}
+	values := url.Values{"generation": {strconv.Itoa(*generation)}, "filter": {*filter}}
+	method := http.MethodGet
+	if *logger != "" || *level != "" {
+		method = http.MethodPut
+		values.Set("logger", *logger)
+		values.Set("level", *level)
+	}
+	return agent.Control(ctx, o.ControlSocket(), method, "/tenants/"+url.PathEscape(*tenant)+"/"+url.PathEscape(args[0]), values, os.Stdout)
 }

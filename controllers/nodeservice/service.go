@@ -100,7 +100,11 @@ const (
 	signsPerNode    = 32
 	attachesPerNode = 512
 	watchesPerNode  = 8
+	serversPerNode  = 2
 )
+
+// ServerTTL is how long an agent's certificate as a server lives.
+const ServerTTL = 24 * time.Hour
 
 // Service is the NodeService of one operator replica. It is safe for concurrent
 // use and has nothing to close; its calls end with the gRPC server's.
@@ -194,6 +198,28 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 	}
 	s.o.Log.Debug("certificate signed", "node", caller.Node, "pod", ref.String(), "identity", p.identity.String())
 	return &nodev1alpha1.SignCertificateResponse{Chain: chain}, nil
+}
+
+// SignServerCertificate implements nodev1alpha1.NodeServiceServer.
+func (s *Service) SignServerCertificate(ctx context.Context, r *nodev1alpha1.SignServerCertificateRequest) (*nodev1alpha1.SignServerCertificateResponse, error) {
+	caller, done, err := s.enter(ctx, "SignServerCertificate", serversPerNode)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	authority, _, _ := s.o.Authorities.Authority()
+	if authority == nil {
+		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
+	}
+	chain, err := authority.SignServer(r.GetCsr(), identity.AgentServerName(caller.Node), ServerTTL, s.now())
+	switch {
+	case errors.Is(err, identity.ErrCSR):
+		s.o.Log.Warn("agent refused", "node", caller.Node, "call", "SignServerCertificate", "error", err)
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	case err != nil:
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &nodev1alpha1.SignServerCertificateResponse{Chain: chain}, nil
 }
 
 // WatchTrustBundle implements nodev1alpha1.NodeServiceServer. Before the

@@ -181,6 +181,18 @@ func (n *Node) AgentTime(t testing.TB) time.Duration {
 	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
+// CLI runs the agent's command line, as root of the node would.
+func (n *Node) CLI(ctx context.Context, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(os.Getenv(dirVariable), "agent"), append(args, "--run-dir", n.Isolation().RunDir)...)
+	var messages bytes.Buffer
+	cmd.Stderr = &messages
+	out, err := cmd.Output()
+	if err != nil {
+		return out, fmt.Errorf("agent %s: %w: %s", args[0], err, messages.String())
+	}
+	return out, nil
+}
+
 // Inspect is what the agent says of the node.
 func (n *Node) Inspect() (i agent.Inspection, err error) {
 	var out bytes.Buffer

@@ -24,6 +24,96 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type SignServerCertificateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PKCS #10, DER, without any name or extension.
+	Csr           []byte `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignServerCertificateRequest) Reset() {
+	*x = SignServerCertificateRequest{}
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignServerCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignServerCertificateRequest) ProtoMessage() {}
+
+func (x *SignServerCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignServerCertificateRequest.ProtoReflect.Descriptor instead.
+func (*SignServerCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *SignServerCertificateRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type SignServerCertificateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// DER certificates, leaf first, without the root.
+	Chain         [][]byte `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignServerCertificateResponse) Reset() {
+	*x = SignServerCertificateResponse{}
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignServerCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignServerCertificateResponse) ProtoMessage() {}
+
+func (x *SignServerCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignServerCertificateResponse.ProtoReflect.Descriptor instead.
+func (*SignServerCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SignServerCertificateResponse) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
 type SignCertificateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// PKCS #10, DER. Exactly one URI SAN, the SPIFFE ID that is asked for.
@@ -38,7 +128,7 @@ type SignCertificateRequest struct {
 
 func (x *SignCertificateRequest) Reset() {
 	*x = SignCertificateRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[0]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -50,7 +140,7 @@ func (x *SignCertificateRequest) String() string {
 func (*SignCertificateRequest) ProtoMessage() {}
 
 func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[0]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -63,7 +153,7 @@ func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateRequest.ProtoReflect.Descriptor instead.
 func (*SignCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{0}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *SignCertificateRequest) GetCsr() []byte {
@@ -104,7 +194,7 @@ type SignCertificateResponse struct {
 
 func (x *SignCertificateResponse) Reset() {
 	*x = SignCertificateResponse{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[1]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -116,7 +206,7 @@ func (x *SignCertificateResponse) String() string {
 func (*SignCertificateResponse) ProtoMessage() {}
 
 func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[1]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -129,7 +219,7 @@ func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateResponse.ProtoReflect.Descriptor instead.
 func (*SignCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{1}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SignCertificateResponse) GetChain() [][]byte {
@@ -153,7 +243,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -165,7 +255,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -178,7 +268,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{2}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *SignJWTRequest) GetPodUid() string {
@@ -219,7 +309,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -231,7 +321,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -244,7 +334,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SignJWTResponse) GetToken() string {
@@ -262,7 +352,7 @@ type WatchTrustBundleRequest struct {
 
 func (x *WatchTrustBundleRequest) Reset() {
 	*x = WatchTrustBundleRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -274,7 +364,7 @@ func (x *WatchTrustBundleRequest) String() string {
 func (*WatchTrustBundleRequest) ProtoMessage() {}
 
 func (x *WatchTrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -287,7 +377,7 @@ func (x *WatchTrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*WatchTrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{6}
 }
 
 type TrustBundle struct {
@@ -301,7 +391,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -313,7 +403,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -326,7 +416,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -356,7 +446,7 @@ type AttachPodRequest struct {
 
 func (x *AttachPodRequest) Reset() {
 	*x = AttachPodRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -368,7 +458,7 @@ func (x *AttachPodRequest) String() string {
 func (*AttachPodRequest) ProtoMessage() {}
 
 func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -381,7 +471,7 @@ func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodRequest.ProtoReflect.Descriptor instead.
 func (*AttachPodRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AttachPodRequest) GetPodUid() string {
@@ -420,7 +510,7 @@ type AttachPodResponse struct {
 
 func (x *AttachPodResponse) Reset() {
 	*x = AttachPodResponse{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +522,7 @@ func (x *AttachPodResponse) String() string {
 func (*AttachPodResponse) ProtoMessage() {}
 
 func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,14 +535,18 @@ func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodResponse.ProtoReflect.Descriptor instead.
 func (*AttachPodResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{9}
 }
 
 var File_api_node_v1alpha1_node_proto protoreflect.FileDescriptor
 
 const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1capi/node/v1alpha1/node.proto\x12\x16bulkhead.node.v1alpha1\"\x83\x01\n" +
+	"\x1capi/node/v1alpha1/node.proto\x12\x16bulkhead.node.v1alpha1\"0\n" +
+	"\x1cSignServerCertificateRequest\x12\x10\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\"5\n" +
+	"\x1dSignServerCertificateResponse\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\"\x83\x01\n" +
 	"\x16SignCertificateRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\x12\x17\n" +
 	"\apod_uid\x18\x02 \x01(\tR\x06podUid\x12#\n" +
@@ -476,12 +570,13 @@ const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x19\n" +
 	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x10\n" +
 	"\x03ips\x18\x04 \x03(\tR\x03ips\"\x13\n" +
-	"\x11AttachPodResponse2\xab\x03\n" +
+	"\x11AttachPodResponse2\xb2\x04\n" +
 	"\vNodeService\x12r\n" +
 	"\x0fSignCertificate\x12..bulkhead.node.v1alpha1.SignCertificateRequest\x1a/.bulkhead.node.v1alpha1.SignCertificateResponse\x12Z\n" +
 	"\aSignJWT\x12&.bulkhead.node.v1alpha1.SignJWTRequest\x1a'.bulkhead.node.v1alpha1.SignJWTResponse\x12j\n" +
 	"\x10WatchTrustBundle\x12/.bulkhead.node.v1alpha1.WatchTrustBundleRequest\x1a#.bulkhead.node.v1alpha1.TrustBundle0\x01\x12`\n" +
-	"\tAttachPod\x12(.bulkhead.node.v1alpha1.AttachPodRequest\x1a).bulkhead.node.v1alpha1.AttachPodResponseBBZ@github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1;nodev1alpha1b\x06proto3"
+	"\tAttachPod\x12(.bulkhead.node.v1alpha1.AttachPodRequest\x1a).bulkhead.node.v1alpha1.AttachPodResponse\x12\x84\x01\n" +
+	"\x15SignServerCertificate\x124.bulkhead.node.v1alpha1.SignServerCertificateRequest\x1a5.bulkhead.node.v1alpha1.SignServerCertificateResponseBBZ@github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1;nodev1alpha1b\x06proto3"
 
 var (
 	file_api_node_v1alpha1_node_proto_rawDescOnce sync.Once
@@ -495,28 +590,32 @@ func file_api_node_v1alpha1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1alpha1_node_proto_rawDescData
 }
 
-var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_node_v1alpha1_node_proto_goTypes = []any{
-	(*SignCertificateRequest)(nil),  // 0: bulkhead.node.v1alpha1.SignCertificateRequest
-	(*SignCertificateResponse)(nil), // 1: bulkhead.node.v1alpha1.SignCertificateResponse
-	(*SignJWTRequest)(nil),          // 2: bulkhead.node.v1alpha1.SignJWTRequest
-	(*SignJWTResponse)(nil),         // 3: bulkhead.node.v1alpha1.SignJWTResponse
-	(*WatchTrustBundleRequest)(nil), // 4: bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	(*TrustBundle)(nil),             // 5: bulkhead.node.v1alpha1.TrustBundle
-	(*AttachPodRequest)(nil),        // 6: bulkhead.node.v1alpha1.AttachPodRequest
-	(*AttachPodResponse)(nil),       // 7: bulkhead.node.v1alpha1.AttachPodResponse
+	(*SignServerCertificateRequest)(nil),  // 0: bulkhead.node.v1alpha1.SignServerCertificateRequest
+	(*SignServerCertificateResponse)(nil), // 1: bulkhead.node.v1alpha1.SignServerCertificateResponse
+	(*SignCertificateRequest)(nil),        // 2: bulkhead.node.v1alpha1.SignCertificateRequest
+	(*SignCertificateResponse)(nil),       // 3: bulkhead.node.v1alpha1.SignCertificateResponse
+	(*SignJWTRequest)(nil),                // 4: bulkhead.node.v1alpha1.SignJWTRequest
+	(*SignJWTResponse)(nil),               // 5: bulkhead.node.v1alpha1.SignJWTResponse
+	(*WatchTrustBundleRequest)(nil),       // 6: bulkhead.node.v1alpha1.WatchTrustBundleRequest
+	(*TrustBundle)(nil),                   // 7: bulkhead.node.v1alpha1.TrustBundle
+	(*AttachPodRequest)(nil),              // 8: bulkhead.node.v1alpha1.AttachPodRequest
+	(*AttachPodResponse)(nil),             // 9: bulkhead.node.v1alpha1.AttachPodResponse
 }
 var file_api_node_v1alpha1_node_proto_depIdxs = []int32{
-	0, // 0: bulkhead.node.v1alpha1.NodeService.SignCertificate:input_type -> bulkhead.node.v1alpha1.SignCertificateRequest
-	2, // 1: bulkhead.node.v1alpha1.NodeService.SignJWT:input_type -> bulkhead.node.v1alpha1.SignJWTRequest
-	4, // 2: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:input_type -> bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	6, // 3: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
-	1, // 4: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
-	3, // 5: bulkhead.node.v1alpha1.NodeService.SignJWT:output_type -> bulkhead.node.v1alpha1.SignJWTResponse
-	5, // 6: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:output_type -> bulkhead.node.v1alpha1.TrustBundle
-	7, // 7: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
-	4, // [4:8] is the sub-list for method output_type
-	0, // [0:4] is the sub-list for method input_type
+	2, // 0: bulkhead.node.v1alpha1.NodeService.SignCertificate:input_type -> bulkhead.node.v1alpha1.SignCertificateRequest
+	4, // 1: bulkhead.node.v1alpha1.NodeService.SignJWT:input_type -> bulkhead.node.v1alpha1.SignJWTRequest
+	6, // 2: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:input_type -> bulkhead.node.v1alpha1.WatchTrustBundleRequest
+	8, // 3: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
+	0, // 4: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:input_type -> bulkhead.node.v1alpha1.SignServerCertificateRequest
+	3, // 5: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
+	5, // 6: bulkhead.node.v1alpha1.NodeService.SignJWT:output_type -> bulkhead.node.v1alpha1.SignJWTResponse
+	7, // 7: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:output_type -> bulkhead.node.v1alpha1.TrustBundle
+	9, // 8: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
+	1, // 9: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:output_type -> bulkhead.node.v1alpha1.SignServerCertificateResponse
+	5, // [5:10] is the sub-list for method output_type
+	0, // [0:5] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -533,7 +632,7 @@ func file_api_node_v1alpha1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1alpha1_node_proto_rawDesc), len(file_api_node_v1alpha1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,10 +22,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	NodeService_SignCertificate_FullMethodName  = "/bulkhead.node.v1alpha1.NodeService/SignCertificate"
-	NodeService_SignJWT_FullMethodName          = "/bulkhead.node.v1alpha1.NodeService/SignJWT"
-	NodeService_WatchTrustBundle_FullMethodName = "/bulkhead.node.v1alpha1.NodeService/WatchTrustBundle"
-	NodeService_AttachPod_FullMethodName        = "/bulkhead.node.v1alpha1.NodeService/AttachPod"
+	NodeService_SignCertificate_FullMethodName       = "/bulkhead.node.v1alpha1.NodeService/SignCertificate"
+	NodeService_SignJWT_FullMethodName               = "/bulkhead.node.v1alpha1.NodeService/SignJWT"
+	NodeService_WatchTrustBundle_FullMethodName      = "/bulkhead.node.v1alpha1.NodeService/WatchTrustBundle"
+	NodeService_AttachPod_FullMethodName             = "/bulkhead.node.v1alpha1.NodeService/AttachPod"
+	NodeService_SignServerCertificate_FullMethodName = "/bulkhead.node.v1alpha1.NodeService/SignServerCertificate"
 )
 
 // NodeServiceClient is the client API for NodeService service.
@@ -63,6 +64,13 @@ type NodeServiceClient interface {
 	//
 	// Errors: as SignCertificate, and DeadlineExceeded.
 	AttachPod(ctx context.Context, in *AttachPodRequest, opts ...grpc.CallOption) (*AttachPodResponse, error)
+	// SignServerCertificate signs the key in a CSR for the calling node's agent as
+	// a server: the certificate's only name is the DNS name
+	// "<node>.agent.bulkhead", and it is no workload's.
+	//
+	// Errors: Unauthenticated (token), InvalidArgument (CSR), Unavailable (the
+	// authority isn't loaded: retry).
+	SignServerCertificate(ctx context.Context, in *SignServerCertificateRequest, opts ...grpc.CallOption) (*SignServerCertificateResponse, error)
 }
 
 type nodeServiceClient struct {
@@ -122,6 +130,16 @@ func (c *nodeServiceClient) AttachPod(ctx context.Context, in *AttachPodRequest,
 	return out, nil
 }
 
+func (c *nodeServiceClient) SignServerCertificate(ctx context.Context, in *SignServerCertificateRequest, opts ...grpc.CallOption) (*SignServerCertificateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignServerCertificateResponse)
+	err := c.cc.Invoke(ctx, NodeService_SignServerCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServiceServer is the server API for NodeService service.
 // All implementations must embed UnimplementedNodeServiceServer
 // for forward compatibility.
@@ -157,6 +175,13 @@ type NodeServiceServer interface {
 	//
 	// Errors: as SignCertificate, and DeadlineExceeded.
 	AttachPod(context.Context, *AttachPodRequest) (*AttachPodResponse, error)
+	// SignServerCertificate signs the key in a CSR for the calling node's agent as
+	// a server: the certificate's only name is the DNS name
+	// "<node>.agent.bulkhead", and it is no workload's.
+	//
+	// Errors: Unauthenticated (token), InvalidArgument (CSR), Unavailable (the
+	// authority isn't loaded: retry).
+	SignServerCertificate(context.Context, *SignServerCertificateRequest) (*SignServerCertificateResponse, error)
 	mustEmbedUnimplementedNodeServiceServer()
 }
 
@@ -178,6 +203,9 @@ func (UnimplementedNodeServiceServer) WatchTrustBundle(*WatchTrustBundleRequest,
 }
 func (UnimplementedNodeServiceServer) AttachPod(context.Context, *AttachPodRequest) (*AttachPodResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AttachPod not implemented")
+}
+func (UnimplementedNodeServiceServer) SignServerCertificate(context.Context, *SignServerCertificateRequest) (*SignServerCertificateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignServerCertificate not implemented")
 }
 func (UnimplementedNodeServiceServer) mustEmbedUnimplementedNodeServiceServer() {}
 func (UnimplementedNodeServiceServer) testEmbeddedByValue()                     {}
@@ -265,6 +293,24 @@ func _NodeService_AttachPod_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NodeService_SignServerCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignServerCertificateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServiceServer).SignServerCertificate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NodeService_SignServerCertificate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServiceServer).SignServerCertificate(ctx, req.(*SignServerCertificateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // NodeService_ServiceDesc is the grpc.ServiceDesc for NodeService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -283,6 +329,10 @@ var NodeService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AttachPod",
 			Handler:    _NodeService_AttachPod_Handler,
+		},
+		{
+			MethodName: "SignServerCertificate",
+			Handler:    _NodeService_SignServerCertificate_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -4,7 +4,6 @@
 package cluster
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -18,8 +17,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/portforward"
-	"k8s.io/client-go/transport/spdy"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
@@ -186,30 +183,11 @@ func TestLogsAndExec(t *testing.T) {
 
 func TestPortForward(t *testing.T) {
 	for _, p := range pods {
-		transport, upgrader, err := spdy.RoundTripperFor(c.Config)
+		address, end, err := c.Forward(namespace, p.Name, app.HTTPPort)
 		if err != nil {
 			t.Fatal(err)
 		}
-		url := c.Kube.CoreV1().RESTClient().Post().Resource("pods").Namespace(namespace).Name(p.Name).SubResource("portforward").URL()
-		stop, ready := make(chan struct{}), make(chan struct{})
-		var messages bytes.Buffer
-		forwarder, err := portforward.NewOnAddresses(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, "POST", url),
-			[]string{"127.0.0.1"}, []string{"0:" + port(app.HTTPPort)}, stop, ready, io.Discard, &messages)
-		if err != nil {
-			t.Fatal(err)
-		}
-		done := make(chan error, 1)
-		go func() { done <- forwarder.ForwardPorts() }()
-		select {
-		case <-ready:
-		case err := <-done:
-			t.Fatalf("port-forward to %s: %v %s", p, err, &messages)
-		}
-		ports, err := forwarder.GetPorts()
-		if err != nil {
-			t.Fatal(err)
-		}
-		answer, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/", ports[0].Local))
+		answer, err := http.Get("http://" + address + "/")
 		if err != nil {
 			t.Errorf("%s through port-forward: %v", p, err)
 		} else {
@@ -219,8 +197,7 @@ func TestPortForward(t *testing.T) {
 				t.Errorf("%s through port-forward: %q, %v", p, body, err)
 			}
 		}
-		close(stop)
-		if err := <-done; err != nil {
+		if err := end(); err != nil {
 			t.Errorf("port-forward to %s: %v", p, err)
 		}
 	}
