@@ -16,6 +16,7 @@ type metrics struct {
 	rejections *prometheus.CounterVec
 	refused    *prometheus.CounterVec
 	throttled  prometheus.Counter
+	letGo      prometheus.Counter
 	builds     prometheus.CounterFunc
 }
 
@@ -32,6 +33,7 @@ func newMetrics(store *Store) *metrics {
 		rejections: counter("rejections_total", "Responses that a proxy refused."),
 		refused:    counter("names_refused_total", "Names asked for that can't exist or were over a stream's limit."),
 		throttled:  prometheus.NewCounter(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "xds", Name: "throttled_total", Help: "Requests that had to wait, for their stream asked for names too fast."}),
+		letGo:      prometheus.NewCounter(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "xds", Name: "let_go_total", Help: "Clusters of addresses that nobody has which proxies were told to forget."}),
 		builds: prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "xds", Name: "builds_total", Help: "Resources built from the model."}, func() float64 {
 			store.mu.Lock()
 			defer store.mu.Unlock()
@@ -43,7 +45,7 @@ func newMetrics(store *Store) *metrics {
 // Collectors are the server's metrics, to be registered once.
 func (s *Server) Collectors() []prometheus.Collector {
 	m := s.metrics
-	return []prometheus.Collector{m.streams, m.names, m.pushes, m.bytes, m.removals, m.rejections, m.refused, m.throttled, m.builds}
+	return []prometheus.Collector{m.streams, m.names, m.pushes, m.bytes, m.removals, m.rejections, m.refused, m.throttled, m.letGo, m.builds}
 }
 
 func (m *metrics) pushed(r *discoveryv3.DeltaDiscoveryResponse) {

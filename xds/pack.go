@@ -58,6 +58,8 @@ type resource struct {
 	typeURL string
 	wire    *discoveryv3.Resource
 	source  Source
+	// unknown is the resource of an address that nobody has.
+	unknown bool
 	// seq orders the contents that a name had; see proxyState.
 	seq uint64
 }

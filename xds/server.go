@@ -40,10 +40,16 @@ type ServerOptions struct {
 	// the stream's context. A gRPC status is passed on, other errors become
 	// Unauthenticated.
 	Authorize func(context.Context) (StreamIdentity, error)
-	// MaxNames is how many names of each type a stream may hold. Default 4096.
+	// MaxNames is how many names of each type a stream may hold. Default 16384.
 	MaxNames int
-	// NamesPerSecond is how fast it may ask for more, beyond a burst of twice
-	// MaxNames. Faster ones wait. Default 100.
+	// MaxUnknown is how many of them nobody has: addresses that were dialled for
+	// nothing, or whose pod or service is gone. Default 1024.
+	MaxUnknown int
+	// UnknownFor is for how long a proxy keeps the cluster of such an address.
+	// Default 10 min.
+	UnknownFor time.Duration
+	// NamesPerSecond is how fast it may get more, beyond a burst of twice MaxNames.
+	// Faster ones wait. Default 100.
 	NamesPerSecond float64
 	// Coalesce is for how long changes are gathered into one push. Default 10 ms.
 	Coalesce time.Duration
@@ -67,6 +73,9 @@ type Server struct {
 	streams     map[*stream]struct{}
 	revocations uint64 // calls of Disconnect
 }
+
+// refusalsPerSecond is how many names a stream may ask for in vain.
+const refusalsPerSecond = 5000
 
 var errRevoked = status.Error(codes.Unavailable, "authorise again")
 
@@ -94,7 +103,13 @@ func NewServer(store *Store, o ServerOptions) *Server {
 		panic("xds: ServerOptions.Authorize is required")
 	}
 	if o.MaxNames <= 0 {
-		o.MaxNames = 4096
+		o.MaxNames = 16384
+	}
+	if o.MaxUnknown <= 0 {
+		o.MaxUnknown = 1024
+	}
+	if o.UnknownFor <= 0 {
+		o.UnknownFor = 10 * time.Minute
 	}
 	if o.NamesPerSecond <= 0 {
 		o.NamesPerSecond = 100
@@ -170,6 +185,7 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 		server: s, key: model.ProxyKey{Node: id.Node, Tenant: id.Tenant}, generation: id.Generation, identity: id, grpc: g,
 		log:        s.opts.Logger.With("node", id.Node, "tenant", id.Tenant.String(), "generation", id.Generation),
 		limiter:    rate.NewLimiter(rate.Limit(s.opts.NamesPerSecond), 2*s.opts.MaxNames),
+		refusals:   rate.NewLimiter(refusalsPerSecond, 2*s.opts.MaxNames),
 		rejections: rate.NewLimiter(1, 32),
 		end:        cancel, wakeup: make(chan struct{}, 1), absent: make(chan removal),
 		types: map[string]*subscription{}, unanswered: map[string]answer{}, dirty: map[string]map[string]struct{}{},

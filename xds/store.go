@@ -142,11 +142,13 @@ func (s *Store) SetService(svc model.Service) error {
 	now := serviceVIPs(svc)
 	for vip := range was {
 		if _, still := now[vip]; !still && s.vips[vip] == key {
-			delete(s.vips, vip)
-			s.invalidate(TypeEndpoints, VIPName(vip))
+			s.dropVIP(vip)
 		}
 	}
 	for vip, port := range now {
+		if _, known := s.vips[vip]; !known {
+			s.invalidate(TypeCluster, VIPName(vip)) // who was told to forget it
+		}
 		if s.vips[vip] == key && reflect.DeepEqual(was[vip], port) {
 			continue
 		}
@@ -164,11 +166,16 @@ func (s *Store) DeleteService(namespace, name string) {
 	key := serviceKey{namespace, name}
 	for vip := range serviceVIPs(s.services[key]) {
 		if s.vips[vip] == key {
-			delete(s.vips, vip)
-			s.invalidate(TypeEndpoints, VIPName(vip))
+			s.dropVIP(vip)
 		}
 	}
 	delete(s.services, key)
+}
+
+func (s *Store) dropVIP(vip netip.AddrPort) {
+	delete(s.vips, vip)
+	s.invalidate(TypeEndpoints, VIPName(vip))
+	s.invalidate(TypeCluster, VIPName(vip))
 }
 
 // ServiceOf is the service that a resource's name stands for now.
@@ -417,7 +424,11 @@ func (s *Store) build(typeURL, name string, from Place) (*resource, error) {
 	if err != nil {
 		return nil, cmp.Or[error](asObjectError(err), &ObjectError{source, err})
 	}
-	return encode(name, source, m)
+	r, err := encode(name, source, m)
+	if err == nil {
+		r.unknown = s.unknown(name)
+	}
+	return r, err
 }
 
 // asObjectError returns nil, not a nil *ObjectError, if err isn't about an object.

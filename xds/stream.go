@@ -42,6 +42,7 @@ type stream struct {
 	grpc       discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
 	log        *slog.Logger
 	limiter    *rate.Limiter // of names
+	refusals   *rate.Limiter // of names
 	rejections *rate.Limiter // of those that are told
 	end        context.CancelCauseFunc
 
@@ -60,6 +61,10 @@ type stream struct {
 	dirty  map[string]map[string]struct{}
 	since  time.Time
 	urgent bool
+	// sweep fires when clusters of unknown addresses are to be let go; nil while
+	// there are none.
+	sweep *time.Timer
+	swept bool
 }
 
 type removal struct {
@@ -81,6 +86,9 @@ type subscription struct {
 	confirm bool
 	names   map[string]struct{}
 	held    map[string]*held
+	// unknown are names that nobody has: since when. Those that the proxy was told to
+	// forget have no time; they are remembered, for it never asks again.
+	unknown map[string]time.Time
 }
 
 // held is one resource at a proxy.
@@ -149,21 +157,11 @@ func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequ
 	if r.ResponseNonce != "" {
 		st.answered(r)
 	}
-	// New names cost others something: they come no faster than they may. More at
-	// once than can ever be held stay without an answer, or one request would cost
-	// memory until it is through.
+	// More at once than can ever be held stay without an answer, or one request would
+	// cost memory until it is through.
 	if n := st.limiter.Burst(); len(r.ResourceNamesSubscribe) > n {
 		st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(r.ResourceNamesSubscribe) - n))
 		r.ResourceNamesSubscribe = slices.Clone(r.ResourceNamesSubscribe[:n])
-	}
-	if n := len(r.ResourceNamesSubscribe); n > 0 {
-		began := time.Now()
-		if err := st.limiter.WaitN(ctx, n); err != nil {
-			return status.FromContextError(ctx.Err()).Err()
-		}
-		if time.Since(began) > time.Millisecond {
-			st.server.metrics.throttled.Inc()
-		}
 	}
 	st.open(r)
 	st.unsubscribe(r)
@@ -200,6 +198,7 @@ func (st *stream) unsubscribe(r *discoveryv3.DeltaDiscoveryRequest) {
 		}
 		held := has(sub.names, name)
 		delete(sub.names, name)
+		delete(sub.unknown, name)
 		if held && !sub.covers(st, r.TypeUrl, name) {
 			delete(sub.held, name)
 		}
@@ -226,7 +225,7 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 			st.mu.Unlock()
 			continue
 		}
-		if !st.want(r.TypeUrl, name) {
+		if !st.want(ctx, r.TypeUrl, name) {
 			if ctx.Err() != nil {
 				return status.FromContextError(ctx.Err()).Err() // not absent: the stream is over
 			}
@@ -245,6 +244,7 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 		return nil
 	}
 	st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(never)))
+	st.pace(ctx, st.refusals, len(never))
 	select {
 	case st.absent <- removal{r.TypeUrl, never}:
 		return nil
@@ -253,10 +253,19 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 	}
 }
 
+// pace holds the stream, and no other, back when it asks faster than it may: names
+// that are held cost others something, and refusals time.
+func (st *stream) pace(ctx context.Context, l *rate.Limiter, n int) {
+	began := time.Now()
+	if l.WaitN(ctx, n) == nil && time.Since(began) > time.Millisecond {
+		st.server.metrics.throttled.Inc()
+	}
+}
+
 // want remembers a name. It reports false for one that can't exist, or is one too
 // many: the proxy hears that it doesn't exist, which costs it less memory than a
 // cluster that refuses.
-func (st *stream) want(typeURL, name string) bool {
+func (st *stream) want(ctx context.Context, typeURL, name string) bool {
 	st.mu.Lock()
 	sub := st.types[typeURL]
 	if has(sub.names, name) {
@@ -268,8 +277,18 @@ func (st *stream) want(typeURL, name string) bool {
 	}
 	full := len(name) > maxName || len(sub.names) >= st.server.opts.MaxNames
 	st.mu.Unlock()
-	if full || !st.server.store.hold(st, typeURL, name) {
+	unknown := !full && st.server.store.isUnknown(name)
+	if full || unknown && !st.roomForUnknown(typeURL) || !validShared(typeURL, name) && !st.server.store.unshared(typeURL, name) {
 		return false
+	}
+	st.pace(ctx, st.limiter, 1)
+	if !st.server.store.hold(st, typeURL, name) {
+		return false
+	}
+	if unknown {
+		st.mu.Lock()
+		st.addUnknown(sub, typeURL, name)
+		st.mu.Unlock()
 	}
 	st.server.metrics.names.WithLabelValues(shortType(typeURL)).Inc()
 	return true
@@ -338,6 +357,9 @@ func (st *stream) send(ctx context.Context) error {
 				return err
 			}
 		case <-st.wakeup:
+			if err := st.letGo(); err != nil {
+				return err
+			}
 		case <-due:
 			if err := st.flush(); err != nil {
 				return err
@@ -466,6 +488,10 @@ func (st *stream) push(r *resource) error {
 	if !has(sub.names, r.name()) && !sub.covers(st, r.typeURL, r.name()) {
 		st.mu.Unlock()
 		return nil // unsubscribed meanwhile
+	}
+	if !st.note(sub, r) {
+		st.mu.Unlock()
+		return nil // let go
 	}
 	h := sub.held[r.name()]
 	if h == nil {
