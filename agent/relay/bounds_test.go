@@ -57,7 +57,7 @@ func TestRelayRefuses(t *testing.T) {
 		"long name":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{strings.Repeat("a", maxName+1)}},
 		"control in name": {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{"a\nb"}},
 		"empty name":      {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{""}},
-		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 1200)},
+		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 5000)},
 		"long version":    {TypeUrl: TypeCluster, InitialResourceVersions: map[string]string{"a": strings.Repeat("v", maxName+1)}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -88,6 +88,11 @@ func TestRelayBoundsNames(t *testing.T) {
 		}
 		p.subscribe(TypeCluster, batch...)
 	}
+	dropped := 0
+	for dropped < 2000-maxNames%1000 {
+		r := p.next()
+		dropped += len(r.RemovedResources)
+	}
 	p.subscribe(TypeEndpoints, "last")
 	up, n := f.op.stream(), 0
 	for {
@@ -99,6 +104,99 @@ func TestRelayBoundsNames(t *testing.T) {
 	}
 	if n != maxNames {
 		t.Errorf("%d names reached the operator, want %d", n, maxNames)
+	}
+}
+
+// An Envoy that comes back asks for all that it ever asked for; what it has must be
+// among what fits.
+func TestRelayKeepsWhatIsHeld(t *testing.T) {
+	f := setUp(t, func(o *Options) { o.NamesPerSecond = 1e6 })
+	p := f.proxy(teamA)
+	names := make([]string, maxNames+5000)
+	for i := range names {
+		names[i] = fmt.Sprintf("vip|10.96.%d.%d:%d", i>>8&255, i&255, i)
+	}
+	last := names[len(names)-1]
+	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesSubscribe: names, InitialResourceVersions: map[string]string{last: "7"}})
+	up := f.op.stream()
+	r := receive(t, "request", up.requests)
+	if len(r.ResourceNamesSubscribe) != maxNames || r.InitialResourceVersions[last] != "7" || !slices.Contains(r.ResourceNamesSubscribe, last) {
+		t.Errorf("%d names reached the operator, %v of them held; %s among them: %v", len(r.ResourceNamesSubscribe), r.InitialResourceVersions, last, slices.Contains(r.ResourceNamesSubscribe, last))
+	}
+	if got := p.next(); len(got.RemovedResources) != 5000 {
+		t.Errorf("%d names were refused", len(got.RemovedResources))
+	}
+	eventually(t, "it is told", func() bool {
+		s := f.relay.State(Key{Tenant: teamA})
+		return len(s.Rejections) == 1 && strings.Contains(s.Rejections[0].Message, "1000 or more names")
+	})
+	// What doesn't exist makes room for what may.
+	if err := up.st.Send(&discovery.DeltaDiscoveryResponse{TypeUrl: TypeCluster, Nonce: "1", RemovedResources: []string{names[0]}}); err != nil {
+		t.Fatal(err)
+	}
+	p.next()
+	p.subscribe(TypeCluster, "vip|new")
+	for {
+		r := receive(t, "request", up.requests)
+		if slices.Equal(r.ResourceNamesSubscribe, []string{"vip|new"}) {
+			if !slices.Equal(r.ResourceNamesUnsubscribe, []string{names[0]}) {
+				t.Errorf("gave back %q", r.ResourceNamesUnsubscribe)
+			}
+			break
+		}
+	}
+}
+
+// TestRelayFloodingTenant: one proxy asks as fast as it can, without reading an
+// answer; the other one's changes must arrive all the same.
+func TestRelayFloodingTenant(t *testing.T) {
+	f := setUp(t, nil)
+	loud := f.proxy(teamA)
+	loud.subscribe(TypeCluster, "vip|x")
+	loudUp := f.op.stream()
+	loudUp.await(t, TypeCluster, "vip|x")
+	quick := f.proxy(teamB)
+	quick.subscribe(TypeCluster)
+	quickUp := f.op.stream()
+	quickUp.await(t, TypeCluster, "")
+	stop, stopped := make(chan struct{}), make(chan int)
+	go func() {
+		n := 0
+		defer func() { stopped <- n }()
+		for {
+			var batch []string
+			for range 1000 {
+				n++
+				batch = append(batch, fmt.Sprintf("vip|%d", n))
+			}
+			if loud.st.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesSubscribe: batch}) != nil {
+				return
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	}()
+	go func() {
+		for range loudUp.requests {
+		}
+	}()
+	var worst time.Duration
+	for i := range 200 {
+		began := time.Now()
+		quickUp.send(t, fmt.Sprint(i), resource(TypeCluster, "deliver", fmt.Sprint(i)))
+		wantNames(t, quick.next(), "deliver@"+fmt.Sprint(i))
+		worst = max(worst, time.Since(began))
+	}
+	close(stop)
+	f.relay.Close(Key{Tenant: teamA}) // ends the sender if it is held back
+	if n := <-stopped; n < 10_000 {
+		t.Errorf("the flood was %d names only", n)
+	}
+	if worst > time.Second {
+		t.Errorf("a change took %s", worst)
 	}
 }
 

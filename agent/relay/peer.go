@@ -13,7 +13,7 @@ import (
 )
 
 // maxConns bounds the connections to one socket; an Envoy makes one.
-const maxConns = 8
+const maxConns = 4
 
 // peerListener accepts connections of one uid, and of root.
 type peerListener struct {

@@ -44,7 +44,7 @@ type Options struct {
 	// Backoff between streams to the operator.
 	Backoff Backoff
 	// NamesPerSecond that one proxy may newly ask for; a burst of four seconds'
-	// worth is free. Default 500.
+	// worth is free. Default 2000.
 	NamesPerSecond float64
 	// Changed is called, if set, after a proxy connected, left, accepted or
 	// rejected configuration. It must not block.
@@ -114,6 +114,10 @@ type endpoint struct {
 	rejected map[rejectionKey]Rejection
 }
 
+// maxMessage holds 100,000 names: as many as pods may have made an Envoy ask for,
+// which it repeats when it comes back.
+const maxMessage = 4 << 20
+
 type rejectionKey struct{ typeURL, name string }
 
 // New returns a relay that serves nobody yet. The caller closes it.
@@ -122,7 +126,7 @@ func New(o Options) *Relay {
 	o.Patience = cmp.Or(o.Patience, time.Second)
 	o.Backoff.Min = cmp.Or(o.Backoff.Min, 200*time.Millisecond)
 	o.Backoff.Max = cmp.Or(o.Backoff.Max, 10*time.Second)
-	o.NamesPerSecond = cmp.Or(o.NamesPerSecond, 500)
+	o.NamesPerSecond = cmp.Or(o.NamesPerSecond, 2000)
 	return &Relay{
 		opts: o, log: o.Log, ads: discovery.NewAggregatedDiscoveryServiceClient(o.Operator),
 		good: newLastGood(o.LastGoodDir, o.Log), endpoints: map[Key]*endpoint{},
@@ -153,7 +157,7 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
 	}
 	e.server = grpc.NewServer(
-		grpc.MaxRecvMsgSize(1<<20), grpc.MaxConcurrentStreams(4), grpc.MaxHeaderListSize(16<<10),
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(2), grpc.MaxHeaderListSize(16<<10),
 		grpc.ReadBufferSize(16<<10), grpc.WriteBufferSize(16<<10), grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -272,6 +276,29 @@ func (r *Relay) accepted(key Key, st downstream, typeURL string, held int, names
 	}
 	e.mu.Unlock()
 	if tell {
+		r.changed(key.Tenant)
+	}
+}
+
+// refusedNames tells that a proxy asks for names in vain, by orders of magnitude:
+// each new one is no news.
+func (r *Relay) refusedNames(key Key, typeURL string, n int) {
+	e := r.endpoint(key)
+	if e == nil || n < 100 {
+		return
+	}
+	order := 100
+	for n >= 10*order {
+		order *= 10
+	}
+	k := rejectionKey{typeURL, wildcard}
+	told := Rejection{kinds[typeURL].short, wildcard, fmt.Sprintf("%d or more names were refused: pods dial addresses that nobody has", order)}
+	e.mu.Lock()
+	news := e.rejected[k] != told
+	e.rejected[k] = told
+	e.mu.Unlock()
+	if news {
+		r.log.Warn("proxy asks for names in vain", "tenant", key.Tenant.String(), "generation", key.Generation, "type", told.Type, "names", order)
 		r.changed(key.Tenant)
 	}
 }

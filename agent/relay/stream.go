@@ -139,8 +139,14 @@ func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest
 	if !seen && r.TypeUrl == TypeListener && len(sub.held) > 0 {
 		s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), nil) // it has kept them over a reconnection
 	}
-	if c.dropped > 0 {
-		s.log.Warn("proxy asks for too many names", "type", kinds[r.TypeUrl].short, "dropped", c.dropped, "limit", maxNames)
+	if n := len(c.dropped); n > 0 {
+		sub.refused += n
+		s.relay.refusedNames(s.key, r.TypeUrl, sub.refused)
+		if len(s.unacked) < maxUnacked { // one that doesn't answer gets none either
+			if err := s.send(sent{typeURL: r.TypeUrl, removed: c.dropped}, ""); err != nil {
+				return err
+			}
+		}
 	}
 	if n := len(c.subscribe); n > 0 {
 		// Only this proxy waits when it asks for names faster than it may.
@@ -275,7 +281,11 @@ func (s *stream) forward(r *discovery.DeltaDiscoveryResponse) error {
 		s.log.Warn("operator sent what wasn't asked for", "type", printable(r.TypeUrl, 128))
 		return nil
 	}
+	had := sub.refused
 	sub.answered(r.Resources, r.RemovedResources)
+	if sub.refused != had {
+		s.relay.refusedNames(s.key, r.TypeUrl, sub.refused)
+	}
 	return s.send(sent{epoch: s.epoch, nonce: r.Nonce, typeURL: r.TypeUrl, resources: r.Resources, removed: r.RemovedResources}, r.SystemVersionInfo)
 }
 

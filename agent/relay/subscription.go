@@ -37,12 +37,14 @@ var kinds = map[string]struct {
 
 const (
 	// maxNames bounds what one proxy can make the relay remember per type.
-	maxNames = 8192
+	maxNames = 16384
 	// maxName is the longest resource name. A SPIFFE ID has at most 588 bytes.
 	maxName = 1024
 	// maxUnacked bounds the responses that a proxy hasn't answered yet.
 	maxUnacked = 512
-	wildcard   = "*"
+	// maxWildcard is more than there are static clusters and listeners.
+	maxWildcard = 256
+	wildcard    = "*"
 )
 
 // errRefused is what a proxy gets whose request no Envoy would send.
@@ -57,19 +59,23 @@ type subscription struct {
 	held map[string]string
 	// waiting are the names that nobody has answered yet ("*" for the wildcard).
 	waiting map[string]struct{}
+	// vain are the names that don't exist. They are the first to make room.
+	vain map[string]struct{}
+	// refused counts names that were asked for in vain.
+	refused int
 }
 
 // change is what one request does to a subscription.
 type change struct {
 	subscribe, unsubscribe []string
-	// dropped names were over the bound: they stay unanswered.
-	dropped int
+	// dropped names were over the bound: the proxy hears that they don't exist.
+	dropped []string
 }
 
 func (c change) empty() bool { return len(c.subscribe)+len(c.unsubscribe) == 0 }
 
 func newSubscription() *subscription {
-	return &subscription{names: map[string]struct{}{}, held: map[string]string{}, waiting: map[string]struct{}{}}
+	return &subscription{names: map[string]struct{}{}, held: map[string]string{}, waiting: map[string]struct{}{}, vain: map[string]struct{}{}}
 }
 
 func checkName(name string) error {
@@ -89,8 +95,9 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 	}
 	var c change
 	if first {
-		if len(r.InitialResourceVersions) > maxNames {
-			return c, fmt.Errorf("%w: %d initial versions, at most %d", errRefused, len(r.InitialResourceVersions), maxNames)
+		// Beyond the names that it asked for, it has what the wildcard gave it.
+		if len(r.InitialResourceVersions) > maxNames+maxWildcard {
+			return c, fmt.Errorf("%w: %d initial versions, at most %d", errRefused, len(r.InitialResourceVersions), maxNames+maxWildcard)
 		}
 		for name, version := range r.InitialResourceVersions {
 			if err := checkName(name); err != nil {
@@ -120,12 +127,30 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 		}
 		delete(s.names, name)
 		delete(s.waiting, name)
+		delete(s.vain, name)
 		if !s.wildcard {
 			delete(s.held, name)
 		}
 		c.unsubscribe = append(c.unsubscribe, name)
 	}
-	for _, name := range r.ResourceNamesSubscribe {
+	subscribe := r.ResourceNamesSubscribe
+	if first {
+		// An Envoy that comes back asks for all that it ever asked for, in no order. What
+		// it has goes before what it asked for in vain.
+		subscribe = slices.Clone(subscribe)
+		slices.SortStableFunc(subscribe, func(a, b string) int {
+			_, hasA := s.held[a]
+			_, hasB := s.held[b]
+			switch {
+			case hasA == hasB:
+				return 0
+			case hasA:
+				return -1
+			}
+			return 1
+		})
+	}
+	for _, name := range subscribe {
 		if name == wildcard {
 			if !kind.wildcard {
 				return c, fmt.Errorf("%w: %s has no wildcard", errRefused, kind.short)
@@ -136,15 +161,30 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 				return c, err
 			}
 			if _, ok := s.names[name]; !ok && len(s.names) >= maxNames {
-				c.dropped++
-				continue
+				gone, ok := s.makeRoom()
+				if !ok {
+					c.dropped = append(c.dropped, name)
+					continue
+				}
+				c.unsubscribe = append(c.unsubscribe, gone)
 			}
 			s.names[name] = struct{}{}
+			delete(s.vain, name)
 		}
 		s.waiting[name] = struct{}{}
 		c.subscribe = append(c.subscribe, name)
 	}
 	return c, nil
+}
+
+// makeRoom forgets a name that doesn't exist.
+func (s *subscription) makeRoom() (string, bool) {
+	for name := range s.vain {
+		delete(s.vain, name)
+		delete(s.names, name)
+		return name, true
+	}
+	return "", false
 }
 
 // resume is the first request of a type on a new stream to the operator: all
@@ -169,9 +209,17 @@ func (s *subscription) answered(resources []*discovery.Resource, removed []strin
 	delete(s.waiting, wildcard)
 	for _, r := range resources {
 		delete(s.waiting, r.Name)
+		delete(s.vain, r.Name)
 	}
 	for _, name := range removed {
-		delete(s.waiting, name)
+		if _, ok := s.waiting[name]; ok {
+			delete(s.waiting, name)
+			s.refused++
+		}
+		// Also what was let go: nothing is lost by forgetting it first.
+		if _, ok := s.names[name]; ok {
+			s.vain[name] = struct{}{}
+		}
 	}
 }
 
