@@ -67,6 +67,8 @@ type Proxy struct {
 	Workloads []Workload
 	// Zone of the node; "" if it has none.
 	Zone string
+	// RejectOutside closes connections to addresses outside of the cluster.
+	RejectOutside bool
 	// AccessLog writes one line a connection to the proxy's log.
 	AccessLog bool
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"golang.org/x/net/http2"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
@@ -155,6 +156,8 @@ func testTraffic(t *testing.T, version string) {
 		})
 	}
 
+	testOutside(t, store, e, proxy)
+
 	// A service that gets an endpoint after it has been asked for is reached.
 	if err := store.SetService(endpointService("empty", "10.96.1.4", at("10.1.0.3:8080", identity("api")))); err != nil {
 		t.Fatal(err)
@@ -166,6 +169,38 @@ func testTraffic(t *testing.T, version string) {
 	testInbound(t, ca)
 	if rs, refused := rejections(), e.refused(); len(rs) > 0 || len(refused) > 0 {
 		t.Errorf("Envoy refused something: %+v %v", rs, refused)
+	}
+}
+
+// testOutside rejects what is neither a service nor a pod. (Passed through, it would
+// come back to the listener here; test/e2e has that.)
+func testOutside(t *testing.T, store *Store, e *envoy, proxy model.Proxy) {
+	t.Helper()
+	before := len(e.clusters())
+	reject := proxy
+	reject.RejectOutside = true
+	if err := store.SetProxy(reject); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the listener rejects", func() bool {
+		return slices.ContainsFunc(e.listeners()[listenerOutbound].GetFilterChains(), func(c *listenerv3.FilterChain) bool { return c.Name == chainReject })
+	})
+	eventually(t, "the log tells of a rejected connection", func() bool {
+		got, err := talk("10.1.0.2", "192.0.2.9:15001")
+		log, readErr := os.ReadFile(e.log.Name())
+		if errors.Is(err, os.ErrDeadlineExceeded) || got != "" || readErr != nil {
+			t.Fatalf("%q, %v, %v", got, err, readErr)
+		}
+		return strings.Contains(string(log), `"chain":"reject"`) && strings.Contains(string(log), `"destination":"192.0.2.9:15001"`)
+	})
+	if got, err := talk("10.1.0.2", "10.96.1.1:15001"); got != "10.1.0.3:8080 sees 10.1.0.2" {
+		t.Errorf("a service: %q, %v", got, err)
+	}
+	if after := len(e.clusters()); after != before {
+		t.Errorf("%d clusters after an address outside was dialled, %d before", after, before)
+	}
+	if err := store.SetProxy(proxy); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -85,6 +85,12 @@ func TestGolden(t *testing.T) {
 	files := map[string]func() ([]proto.Message, error){
 		"listeners":         func() ([]proto.Message, error) { return messages(Listeners(testNetwork, testProxy)) },
 		"listeners-one-pod": func() ([]proto.Message, error) { return messages(Listeners(testNetwork, quiet)) },
+		"listeners-reject": func() ([]proto.Message, error) {
+			reject := quiet
+			reject.RejectOutside = true
+			ls, err := Listeners(testNetwork, reject)
+			return messages(ls[:1], err)
+		},
 		"listeners-no-pods": func() ([]proto.Message, error) {
 			return messages(Listeners(testNetwork, model.Proxy{Node: "node-1", Tenant: testProxy.Tenant}))
 		},

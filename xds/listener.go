@@ -37,7 +37,7 @@ func Listeners(n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, erro
 	p := &packer{}
 	log := proxy.AccessLog
 	ls := []*listenerv3.Listener{
-		p.outbound(n, identities, log),
+		p.outbound(n, identities, proxy.RejectOutside, log),
 		p.inbound(n, identities, log),
 		p.plain(listenerPlain, PortPlain, clusterDeliver, log, p.originalSource()),
 		p.plain(listenerNodePlain, PortNodePlain, clusterDeliverNode, log),
@@ -116,10 +116,17 @@ func listenerAt(name string, port uint32) *listenerv3.Listener {
 
 // outbound takes what the proxy's pods dial. The source address says who dials,
 // the destination how to get there; a source that isn't known is closed.
-func (p *packer) outbound(n model.Network, identities []served, log bool) *listenerv3.Listener {
+func (p *packer) outbound(n model.Network, identities []served, reject, log bool) *listenerv3.Listener {
 	l := listenerAt(listenerOutbound, PortOutbound)
 	l.ListenerFilters = []*listenerv3.ListenerFilter{p.originalSource()}
 	logs := func() []*accesslogv3.AccessLog { return p.failureLogs(log, listenerOutbound) }
+	outside := &listenerv3.FilterChain{Name: chainPass, Filters: []*listenerv3.Filter{
+		p.setFilterState(destinationState()),
+		p.tcpTo(clusterPassthrough, logs()),
+	}}
+	if reject {
+		outside = &listenerv3.FilterChain{Name: chainReject, Filters: []*listenerv3.Filter{p.tcpTo(clusterNone, logs())}}
+	}
 	var rules []rule
 	for _, s := range identities {
 		path, id := identityPath(s.identity), s.identity.String()
@@ -139,19 +146,22 @@ func (p *packer) outbound(n model.Network, identities []served, log bool) *liste
 			Matcher: p.byDestination([]rule{
 				{n.ServiceCIDRs, p.toChain("via/" + path)},
 				{n.PodCIDRs, p.toChain("pod/" + path)},
-			}, p.toChain(chainPass)),
+			}, p.toChain(outside.Name)),
 		}}})
 	}
-	l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: chainPass, Filters: []*listenerv3.Filter{
-		p.setFilterState(destinationState()),
-		p.tcpTo(clusterPassthrough, logs()),
-	}})
+	l.FilterChains = append(l.FilterChains, outside)
 	l.FilterChainMatcher = p.bySource(rules, nil)
 	return l
 }
 
 // chainPass takes what goes out of the cluster, or to its nodes.
-const chainPass = "pass"
+const (
+	chainPass = "pass"
+	// chainReject closes that, and writes it to the log. What went on when it takes
+	// the place of the other is drained.
+	chainReject = "reject"
+	clusterNone = "rejected" // there is no such cluster
+)
 
 // tunnel is a CONNECT to the address that was dialled. There is no second
 // attempt: a refused CONNECT isn't to be tried elsewhere.

@@ -22,6 +22,19 @@ const (
 	AccessLogConnections AccessLog = "Connections"
 )
 
+// Egress says what becomes of connections that leave the cluster.
+//
+// +kubebuilder:validation:Enum=PassThrough;Reject
+type Egress string
+
+// The values of Egress.
+const (
+	// EgressPassThrough makes them from the pod's own address, without identity.
+	EgressPassThrough Egress = "PassThrough"
+	// EgressReject closes them.
+	EgressReject Egress = "Reject"
+)
+
 // MeshTopologySpec says who is in the mesh and where its proxies sit.
 type MeshTopologySpec struct {
 	// TrustDomain is the first part of every SPIFFE ID. It can't be changed: all
@@ -40,6 +53,13 @@ type MeshTopologySpec struct {
 	// +kubebuilder:validation:MaxItems=32
 	// +listType=atomic
 	Rules []TenancyRule `json:"rules"`
+
+	// Egress says what becomes of connections to addresses outside of the cluster:
+	// those that are neither a service's nor in a node's pod range. Other nodes, and
+	// so hostNetwork pods by their own address, are outside.
+	// +kubebuilder:default=PassThrough
+	// +optional
+	Egress Egress `json:"egress,omitempty"`
 
 	// Proxy is what the tenant proxies run.
 	// +optional

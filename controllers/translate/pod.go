@@ -94,5 +94,5 @@ func InRanges(addr netip.Addr, ranges []netip.Prefix) bool {
 func Proxy(key model.ProxyKey, zone string, m Membership, workloads []model.Workload) model.Proxy {
 	workloads = slices.Clone(workloads)
 	slices.SortFunc(workloads, func(a, b model.Workload) int { return strings.Compare(a.UID, b.UID) })
-	return model.Proxy{Node: key.Node, Tenant: key.Tenant, Zone: zone, Workloads: workloads, AccessLog: m.AccessLog}
+	return model.Proxy{Node: key.Node, Tenant: key.Tenant, Zone: zone, Workloads: workloads, RejectOutside: m.RejectOutside, AccessLog: m.AccessLog}
 }

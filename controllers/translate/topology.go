@@ -38,6 +38,7 @@ type topology struct {
 	accessLog   bool
 	ttl         time.Duration
 	issuer      string
+	noEgress    bool
 	rules       []labels.Selector // nil for a rule whose selector is invalid
 	redirection v1alpha1.Redirection
 	nodes       []nodeRedirection
@@ -60,6 +61,8 @@ type Membership struct {
 	AccessLog bool
 	// CertificateTTL of its workloads.
 	CertificateTTL time.Duration
+	// RejectOutside closes what leaves the cluster.
+	RejectOutside bool
 }
 
 // IsMember reports whether the namespace belongs to the mesh.
@@ -79,6 +82,7 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 		item := topology{
 			name: o.Name, trustDomain: cmp.Or(o.Spec.TrustDomain, DefaultTrustDomain), version: cmp.Or(o.Spec.Proxy.Version, DefaultProxyVersion),
 			accessLog:   o.Spec.Proxy.AccessLog == v1alpha1.AccessLogConnections,
+			noEgress:    o.Spec.Egress == v1alpha1.EgressReject,
 			redirection: cmp.Or(o.Spec.Redirection, v1alpha1.RedirectionEBPF),
 			ttl:         DefaultCertificateTTL, issuer: o.Spec.Identity.IssuerSecret,
 		}
@@ -183,7 +187,7 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 			overlapped = append(overlapped, i.name)
 			continue
 		}
-		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl}
+		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl, RejectOutside: i.noEgress}
 	}
 	return m, overlapped
 }

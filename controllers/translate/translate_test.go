@@ -30,6 +30,7 @@ func TestMatch(t *testing.T) {
 	everything := newTopology("all", 0, "td")
 	everything.Spec.Rules = []v1alpha1.TenancyRule{{}}
 	broken := newTopology("broken", time.Hour, "td", "a")
+	broken.Spec.Egress = v1alpha1.EgressReject
 	broken.Spec.Rules = append(broken.Spec.Rules, v1alpha1.TenancyRule{NamespaceSelector: metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "x", Operator: "Maybe"}}}})
 	tests := []struct {
 		name       string
@@ -58,6 +59,9 @@ func TestMatch(t *testing.T) {
 			}
 			if m.IsMember() && (m.TrustDomain != "td" || m.Version != DefaultProxyVersion) {
 				t.Errorf("membership %+v", m)
+			}
+			if key := (model.ProxyKey{Node: "n"}); m.RejectOutside != (test.want == "broken") || Proxy(key, "z", m, nil).RejectOutside != m.RejectOutside {
+				t.Errorf("egress of %+v", m)
 			}
 		})
 	}
