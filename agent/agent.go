@@ -69,7 +69,9 @@ type Agent struct {
 	planKnown bool
 	planError string
 	last      round
-	roundEnd  chan struct{}
+	// trusted is a digest of the roots that all proxies have acknowledged.
+	trusted  string
+	roundEnd chan struct{}
 	// The agents' DaemonSet, or its namespace, is on its way out.
 	daemonSetGone, namespaceGone bool
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -132,6 +134,22 @@ func TestMakeStatus(t *testing.T) {
 	other.round.plan.redirection = ""
 	if c := meta.FindStatusCondition(makeStatus(other).Conditions, v1alpha1.ConditionRedirected); c.Status != metav1.ConditionFalse || !strings.Contains(c.Message, "EBPF") {
 		t.Errorf("a redirection that can't be had: %+v", c)
+	}
+	for reason, h := range map[string]identity.Health{
+		"Ready":      {Identities: 3},
+		"NotRenewed": {Identities: 3, Overdue: 2, First: "spiffe://td/ns/a/sa/b", LastError: errors.New("operator is away")},
+		"Expired":    {Identities: 3, Overdue: 2, Expired: 1, First: "spiffe://td/ns/a/sa/b", LastError: errors.New("operator is away")},
+	} {
+		o := good()
+		o.identities, o.trustBundle = h, "digest"
+		s := makeStatus(o)
+		c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionIdentityReady)
+		if s.TrustBundle != "digest" || c.Reason != reason || (c.Status == metav1.ConditionTrue) != (reason == "Ready") {
+			t.Errorf("%s: trusts %q, %+v", reason, s.TrustBundle, c)
+		}
+		if h.First != "" && (!strings.Contains(c.Message, h.First) || !strings.Contains(c.Message, "operator is away")) {
+			t.Errorf("%s: %q", reason, c.Message)
+		}
 	}
 	for name, c := range map[string]struct {
 		change func(*observation)

@@ -20,9 +20,12 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
+
+const maxMessage = 4096 // of 32768 that the API takes
 
 // observation is what the status is made from.
 type observation struct {
@@ -34,12 +37,16 @@ type observation struct {
 	round       round
 	states      map[model.Tenant]isolation.State
 	configs     map[relay.Key]relay.State
+	// trustBundle that all proxies trust, and how the certificates are.
+	trustBundle string
+	identities  identity.Health
 }
 
 // makeStatus says how the node is, in the order of the plan. Conditions carry no
 // time: the writer knows when they changed.
 func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	s := v1alpha1.NodeProxyStatus{
+		TrustBundle:        o.trustBundle,
 		ObservedGeneration: o.round.plan.generation,
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
@@ -68,14 +75,39 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	case len(waiting) > 0:
 		condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, "ProxiesNotReady", strings.Join(waiting, "; ")
 	}
-	const maxMessage = 4096 // of 32768 that the API takes
 	if len(condition.Message) > maxMessage {
 		condition.Message = strings.ToValidUTF8(condition.Message[:maxMessage], "") + "…"
 	}
 	redirected := redirectedCondition(o)
 	redirected.ObservedGeneration = s.ObservedGeneration
-	s.Conditions = []metav1.Condition{condition, redirected}
+	renewed := identityCondition(o.identities)
+	renewed.ObservedGeneration = s.ObservedGeneration
+	s.Conditions = []metav1.Condition{condition, redirected, renewed}
 	return s
+}
+
+// identityCondition warns while there is time to do something.
+func identityCondition(h identity.Health) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionIdentityReady, Status: metav1.ConditionFalse}
+	why := ""
+	if h.LastError != nil {
+		why = ": " + h.LastError.Error()
+	}
+	switch {
+	case h.Expired > 0:
+		c.Reason = "Expired"
+		c.Message = fmt.Sprintf("the certificates of %d of %d identities have ended, %s among them; connections as them fail%s", h.Expired, h.Identities, h.First, why)
+	case h.Overdue > 0:
+		c.Reason = "NotRenewed"
+		c.Message = fmt.Sprintf("the certificates of %d of %d identities should have been renewed; that of %s is the first to end, at %s%s",
+			h.Overdue, h.Identities, h.First, h.FirstEnd.UTC().Format(time.RFC3339), why)
+	default:
+		c.Status, c.Reason, c.Message = metav1.ConditionTrue, "Ready", "certificates are renewed in time"
+	}
+	if len(c.Message) > maxMessage {
+		c.Message = strings.ToValidUTF8(c.Message[:maxMessage], "") + "…"
+	}
+	return c
 }
 
 // redirectedCondition says whether pods are redirected as planned.
@@ -156,6 +188,16 @@ func (a *Agent) observe() observation {
 	a.mu.Lock()
 	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: v1alpha1.RedirectionEBPF, round: a.last,
 		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
+	a.mu.Unlock()
+	o.identities = a.identities.Health()
+	digest, version := a.identities.Bundle()
+	trusted := digest != "" && a.relay.Trusts(version)
+	a.mu.Lock()
+	if trusted {
+		// What all proxies acknowledged last stays so until they have the next.
+		a.trusted = digest
+	}
+	o.trustBundle = a.trusted
 	a.mu.Unlock()
 	entries, err := os.ReadDir(a.o.EnvoyDir)
 	if err != nil {

@@ -73,6 +73,7 @@ type Store struct {
 	mu        sync.Mutex
 	bundle    *x509bundle.Bundle    // nil before SetBundle
 	rootCA    *discoveryv3.Resource // of bundle
+	digest    string                // of bundle
 	found     map[model.Identity]*credential
 	podsKnown bool
 	pods      map[string]Pod // by UID
@@ -206,7 +207,7 @@ func (s *Store) SetBundle(trustDomain string, rootsDER [][]byte) error {
 	if s.bundle != nil && s.bundle.TrustDomain() == td && s.rootCA.GetVersion() == rootCA.GetVersion() {
 		return nil
 	}
-	s.bundle, s.rootCA = x509bundle.FromX509Authorities(td, roots), rootCA
+	s.bundle, s.rootCA, s.digest = x509bundle.FromX509Authorities(td, roots), rootCA, BundleDigest(rootsDER)
 	for _, e := range s.entries {
 		if e.credential != nil {
 			e.credential.verified = false

@@ -112,6 +112,10 @@ type endpoint struct {
 	current  downstream
 	state    State
 	rejected map[rejectionKey]Rejection
+	// roots is the version of identity.RootCA that the current stream acknowledged;
+	// rootsWanted says that it has asked for it.
+	roots       string
+	rootsWanted bool
 }
 
 // maxMessage holds 100,000 names: as many as pods may have made an Envoy ask for,
@@ -205,6 +209,24 @@ func (r *Relay) State(key Key) State {
 	return s
 }
 
+// Trusts reports whether all proxies have acknowledged this version of the roots.
+// One that hasn't asked for any verifies nothing yet; one that isn't connected may
+// have others still.
+func (r *Relay) Trusts(version string) bool {
+	r.mu.Lock()
+	all := slices.Collect(maps.Values(r.endpoints))
+	r.mu.Unlock()
+	for _, e := range all {
+		e.mu.Lock()
+		trusts := e.current != nil && (!e.rootsWanted || e.roots == version)
+		e.mu.Unlock()
+		if !trusts {
+			return false
+		}
+	}
+	return true
+}
+
 // Shutdown stops serving, writes last good resources out and leaves the sockets'
 // files, which a next relay replaces: proxies keep what they have.
 func (r *Relay) Shutdown() {
@@ -249,6 +271,34 @@ func (r *Relay) wait(ctx context.Context, key Key, n int) error {
 		n -= k
 	}
 	return nil
+}
+
+// rootsWanted notes that a stream asks for the roots, and acknowledgedRoots which
+// version it has.
+func (r *Relay) rootsWanted(key Key, st downstream, wanted bool) {
+	if e := r.endpoint(key); e != nil {
+		e.mu.Lock()
+		if e.current == st {
+			e.rootsWanted = wanted
+		}
+		e.mu.Unlock()
+	}
+}
+
+func (r *Relay) acknowledgedRoots(key Key, st downstream, version string) {
+	e := r.endpoint(key)
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	tell := e.current == st && e.roots != version
+	if tell {
+		e.roots = version
+	}
+	e.mu.Unlock()
+	if tell {
+		r.changed(key.Tenant)
+	}
 }
 
 func (r *Relay) changed(t model.Tenant) {
@@ -331,6 +381,7 @@ func (s *service) DeltaAggregatedResources(st downstream) error {
 	e, key := s.endpoint, s.endpoint.key
 	e.mu.Lock()
 	e.current, e.state, e.rejected = st, State{Connected: true}, map[rejectionKey]Rejection{}
+	e.roots, e.rootsWanted = "", false
 	e.mu.Unlock()
 	s.relay.changed(key.Tenant)
 	defer func() {

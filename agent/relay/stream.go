@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"slices"
 	"strconv"
 	"time"
 
@@ -13,6 +14,8 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
+
+	"github.com/bulkhead-mesh/bulkhead/identity"
 )
 
 type downstream = discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
@@ -157,6 +160,11 @@ func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest
 	ack := s.acknowledge(r, sub)
 	if r.TypeUrl == TypeSecret {
 		s.secrets.want(c.subscribe, c.unsubscribe)
+		if slices.Contains(c.subscribe, identity.RootCA) {
+			s.relay.rootsWanted(s.key, s.down, true)
+		} else if slices.Contains(c.unsubscribe, identity.RootCA) {
+			s.relay.rootsWanted(s.key, s.down, false)
+		}
 		return s.pushSecrets()
 	}
 	if len(sub.waiting) > 0 && (len(c.subscribe) > 0 || !seen) {
@@ -213,6 +221,9 @@ func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscripti
 		}
 	} else {
 		sub.acknowledged(p.resources, p.removed)
+		if r.TypeUrl == TypeSecret && len(p.resources) == 1 && p.resources[0].Name == identity.RootCA {
+			s.relay.acknowledgedRoots(s.key, s.down, p.resources[0].Version)
+		}
 		if r.TypeUrl != TypeSecret {
 			s.good.update(r.TypeUrl, sub, p.resources, p.removed)
 			names := resourceNames(p.resources)
