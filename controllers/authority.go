@@ -71,7 +71,6 @@ type keeper struct {
 	stored *corev1.Secret
 	// trustDomain of the mesh; "" while the authority is provisional.
 	trustDomain string
-	changed     chan struct{} // closed and replaced with the authority
 	server      *tls.Certificate
 	serverEnd   time.Time // when it is replaced
 }
@@ -335,10 +334,6 @@ func (k *keeper) set(a *identity.Authority, secret *corev1.Secret, provisional b
 	k.stored = secret.DeepCopy()
 	if !same {
 		k.authority, k.trustDomain, k.server = a, trustDomain, nil
-		if k.changed != nil {
-			close(k.changed)
-		}
-		k.changed = make(chan struct{})
 	}
 	k.mu.Unlock()
 	if !same {
@@ -359,13 +354,10 @@ func sameData(a, b map[string][]byte) bool {
 }
 
 // Authority implements nodeservice.Authorities.
-func (k *keeper) Authority() (*identity.Authority, time.Duration, <-chan struct{}) {
+func (k *keeper) Authority() *identity.Authority {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.changed == nil {
-		k.changed = make(chan struct{})
-	}
-	return k.authority, 0, k.changed
+	return k.authority
 }
 
 // certificate is a tls.Config's GetCertificate. It is replaced at half of its life.
@@ -389,7 +381,7 @@ func (k *keeper) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 
 // bundle is the roots as PEM, "" before there are any.
 func (k *keeper) bundle() (trustDomain, roots string) {
-	a, _, _ := k.Authority()
+	a := k.Authority()
 	if a == nil {
 		return "", ""
 	}

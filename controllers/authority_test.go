@@ -59,15 +59,15 @@ func (s *signing) settle() {
 			}
 		}
 	}
-	a, _, _ := s.keepers[0].Authority()
-	b, _, _ := s.keepers[1].Authority()
+	a := s.keepers[0].Authority()
+	b := s.keepers[1].Authority()
 	if !slices.EqualFunc(a.Roots(), b.Roots(), bytes.Equal) {
 		s.t.Error("two replicas have two authorities")
 	}
 }
 
 func (s *signing) authority() *identity.Authority {
-	a, _, _ := s.keepers[1].Authority()
+	a := s.keepers[1].Authority()
 	return a
 }
 
@@ -180,7 +180,7 @@ func TestBadAuthoritySecret(t *testing.T) {
 	if _, err := k.sync(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if a, _, _ := k.Authority(); a != nil {
+	if a := k.Authority(); a != nil {
 		t.Error("an authority came from nowhere")
 	}
 
@@ -363,7 +363,7 @@ func TestIssuerSecret(t *testing.T) {
 	if _, err := k.sync(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if a, _, _ := k.Authority(); a == nil || a.Source() == "" || !bytes.Equal(s.secret(SecretAuthority).Data[identity.DataIntermediate], renewed) {
+	if a := k.Authority(); a == nil || a.Source() == "" || !bytes.Equal(s.secret(SecretAuthority).Data[identity.DataIntermediate], renewed) {
 		t.Error("a broken issuer took the old one with it")
 	}
 	s.condition("InvalidIssuer", "tls.key is missing")

@@ -196,7 +196,7 @@ func (w *writer) bundle(ctx context.Context) (string, error) {
 		err := w.Get(ctx, client.ObjectKey{Namespace: w.namespace, Name: ConfigMapTrustBundle}, &have)
 		return have.Data[bundleKey], client.IgnoreNotFound(err)
 	}
-	authority, _, _ := w.keeper.Authority()
+	authority := w.keeper.Authority()
 	b, err := authority.BundleDocument(jwts)
 	return string(b), err
 }

@@ -368,8 +368,8 @@ func TestAuthorityIsMadeOnce(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		a, _, _ := first.Authority()
-		b, _, _ := second.Authority()
+		a := first.Authority()
+		b := second.Authority()
 		if !bytes.Equal(a.Roots()[0], b.Roots()[0]) {
 			t.Error("two replicas have two authorities")
 		}

@@ -135,14 +135,20 @@ func (a *Authority) Sign(csrDER []byte, want model.Identity, ttl time.Duration, 
 	if err != nil {
 		return nil, fmt.Errorf("sign %s: %w", want, err)
 	}
-	if longest := time.Duration(a.state.TTL); longest > 0 {
-		ttl = min(ttl, longest)
-	}
-	leaf, err := a.issuer.signLeaf(workloadTemplate(want), key, ttl, now)
+	leaf, err := a.issuer.signLeaf(workloadTemplate(want), key, a.bounded(ttl), now)
 	if err != nil {
 		return nil, fmt.Errorf("sign %s: %w", want, err)
 	}
 	return a.withChain(leaf), nil
+}
+
+// bounded is a TTL that a change of roots allows for: the old root isn't trusted
+// for longer than the longest that is stored.
+func (a *Authority) bounded(ttl time.Duration) time.Duration {
+	if longest := time.Duration(a.state.TTL); longest > 0 {
+		return min(ttl, longest)
+	}
+	return ttl
 }
 
 // withChain is what peers are sent, leaf first.
@@ -197,7 +203,7 @@ func (a *Authority) SignServer(csrDER []byte, dnsName string, ttl time.Duration,
 	if err != nil {
 		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
 	}
-	leaf, err := a.issuer.signLeaf(serverTemplate([]string{dnsName}), key, ttl, now)
+	leaf, err := a.issuer.signLeaf(serverTemplate([]string{dnsName}), key, a.bounded(ttl), now)
 	if err != nil {
 		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
 	}

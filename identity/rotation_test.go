@@ -131,13 +131,13 @@ func (r *rotating) run(minutes int) {
 }
 
 func TestRootRotation(t *testing.T) {
-	for seed := range uint64(4) {
+	for seed := range uint64(2) {
 		r := newRotating(t, seed)
 		r.run(60)
 		old := r.stored()
 		r.wanted.Request = "please"
 		r.nodes[2].dead = seed%2 == 1
-		if seed%4 > 1 {
+		if seed%2 == 0 {
 			r.ttl = 10 * time.Minute // what lives longer is still out there
 		}
 		r.run(200)

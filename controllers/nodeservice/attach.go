@@ -1,7 +1,6 @@
 package nodeservice
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"net/netip"
@@ -49,8 +48,9 @@ func (s *Service) member(ctx context.Context, c Caller, ref podRef) (memberPod, 
 	unavailable := func(what string) (memberPod, error) {
 		return memberPod{}, status.Errorf(codes.Unavailable, "pod %s %s", ref, what)
 	}
-	denied := func(what string) (memberPod, error) {
-		return memberPod{}, status.Errorf(codes.PermissionDenied, "pod %s %s", ref, what)
+	id, tenant, ok := s.o.Mesh.Member(pod)
+	denied := func(cause, what string) (memberPod, error) {
+		return memberPod{}, refusal(codes.PermissionDenied, cause, id, "pod %s %s", ref, what)
 	}
 	switch _, mirror := pod.Annotations[corev1.MirrorPodAnnotationKey]; {
 	case string(pod.UID) != ref.UID:
@@ -58,21 +58,20 @@ func (s *Service) member(ctx context.Context, c Caller, ref podRef) (memberPod, 
 	case pod.Spec.NodeName == "":
 		return unavailable("isn't bound to a node yet")
 	case pod.Spec.NodeName != c.Node:
-		return denied("isn't on node " + c.Node)
+		return denied(CauseOtherNode, "isn't on node "+c.Node)
 	case mirror:
-		return denied("is a mirror pod: its node made it up")
+		return denied(CauseMirrorPod, "is a mirror pod: its node made it up")
 	case pod.Spec.HostNetwork:
-		return denied("is in its node's network")
+		return denied(CauseHostNetwork, "is in its node's network")
 	case finished(pod):
-		return denied("has finished")
+		return denied(CauseFinished, "has finished")
 	}
 	// A mesh that doesn't know the node doesn't know who is a member either.
 	if _, known := s.o.Mesh.NodePodCIDRs(c.Node); !known {
 		return unavailable("is on node " + c.Node + ", which isn't visible")
 	}
-	id, tenant, ok := s.o.Mesh.Member(pod)
 	if !ok || id.IsZero() || tenant.IsZero() {
-		return denied("isn't a member of the mesh")
+		return denied(CauseNoMember, "isn't a member of the mesh")
 	}
 	return memberPod{pod, id, tenant}, nil
 }
@@ -146,13 +145,13 @@ func (s *Service) checkAddrs(ctx context.Context, c Caller, p memberPod, addrs [
 	}
 	for _, a := range addrs {
 		if len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r netip.Prefix) bool { return r.Contains(a) }) {
-			return status.Errorf(codes.PermissionDenied, "address %s isn't in the pod ranges %v of node %s", a, ranges, c.Node)
+			return refusal(codes.PermissionDenied, CauseForeignRange, p.identity, "address %s isn't in the pod ranges %v of node %s", a, ranges, c.Node)
 		}
 		for _, h := range s.o.Mesh.Holders(a) {
 			if h.UID == string(p.UID) {
 				continue
 			}
-			if err := s.checkHolder(ctx, c, a, h); err != nil {
+			if err := s.checkHolder(ctx, c, p, a, h); err != nil {
 				return err
 			}
 		}
@@ -161,7 +160,7 @@ func (s *Service) checkAddrs(ctx context.Context, c Caller, p memberPod, addrs [
 }
 
 // checkHolder returns nil if a pod doesn't hold an address any more.
-func (s *Service) checkHolder(ctx context.Context, c Caller, a netip.Addr, h Holder) error {
+func (s *Service) checkHolder(ctx context.Context, c Caller, p memberPod, a netip.Addr, h Holder) error {
 	pod, err := s.o.Pods.Live(ctx, h.Namespace, h.Name)
 	switch {
 	case ctx.Err() != nil:
@@ -178,9 +177,5 @@ func (s *Service) checkHolder(ctx context.Context, c Caller, a netip.Addr, h Hol
 	if pod.DeletionTimestamp != nil || pod.Spec.NodeName == c.Node {
 		return status.Errorf(codes.Unavailable, "address %s is still pod %s/%s's", a, h.Namespace, h.Name)
 	}
-	return status.Errorf(codes.PermissionDenied, "address %s is pod %s/%s's, on node %s", a, h.Namespace, h.Name, pod.Spec.NodeName)
-}
-
-func sameBundle(a, b *nodev1alpha1.TrustBundle) bool {
-	return a.GetTrustDomain() == b.GetTrustDomain() && slices.EqualFunc(a.GetRoots(), b.GetRoots(), bytes.Equal)
+	return refusal(codes.PermissionDenied, CauseAddressHeld, p.identity, "address %s is pod %s/%s's, on node %s", a, h.Namespace, h.Name, pod.Spec.NodeName)
 }

@@ -32,9 +32,6 @@ func newJWTCounter() *prometheus.CounterVec {
 	}, []string{"code"})
 }
 
-// Collectors are the service's metrics.
-func (s *Service) Collectors() []prometheus.Collector { return []prometheus.Collector{s.jwts} }
-
 // SignJWT implements nodev1alpha1.NodeServiceServer.
 func (s *Service) SignJWT(ctx context.Context, r *nodev1alpha1.SignJWTRequest) (*nodev1alpha1.SignJWTResponse, error) {
 	token, err := s.signJWT(ctx, r)

@@ -63,10 +63,8 @@ type Holder struct {
 
 // Authorities tells the mesh's authority.
 type Authorities interface {
-	// Authority returns the current one, nil before it is loaded, how long workload
-	// certificates are to live (0: identity.DefaultTTL), and a channel that is
-	// closed once there is another.
-	Authority() (a *identity.Authority, ttl time.Duration, changed <-chan struct{})
+	// Authority returns the current one, nil before it is loaded.
+	Authority() *identity.Authority
 }
 
 // Proxies knows what proxies have acknowledged; *xds.Server does.
@@ -87,9 +85,6 @@ type Options struct {
 	JWTs JWTAuthorities
 	// AttachTimeout bounds AttachPod beyond what the caller asks for. Default 30 s.
 	AttachTimeout time.Duration
-	// StreamTime is how long WatchTrustBundle goes on before the agent has to come
-	// back and show its token again. Default 1 h.
-	StreamTime time.Duration
 	// Log; default slog.Default().
 	Log *slog.Logger
 }
@@ -99,7 +94,6 @@ const (
 	// once, and attaches as many pods as it starts at once.
 	signsPerNode    = 32
 	attachesPerNode = 512
-	watchesPerNode  = 8
 	serversPerNode  = 2
 )
 
@@ -117,7 +111,9 @@ type Service struct {
 	mu       sync.Mutex
 	inFlight map[inFlight]int
 
-	jwts *prometheus.CounterVec // by code
+	signed   prometheus.Counter
+	refusals *refusals
+	jwts     *prometheus.CounterVec // by code
 }
 
 var _ nodev1alpha1.NodeServiceServer = (*Service)(nil)
@@ -132,17 +128,20 @@ func New(o Options) *Service {
 	if o.AttachTimeout <= 0 {
 		o.AttachTimeout = 30 * time.Second
 	}
-	if o.StreamTime <= 0 {
-		o.StreamTime = time.Hour
-	}
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
-	return &Service{o: o, now: time.Now, inFlight: map[inFlight]int{}, jwts: newJWTCounter()}
+	return &Service{o: o, now: time.Now, inFlight: map[inFlight]int{}, jwts: newJWTCounter(), refusals: newRefusals(),
+		signed: prometheus.NewCounter(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "nodeservice", Name: "certificates_signed_total", Help: "Certificates signed for workloads."})}
 }
 
 // Register adds the service to a gRPC server.
 func (s *Service) Register(r grpc.ServiceRegistrar) { nodev1alpha1.RegisterNodeServiceServer(r, s) }
+
+// Collectors are the service's metrics, to be registered once.
+func (s *Service) Collectors() []prometheus.Collector {
+	return []prometheus.Collector{s.signed, s.refusals.counter, s.jwts}
+}
 
 // Authorize is for xds.ServerOptions: the node is the token's, the tenant the one
 // that the stream's metadata names, which must have a pod on that node. Errors are
@@ -151,7 +150,7 @@ func (s *Service) Register(r grpc.ServiceRegistrar) { nodev1alpha1.RegisterNodeS
 func (s *Service) Authorize(ctx context.Context) (xds.StreamIdentity, error) {
 	caller, err := s.o.Callers.Authenticate(ctx)
 	if err != nil {
-		return xds.StreamIdentity{}, err
+		return xds.StreamIdentity{}, s.stranger(ctx, "Stream", err)
 	}
 	tenant, generation, err := xds.ParseStreamMetadata(ctx)
 	if err != nil {
@@ -170,7 +169,7 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 		return nil, err
 	}
 	defer done()
-	authority, _, _ := s.o.Authorities.Authority()
+	authority := s.o.Authorities.Authority()
 	if authority == nil {
 		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
 	}
@@ -186,9 +185,9 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 	chain, err := authority.Sign(r.GetCsr(), p.identity, ttl, s.now())
 	switch {
 	case errors.Is(err, identity.ErrCSR):
-		err = status.Errorf(codes.InvalidArgument, "pod %s: %v", ref, err)
+		err = refusal(codes.InvalidArgument, CauseInvalidCSR, p.identity, "pod %s: %v", ref, err)
 	case errors.Is(err, identity.ErrOtherIdentity):
-		err = status.Errorf(codes.PermissionDenied, "pod %s: %v", ref, err)
+		err = refusal(codes.PermissionDenied, CauseOtherIdentity, p.identity, "pod %s is %s: %v", ref, p.identity, err)
 	case err != nil:
 		// The authority's trouble (ended, of another trust domain), not the pod's.
 		err = status.Errorf(codes.Unavailable, "pod %s: %v", ref, err)
@@ -196,6 +195,7 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 	if err != nil {
 		return nil, s.refused(caller, "SignCertificate", ref, err)
 	}
+	s.signed.Inc()
 	s.o.Log.Debug("certificate signed", "node", caller.Node, "pod", ref.String(), "identity", p.identity.String())
 	return &nodev1alpha1.SignCertificateResponse{Chain: chain}, nil
 }
@@ -207,59 +207,25 @@ func (s *Service) SignServerCertificate(ctx context.Context, r *nodev1alpha1.Sig
 		return nil, err
 	}
 	defer done()
-	authority, _, _ := s.o.Authorities.Authority()
+	authority := s.o.Authorities.Authority()
 	if authority == nil {
 		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
 	}
 	chain, err := authority.SignServer(r.GetCsr(), identity.AgentServerName(caller.Node), ServerTTL, s.now())
 	switch {
 	case errors.Is(err, identity.ErrCSR):
-		s.o.Log.Warn("agent refused", "node", caller.Node, "call", "SignServerCertificate", "error", err)
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, s.refused(caller, "SignServerCertificate", podRef{}, refusal(codes.InvalidArgument, CauseInvalidCSR, model.Identity{}, "%v", err))
 	case err != nil:
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return &nodev1alpha1.SignServerCertificateResponse{Chain: chain}, nil
 }
 
-// WatchTrustBundle implements nodev1alpha1.NodeServiceServer. Before the
-// authority is loaded it sends nothing; after StreamTime it ends with Unavailable.
-func (s *Service) WatchTrustBundle(_ *nodev1alpha1.WatchTrustBundleRequest, stream grpc.ServerStreamingServer[nodev1alpha1.TrustBundle]) error {
-	ctx := stream.Context()
-	_, done, err := s.enter(ctx, "WatchTrustBundle", watchesPerNode)
-	if err != nil {
-		return err
-	}
-	defer done()
-	end := time.NewTimer(s.o.StreamTime)
-	defer end.Stop()
-	var sent *nodev1alpha1.TrustBundle
-	for {
-		authority, _, changed := s.o.Authorities.Authority()
-		if authority != nil {
-			bundle := &nodev1alpha1.TrustBundle{TrustDomain: authority.TrustDomain(), Roots: authority.Roots()}
-			if !sameBundle(sent, bundle) { // a new intermediate alone is nobody's business
-				if err := stream.Send(bundle); err != nil {
-					return err
-				}
-				sent = bundle
-			}
-		}
-		select {
-		case <-changed:
-		case <-end.C:
-			return status.Error(codes.Unavailable, "authenticate again")
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
-		}
-	}
-}
-
 // enter authenticates a call and counts it; done must be called.
 func (s *Service) enter(ctx context.Context, call string, limit int) (c Caller, done func(), err error) {
 	c, err = s.o.Callers.Authenticate(ctx)
 	if err != nil {
-		return c, nil, err
+		return c, nil, s.stranger(ctx, call, err)
 	}
 	key := inFlight{c.Node, call}
 	s.mu.Lock()
@@ -275,15 +241,6 @@ func (s *Service) enter(ctx context.Context, call string, limit int) (c Caller, 
 			delete(s.inFlight, key)
 		}
 	}, nil
-}
-
-// refused logs what an honest agent doesn't cause, and passes err on: the other
-// side's log isn't this one's to rely on.
-func (s *Service) refused(c Caller, call string, ref podRef, err error) error {
-	if code := status.Code(err); code == codes.PermissionDenied || code == codes.InvalidArgument {
-		s.o.Log.Warn("agent refused", "node", c.Node, "call", call, "pod", ref.String(), "error", err)
-	}
-	return err
 }
 
 // LivePods are the Pods of a reader without a cache, such as a controller-runtime

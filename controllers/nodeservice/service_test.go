@@ -8,19 +8,15 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
@@ -39,7 +35,6 @@ var reviews = model.Identity{TrustDomain: "cluster.local", Namespace: "team-a", 
 
 // world is everything that the service asks.
 type world struct {
-	mu        sync.Mutex
 	caller    error
 	pods      map[string]*corev1.Pod
 	podErr    map[string]error
@@ -51,7 +46,6 @@ type world struct {
 	announce  error
 	announced []string
 	authority *identity.Authority
-	changed   chan struct{}
 	served    func(context.Context) error
 }
 
@@ -62,7 +56,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	return &world{
-		authority: a, changed: make(chan struct{}), podErr: map[string]error{},
+		authority: a, podErr: map[string]error{},
 		pods:  map[string]*corev1.Pod{"team-a/reviews-0": runningPod("team-a", "reviews-0", "u1", "node-1")},
 		cidrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("fd00:1::/64")},
 	}
@@ -119,18 +113,7 @@ func (w *world) Announce(node string, p *corev1.Pod, addrs []netip.Addr) error {
 	return w.announce
 }
 
-func (w *world) Authority() (*identity.Authority, time.Duration, <-chan struct{}) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.authority, 0, w.changed
-}
-
-func (w *world) setAuthority(a *identity.Authority) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	close(w.changed)
-	w.authority, w.changed = a, make(chan struct{})
-}
+func (w *world) Authority() *identity.Authority { return w.authority }
 
 func (w *world) WaitServed(ctx context.Context, key model.ProxyKey, uid string) error {
 	if want := (model.ProxyKey{Node: "node-1", Tenant: model.NamespaceTenant("team-a")}); key != want || uid != "u1" || len(w.announced) == 0 {
@@ -377,72 +360,5 @@ func TestAuthorize(t *testing.T) {
 		if status.Code(err) != c.code || id != want {
 			t.Errorf("%s: %+v, %v, want %+v, %v", name, id, err, want, c.code)
 		}
-	}
-}
-
-// TestWatchTrustBundle goes over a real connection, with a real Authenticator.
-func TestWatchTrustBundle(t *testing.T) {
-	w := newWorld(t)
-	first := w.authority
-	w.authority = nil
-	serve := func(streamTime time.Duration) nodev1alpha1.NodeServiceClient {
-		server := grpc.NewServer()
-		w.service(func(o *Options) {
-			o.Callers, o.StreamTime = NewAuthenticator(AuthenticatorOptions{Reviews: &reviewer{}}), streamTime
-		}).Register(server)
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		go server.Serve(l)
-		t.Cleanup(server.Stop)
-		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		return nodev1alpha1.NewNodeServiceClient(conn)
-	}
-	client := serve(time.Hour)
-
-	nobody, err := client.WatchTrustBundle(t.Context(), &nodev1alpha1.WatchTrustBundleRequest{})
-	if err == nil {
-		_, err = nobody.Recv()
-	}
-	if status.Code(err) != codes.Unauthenticated {
-		t.Errorf("without a token: %v", err)
-	}
-	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer x")
-	stream, err := client.WatchTrustBundle(ctx, &nodev1alpha1.WatchTrustBundleRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	receive := func(want *identity.Authority) {
-		t.Helper()
-		b, err := stream.Recv()
-		if err != nil || b.GetTrustDomain() != want.TrustDomain() || !slices.EqualFunc(b.GetRoots(), want.Roots(), bytes.Equal) {
-			t.Fatalf("%v, %v", b, err)
-		}
-	}
-	w.setAuthority(first)
-	receive(first)
-	renewed, err := first.Renew(time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.setAuthority(renewed) // the same roots: not sent again
-	next, err := identity.NewAuthority("cluster.local", time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.setAuthority(next)
-	receive(next)
-	stream, err = serve(10*time.Millisecond).WatchTrustBundle(ctx, &nodev1alpha1.WatchTrustBundleRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	receive(next)
-	if _, err := stream.Recv(); status.Code(err) != codes.Unavailable {
-		t.Errorf("after StreamTime: %v", err)
 	}
 }

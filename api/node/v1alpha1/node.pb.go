@@ -344,95 +344,6 @@ func (x *SignJWTResponse) GetToken() string {
 	return ""
 }
 
-type WatchTrustBundleRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *WatchTrustBundleRequest) Reset() {
-	*x = WatchTrustBundleRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *WatchTrustBundleRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*WatchTrustBundleRequest) ProtoMessage() {}
-
-func (x *WatchTrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use WatchTrustBundleRequest.ProtoReflect.Descriptor instead.
-func (*WatchTrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{6}
-}
-
-type TrustBundle struct {
-	state       protoimpl.MessageState `protogen:"open.v1"`
-	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	// DER certificates.
-	Roots         [][]byte `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *TrustBundle) Reset() {
-	*x = TrustBundle{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *TrustBundle) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*TrustBundle) ProtoMessage() {}
-
-func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
-func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
-}
-
-func (x *TrustBundle) GetTrustDomain() string {
-	if x != nil {
-		return x.TrustDomain
-	}
-	return ""
-}
-
-func (x *TrustBundle) GetRoots() [][]byte {
-	if x != nil {
-		return x.Roots
-	}
-	return nil
-}
-
 type AttachPodRequest struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	PodUid       string                 `protobuf:"bytes,1,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
@@ -446,7 +357,7 @@ type AttachPodRequest struct {
 
 func (x *AttachPodRequest) Reset() {
 	*x = AttachPodRequest{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -458,7 +369,7 @@ func (x *AttachPodRequest) String() string {
 func (*AttachPodRequest) ProtoMessage() {}
 
 func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -471,7 +382,7 @@ func (x *AttachPodRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodRequest.ProtoReflect.Descriptor instead.
 func (*AttachPodRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AttachPodRequest) GetPodUid() string {
@@ -510,7 +421,7 @@ type AttachPodResponse struct {
 
 func (x *AttachPodResponse) Reset() {
 	*x = AttachPodResponse{}
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +433,7 @@ func (x *AttachPodResponse) String() string {
 func (*AttachPodResponse) ProtoMessage() {}
 
 func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1alpha1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1alpha1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +446,7 @@ func (x *AttachPodResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachPodResponse.ProtoReflect.Descriptor instead.
 func (*AttachPodResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
 }
 
 var File_api_node_v1alpha1_node_proto protoreflect.FileDescriptor
@@ -560,21 +471,16 @@ const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x1c\n" +
 	"\taudiences\x18\x04 \x03(\tR\taudiences\"'\n" +
 	"\x0fSignJWTResponse\x12\x14\n" +
-	"\x05token\x18\x01 \x01(\tR\x05token\"\x19\n" +
-	"\x17WatchTrustBundleRequest\"F\n" +
-	"\vTrustBundle\x12!\n" +
-	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x14\n" +
-	"\x05roots\x18\x02 \x03(\fR\x05roots\"}\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"}\n" +
 	"\x10AttachPodRequest\x12\x17\n" +
 	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12#\n" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x19\n" +
 	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x10\n" +
 	"\x03ips\x18\x04 \x03(\tR\x03ips\"\x13\n" +
-	"\x11AttachPodResponse2\xb2\x04\n" +
+	"\x11AttachPodResponse2\xc6\x03\n" +
 	"\vNodeService\x12r\n" +
 	"\x0fSignCertificate\x12..bulkhead.node.v1alpha1.SignCertificateRequest\x1a/.bulkhead.node.v1alpha1.SignCertificateResponse\x12Z\n" +
-	"\aSignJWT\x12&.bulkhead.node.v1alpha1.SignJWTRequest\x1a'.bulkhead.node.v1alpha1.SignJWTResponse\x12j\n" +
-	"\x10WatchTrustBundle\x12/.bulkhead.node.v1alpha1.WatchTrustBundleRequest\x1a#.bulkhead.node.v1alpha1.TrustBundle0\x01\x12`\n" +
+	"\aSignJWT\x12&.bulkhead.node.v1alpha1.SignJWTRequest\x1a'.bulkhead.node.v1alpha1.SignJWTResponse\x12`\n" +
 	"\tAttachPod\x12(.bulkhead.node.v1alpha1.AttachPodRequest\x1a).bulkhead.node.v1alpha1.AttachPodResponse\x12\x84\x01\n" +
 	"\x15SignServerCertificate\x124.bulkhead.node.v1alpha1.SignServerCertificateRequest\x1a5.bulkhead.node.v1alpha1.SignServerCertificateResponseBBZ@github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1;nodev1alpha1b\x06proto3"
 
@@ -590,7 +496,7 @@ func file_api_node_v1alpha1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1alpha1_node_proto_rawDescData
 }
 
-var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_api_node_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_api_node_v1alpha1_node_proto_goTypes = []any{
 	(*SignServerCertificateRequest)(nil),  // 0: bulkhead.node.v1alpha1.SignServerCertificateRequest
 	(*SignServerCertificateResponse)(nil), // 1: bulkhead.node.v1alpha1.SignServerCertificateResponse
@@ -598,24 +504,20 @@ var file_api_node_v1alpha1_node_proto_goTypes = []any{
 	(*SignCertificateResponse)(nil),       // 3: bulkhead.node.v1alpha1.SignCertificateResponse
 	(*SignJWTRequest)(nil),                // 4: bulkhead.node.v1alpha1.SignJWTRequest
 	(*SignJWTResponse)(nil),               // 5: bulkhead.node.v1alpha1.SignJWTResponse
-	(*WatchTrustBundleRequest)(nil),       // 6: bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	(*TrustBundle)(nil),                   // 7: bulkhead.node.v1alpha1.TrustBundle
-	(*AttachPodRequest)(nil),              // 8: bulkhead.node.v1alpha1.AttachPodRequest
-	(*AttachPodResponse)(nil),             // 9: bulkhead.node.v1alpha1.AttachPodResponse
+	(*AttachPodRequest)(nil),              // 6: bulkhead.node.v1alpha1.AttachPodRequest
+	(*AttachPodResponse)(nil),             // 7: bulkhead.node.v1alpha1.AttachPodResponse
 }
 var file_api_node_v1alpha1_node_proto_depIdxs = []int32{
 	2, // 0: bulkhead.node.v1alpha1.NodeService.SignCertificate:input_type -> bulkhead.node.v1alpha1.SignCertificateRequest
 	4, // 1: bulkhead.node.v1alpha1.NodeService.SignJWT:input_type -> bulkhead.node.v1alpha1.SignJWTRequest
-	6, // 2: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:input_type -> bulkhead.node.v1alpha1.WatchTrustBundleRequest
-	8, // 3: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
-	0, // 4: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:input_type -> bulkhead.node.v1alpha1.SignServerCertificateRequest
-	3, // 5: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
-	5, // 6: bulkhead.node.v1alpha1.NodeService.SignJWT:output_type -> bulkhead.node.v1alpha1.SignJWTResponse
-	7, // 7: bulkhead.node.v1alpha1.NodeService.WatchTrustBundle:output_type -> bulkhead.node.v1alpha1.TrustBundle
-	9, // 8: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
-	1, // 9: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:output_type -> bulkhead.node.v1alpha1.SignServerCertificateResponse
-	5, // [5:10] is the sub-list for method output_type
-	0, // [0:5] is the sub-list for method input_type
+	6, // 2: bulkhead.node.v1alpha1.NodeService.AttachPod:input_type -> bulkhead.node.v1alpha1.AttachPodRequest
+	0, // 3: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:input_type -> bulkhead.node.v1alpha1.SignServerCertificateRequest
+	3, // 4: bulkhead.node.v1alpha1.NodeService.SignCertificate:output_type -> bulkhead.node.v1alpha1.SignCertificateResponse
+	5, // 5: bulkhead.node.v1alpha1.NodeService.SignJWT:output_type -> bulkhead.node.v1alpha1.SignJWTResponse
+	7, // 6: bulkhead.node.v1alpha1.NodeService.AttachPod:output_type -> bulkhead.node.v1alpha1.AttachPodResponse
+	1, // 7: bulkhead.node.v1alpha1.NodeService.SignServerCertificate:output_type -> bulkhead.node.v1alpha1.SignServerCertificateResponse
+	4, // [4:8] is the sub-list for method output_type
+	0, // [0:4] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -632,7 +534,7 @@ func file_api_node_v1alpha1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1alpha1_node_proto_rawDesc), len(file_api_node_v1alpha1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,7 +24,6 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	NodeService_SignCertificate_FullMethodName       = "/bulkhead.node.v1alpha1.NodeService/SignCertificate"
 	NodeService_SignJWT_FullMethodName               = "/bulkhead.node.v1alpha1.NodeService/SignJWT"
-	NodeService_WatchTrustBundle_FullMethodName      = "/bulkhead.node.v1alpha1.NodeService/WatchTrustBundle"
 	NodeService_AttachPod_FullMethodName             = "/bulkhead.node.v1alpha1.NodeService/AttachPod"
 	NodeService_SignServerCertificate_FullMethodName = "/bulkhead.node.v1alpha1.NodeService/SignServerCertificate"
 )
@@ -43,7 +42,8 @@ type NodeServiceClient interface {
 	// Errors: Unauthenticated (token), InvalidArgument (CSR), PermissionDenied
 	// (the pod isn't this node's, has finished, is a mirror or hostNetwork pod, is
 	// no member of the mesh, or has another identity), Unavailable (the pod isn't
-	// visible yet, or the authority isn't loaded: retry).
+	// visible yet, or the authority isn't loaded: retry). What is refused carries a
+	// google.rpc.ErrorInfo of domain mesh.bulkhead.dev with the reason.
 	SignCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
 	// SignJWT signs a JWT-SVID of a pod's identity for the audiences that the pod
 	// asks for. The keys that verify it are in the bundle of ConfigMap
@@ -51,9 +51,6 @@ type NodeServiceClient interface {
 	//
 	// Errors: as SignCertificate; InvalidArgument is for the audiences.
 	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
-	// WatchTrustBundle sends the roots that peers' certificates must chain to, now
-	// and whenever they change.
-	WatchTrustBundle(ctx context.Context, in *WatchTrustBundleRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrustBundle], error)
 	// AttachPod tells the addresses of a pod whose network was just made: the
 	// kubelet writes them to the API only after the pod has started, too late for
 	// its first connection. It returns when the tenant's proxy on this node has
@@ -101,25 +98,6 @@ func (c *nodeServiceClient) SignJWT(ctx context.Context, in *SignJWTRequest, opt
 	return out, nil
 }
 
-func (c *nodeServiceClient) WatchTrustBundle(ctx context.Context, in *WatchTrustBundleRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrustBundle], error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &NodeService_ServiceDesc.Streams[0], NodeService_WatchTrustBundle_FullMethodName, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	x := &grpc.GenericClientStream[WatchTrustBundleRequest, TrustBundle]{ClientStream: stream}
-	if err := x.ClientStream.SendMsg(in); err != nil {
-		return nil, err
-	}
-	if err := x.ClientStream.CloseSend(); err != nil {
-		return nil, err
-	}
-	return x, nil
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type NodeService_WatchTrustBundleClient = grpc.ServerStreamingClient[TrustBundle]
-
 func (c *nodeServiceClient) AttachPod(ctx context.Context, in *AttachPodRequest, opts ...grpc.CallOption) (*AttachPodResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(AttachPodResponse)
@@ -154,7 +132,8 @@ type NodeServiceServer interface {
 	// Errors: Unauthenticated (token), InvalidArgument (CSR), PermissionDenied
 	// (the pod isn't this node's, has finished, is a mirror or hostNetwork pod, is
 	// no member of the mesh, or has another identity), Unavailable (the pod isn't
-	// visible yet, or the authority isn't loaded: retry).
+	// visible yet, or the authority isn't loaded: retry). What is refused carries a
+	// google.rpc.ErrorInfo of domain mesh.bulkhead.dev with the reason.
 	SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)
 	// SignJWT signs a JWT-SVID of a pod's identity for the audiences that the pod
 	// asks for. The keys that verify it are in the bundle of ConfigMap
@@ -162,9 +141,6 @@ type NodeServiceServer interface {
 	//
 	// Errors: as SignCertificate; InvalidArgument is for the audiences.
 	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
-	// WatchTrustBundle sends the roots that peers' certificates must chain to, now
-	// and whenever they change.
-	WatchTrustBundle(*WatchTrustBundleRequest, grpc.ServerStreamingServer[TrustBundle]) error
 	// AttachPod tells the addresses of a pod whose network was just made: the
 	// kubelet writes them to the API only after the pod has started, too late for
 	// its first connection. It returns when the tenant's proxy on this node has
@@ -197,9 +173,6 @@ func (UnimplementedNodeServiceServer) SignCertificate(context.Context, *SignCert
 }
 func (UnimplementedNodeServiceServer) SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignJWT not implemented")
-}
-func (UnimplementedNodeServiceServer) WatchTrustBundle(*WatchTrustBundleRequest, grpc.ServerStreamingServer[TrustBundle]) error {
-	return status.Error(codes.Unimplemented, "method WatchTrustBundle not implemented")
 }
 func (UnimplementedNodeServiceServer) AttachPod(context.Context, *AttachPodRequest) (*AttachPodResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AttachPod not implemented")
@@ -264,17 +237,6 @@ func _NodeService_SignJWT_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
-func _NodeService_WatchTrustBundle_Handler(srv interface{}, stream grpc.ServerStream) error {
-	m := new(WatchTrustBundleRequest)
-	if err := stream.RecvMsg(m); err != nil {
-		return err
-	}
-	return srv.(NodeServiceServer).WatchTrustBundle(m, &grpc.GenericServerStream[WatchTrustBundleRequest, TrustBundle]{ServerStream: stream})
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type NodeService_WatchTrustBundleServer = grpc.ServerStreamingServer[TrustBundle]
-
 func _NodeService_AttachPod_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(AttachPodRequest)
 	if err := dec(in); err != nil {
@@ -335,12 +297,6 @@ var NodeService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _NodeService_SignServerCertificate_Handler,
 		},
 	},
-	Streams: []grpc.StreamDesc{
-		{
-			StreamName:    "WatchTrustBundle",
-			Handler:       _NodeService_WatchTrustBundle_Handler,
-			ServerStreams: true,
-		},
-	},
+	Streams:  []grpc.StreamDesc{},
 	Metadata: "api/node/v1alpha1/node.proto",
 }
