@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkhead-mesh/bulkhead/identity"
+	"github.com/bulkhead-mesh/bulkhead/identity/attest"
 )
 
 func (n *node) wantRefused(what string, where place) {
@@ -136,8 +138,8 @@ func TestConnectionThatIsPassedOn(t *testing.T) {
 		t.Errorf("the connection of %s is taken for %s's", web1.Name, got)
 	}
 	p.kill()
-	if r, err := stream.Recv(); err == nil {
-		t.Errorf("a stream goes on after its process: %v", r.GetSvids()[0].GetSpiffeId())
+	if r, err := stream.Recv(); status.Code(err) != codes.Unavailable {
+		t.Errorf("a stream goes on after its process: %v, %v", r, err)
 	}
 	if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"db"}}); err == nil {
 		t.Error("a connection works after its process")
@@ -147,19 +149,16 @@ func TestConnectionThatIsPassedOn(t *testing.T) {
 	}
 }
 
-// A pid that is used again, by another pod's process, makes it nobody's.
-func TestPidThatIsUsedAgain(t *testing.T) {
+// A pid that is used again, by another pod's process, makes it nobody's: of a
+// connection that wasn't accepted yet,
+func TestPidThatIsUsedAgainBeforeTheConnectionIsAccepted(t *testing.T) {
 	n := newNode(t, web1, db)
 	n.stop() // so that the connection waits to be accepted
 	l, err := listen(n.socket())
 	check(t, err)
 	p, c := n.passed(inPod(web1))
-	pid := p.cmd.Process.Pid
 	p.kill()
-	heir := n.withPid(pid, inPod(db))
-	if heir == nil {
-		t.Fatalf("pid %d couldn't be had again", pid)
-	}
+	n.withPid(p.cmd.Process.Pid, inPod(db))
 	n.Server, err = New(n.o)
 	check(t, err)
 	n.publish()
@@ -181,19 +180,47 @@ func TestPidThatIsUsedAgain(t *testing.T) {
 	}
 }
 
+// and of one that was.
+func TestPidThatIsUsedAgainByAnother(t *testing.T) {
+	n := newNode(t, web1, db)
+	n.stop()
+	l, err := listen(n.socket())
+	check(t, err)
+	defer l.Close()
+	p, _ := n.passed(inPod(web1))
+	c, err := l.AcceptUnix()
+	check(t, err)
+	defer c.Close()
+	peer, err := attest.Peer(c)
+	check(t, err)
+	defer peer.Close()
+	if got, err := peer.Pod(n.o.Pods); got != uidWeb1 || peer.PID != p.cmd.Process.Pid {
+		t.Errorf("process %d of pod %q, %v", peer.PID, got, err)
+	}
+	p.kill()
+	n.withPid(peer.PID, inPod(db))
+	if got, err := peer.Pod(n.o.Pods); !errors.Is(err, attest.ErrExited) {
+		t.Errorf("a process that has exited is pod %q's, %v", got, err)
+	}
+	if _, err := peer.NetworkNamespace(); !errors.Is(err, attest.ErrExited) {
+		t.Errorf("a process that has exited has a network: %v", err)
+	}
+}
+
 // withPid starts a process with a given pid: the kernel gives the one after the
 // last. Others start processes too, so it is tried again.
-func (n *node) withPid(pid int, where place) *process {
+func (n *node) withPid(pid int, where place) {
+	n.t.Helper()
 	for range 200 {
 		check(n.t, os.WriteFile("/proc/sys/kernel/ns_last_pid", fmt.Append(nil, pid-1), 0))
 		p := n.run(where, "idle")
 		next[string](p)
 		if p.cmd.Process.Pid == pid {
-			return p
+			return
 		}
 		p.kill()
 	}
-	return nil
+	n.t.Fatalf("pid %d couldn't be had again", pid)
 }
 
 func TestCallWithoutTheHeaderIsRefused(t *testing.T) {

@@ -137,6 +137,7 @@ func newNode(t *testing.T, pods ...identity.Pod) *node {
 	n := &node{t: t, dir: t.TempDir(), log: &safeBuffer{}, operator: &operator{ttl: time.Hour,
 		x509: must[*identity.Authority](t)(identity.NewAuthority(trustDomain, time.Now())),
 		jwts: must[*identity.JWTAuthority](t)(identity.NewJWTAuthority(time.Now()))}}
+	check(t, os.Chmod(filepath.Dir(n.dir), 0o755)) // for callers that aren't root
 	root := fmt.Sprintf("/bhtest-workloadapi-%d", os.Getpid())
 	n.cgroup = filepath.Join(cgroupMount(t), root, "kubepods")
 	check(t, os.MkdirAll(n.cgroup, 0o755))

@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -30,6 +31,11 @@ func TestPodsGetTheirServiceAccountsIdentity(t *testing.T) {
 		wantCode(t, "a token for another audience", f.WrongAudience, "InvalidArgument")
 		wantCode(t, "another identity's token", f.ForeignID, "PermissionDenied")
 		wantCode(t, "no audience", f.NoAudience, "InvalidArgument")
+	}
+	anybody := inPod(web1)
+	anybody.uid = 1000
+	if f := n.fetch(anybody); f.ID != web1.Identity.String() {
+		t.Errorf("a process that isn't root: %+v", f)
 	}
 	// One token of web, whose pods share it, and one of db.
 	if got := n.operator.asked; len(got) != 2 {
@@ -72,9 +78,19 @@ func TestPodThatLeavesIsRefused(t *testing.T) {
 	n := newNode(t, web1)
 	p := n.run(inPod(web1), "watch")
 	first := until(p, "an SVID", func(u update) bool { return u.Serial != "" })
+	_, c := n.passed(inPod(web1))
+	ctx, cancel := context.WithTimeout(withHeader(t.Context()), patience)
+	defer cancel()
+	bundles, err := client(t, c).FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+	check(t, err)
+	_, err = bundles.Recv()
+	check(t, err)
 	n.store.SetPods([]identity.Pod{db})
 	refused := until(p, "the refusal", func(u update) bool { return u.Error != "" })
 	wantCode(t, "a pod that left", refused.Error, "PermissionDenied")
+	if _, err := bundles.Recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("the bundles of a pod that left: %v", err)
+	}
 	n.store.SetPods([]identity.Pod{web1, db})
 	again := until(p, "an SVID again", func(u update) bool { return u.Serial != "" })
 	if again.Serial == first.Serial {
