@@ -188,6 +188,9 @@ func (n *node) publish() {
 	check(n.t, n.SetBundle(trustDomain, must[[]byte](n.t)(n.operator.x509.BundleDocument(n.operator.jwts))))
 }
 
+// root is the cgroup of all pods as processes have it.
+func (n *node) root() string { return strings.TrimPrefix(n.cgroup, cgroupMount(n.t)) }
+
 func (n *node) socket() string { return filepath.Join(n.dir, "workload-api", "socket") }
 
 // cgroupMount is where cgroups of version 2 are: a process can be born in one.

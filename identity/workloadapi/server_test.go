@@ -105,7 +105,7 @@ func TestClientsComeBackToAnotherAgent(t *testing.T) {
 	for range 2 {
 		n.stop()
 		until(p, "an error", func(u update) bool { return u.Error != "" })
-		n.start(strings.TrimPrefix(n.cgroup, cgroupMount(t)))
+		n.start(n.root())
 		until(p, "an SVID after the restart", func(u update) bool { return u.Serial != "" })
 	}
 	p.in.Close()
