@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -20,7 +19,6 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/agent/uplink"
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/identity/workloadapi"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
@@ -39,7 +37,6 @@ type Agent struct {
 	log *slog.Logger
 
 	bulkheads  *isolation.Manager
-	datapath   *bpf.Datapath
 	identities *identity.Store
 	workloads  *workloadapi.Server
 	relay      *relay.Relay
@@ -63,12 +60,16 @@ type Agent struct {
 	// released pods have left the mesh and may have connections to finish, since
 	// then.
 	released map[string]time.Time
+	// former is another way of redirecting, until its pods have the new one.
+	former steering
 
-	mu        sync.Mutex
-	plan      plan
-	planKnown bool
-	planError string
-	last      round
+	mu            sync.Mutex
+	datapath      steering
+	nodeAddresses []netip.Addr
+	plan          plan
+	planKnown     bool
+	planError     string
+	last          round
 	// trusted is a digest of the roots that all proxies have acknowledged.
 	trusted  string
 	roundEnd chan struct{}
@@ -81,9 +82,6 @@ func newAgent(o Options) (*Agent, error) {
 	o, err := o.withDefaults()
 	if err != nil {
 		return nil, err
-	}
-	if err := bpf.Probe(); err != nil {
-		return nil, fmt.Errorf("this node's kernel can't steer: %w", err)
 	}
 	return &Agent{
 		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
@@ -101,12 +99,6 @@ func (a *Agent) open() (err error) {
 	options.Changed = func(model.Tenant) { a.wake() }
 	if a.bulkheads, err = isolation.Open(options); err != nil {
 		return fmt.Errorf("open tenants: %w", err)
-	}
-	if err := bpf.Mount(filepath.Dir(a.o.PinDir)); err != nil {
-		return err
-	}
-	if a.datapath, err = bpf.Open(bpf.Options{PinDir: a.o.PinDir, Log: a.log}); err != nil {
-		return fmt.Errorf("open steering: %w", err)
 	}
 	host, _, err := net.SplitHostPort(a.o.Operator)
 	if err != nil {
@@ -146,7 +138,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 		{"control socket", a.serveControl},
 		{"health", a.serveHealth},
 		{"node's addresses", func(ctx context.Context) error {
-			podnet.WatchNodeAddresses(ctx, func(addrs []netip.Addr) error { return a.datapath.SetNodeAddresses(addrs) },
+			podnet.WatchNodeAddresses(ctx, a.setNodeAddresses,
 				func(err error) { a.log.Error("node's addresses", "error", err) })
 			return nil
 		}},
@@ -173,8 +165,10 @@ func (a *Agent) close() error {
 	if a.relay != nil {
 		a.relay.Shutdown()
 	}
-	if a.datapath != nil {
-		errs = append(errs, a.datapath.Close())
+	for _, d := range []steering{a.steering(), a.former} {
+		if d.datapath != nil {
+			errs = append(errs, d.Close())
+		}
 	}
 	if a.bulkheads != nil {
 		a.bulkheads.Close()

@@ -54,7 +54,12 @@ func (a *Agent) serveEvents(streams *sync.WaitGroup) http.HandlerFunc {
 		}
 		streams.Add(1)
 		defer streams.Done()
-		events, err := a.datapath.Events(eventBuffer)
+		source, ok := a.steering().datapath.(eventSource)
+		if !ok {
+			http.Error(w, "the node's redirection can't tell of single connections: that takes EBPF", http.StatusNotImplemented)
+			return
+		}
+		events, err := source.Events(eventBuffer)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return

@@ -21,9 +21,10 @@ const (
 )
 
 // steer gives a pod its way. A pod that ran before it was steered, or was another
-// tenant's, keeps its connections.
-func (a *Agent) steer(want bpf.Pod, record sandboxRecord, known bool) error {
-	if !known && record.ContainerID != "" {
+// tenant's, keeps its connections; those of one that was redirected in another way
+// are its tenant's.
+func (a *Agent) steer(want bpf.Pod, record sandboxRecord, known, former bool) error {
+	if !known && (former || record.ContainerID != "") {
 		return a.datapath.UpdatePod(want) // it waits in the CNI plugin and has none
 	}
 	return a.datapath.MovePod(want, a.connections(record))

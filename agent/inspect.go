@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"maps"
 	"os"
@@ -18,6 +19,9 @@ import (
 // proxies: the output of `agent inspect`.
 type Inspection struct {
 	Node string `json:"node"`
+	// Redirection that is at work, EBPF or Netfilter, and what it can't do.
+	Redirection string   `json:"redirection"`
+	Missing     []string `json:"missing,omitempty"`
 	// Problem is what of the plan can't be done, "" if nothing.
 	Problem string `json:"problem,omitempty"`
 	// HostNamespaces are the node's own, to compare with.
@@ -82,14 +86,21 @@ var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
 // inspect reads everything anew.
 func (a *Agent) inspect() (Inspection, error) {
 	o := a.observe()
-	i := Inspection{Node: a.o.Node, Problem: o.planError, Tenants: []InspectedTenant{}}
+	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem), Tenants: []InspectedTenant{}}
 	var err error
 	if i.HostNamespaces, err = namespacesOf(a.nodeProc); err != nil {
 		return i, err
 	}
-	counters, err := a.datapath.Counters()
-	if err != nil {
-		return i, fmt.Errorf("read counters: %w", err)
+	now := a.steering()
+	i.Redirection = string(now.kind)
+	if _, ok := now.datapath.(eventSource); !ok && now.datapath != nil {
+		i.Missing = []string{"events of single connections"}
+	}
+	var counters map[uint16]bpf.Counters
+	if now.datapath != nil {
+		if counters, err = now.Counters(); err != nil {
+			return i, fmt.Errorf("read counters: %w", err)
+		}
 	}
 	status := makeStatus(o)
 	for n, tp := range o.round.plan.tenants {

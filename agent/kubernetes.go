@@ -10,9 +10,11 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/chain"
 	"github.com/bulkhead-mesh/bulkhead/agent/cni"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/netfilter"
 )
 
 // Run runs the node's agent until ctx ends. What it made goes on without it,
@@ -70,7 +72,7 @@ func Run(ctx context.Context, config *rest.Config, o Options) error {
 func (a *Agent) removeAll() error {
 	errs := []error{a.keeper.Remove(), a.releasePods(),
 		isolation.Uninstall(a.o.isolation()),
-		bpf.Uninstall(a.o.PinDir), identity.Uninstall(a.o.keysDir())}
+		bpf.Uninstall(a.o.PinDir), netfilter.Uninstall(), identity.Uninstall(a.o.keysDir())}
 	for _, dir := range []string{a.o.RunDir, a.o.LibDir} {
 		errs = append(errs, removeContents(dir), removeNodeDir(dir))
 	}
@@ -79,7 +81,19 @@ func (a *Agent) removeAll() error {
 
 // releasePods lets the node's pods be reached as without a mesh.
 func (a *Agent) releasePods() error {
-	d, err := bpf.Open(bpf.Options{PinDir: a.o.PinDir, Log: a.log})
+	var errs []error
+	for _, kind := range []v1alpha1.Redirection{v1alpha1.RedirectionEBPF, v1alpha1.RedirectionNetfilter} {
+		there, err := a.installed(kind)
+		if err == nil && there {
+			err = a.releasePodsOf(kind)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) releasePodsOf(kind v1alpha1.Redirection) error {
+	d, err := a.openDatapath(kind)
 	if err != nil {
 		return err
 	}

@@ -44,6 +44,8 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:
 		p.redirection = v1alpha1.RedirectionEBPF
+	case v1alpha1.RedirectionNetfilter:
+		p.redirection = v1alpha1.RedirectionNetfilter
 	default:
 		errs = append(errs, fmt.Errorf("redirection %q isn't known to this agent: it stays as it is", np.Spec.Redirection))
 	}

@@ -34,6 +34,8 @@ type round struct {
 	problems map[model.Tenant]string
 	// steered pods, with the veth that carries their programs.
 	steered map[string]bpf.Pod
+	// redirectionProblem is why pods aren't redirected as planned.
+	redirectionProblem string
 	// weights that are in force.
 	weights map[model.Tenant]int
 }
@@ -64,6 +66,13 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
 		steered: map[string]bpf.Pod{}, weights: map[model.Tenant]int{}}
 	a.identities.SetPods(p.pods)
+	if err := a.ensureRedirection(p.redirection); err != nil {
+		a.log.Error("redirection isn't as planned", "error", err)
+		if r.redirectionProblem = err.Error(); a.steering().datapath == nil {
+			a.finishRound(r)
+			return time.Second
+		}
+	}
 
 	indexes := map[model.Tenant]uint16{}
 	for _, tp := range p.tenants {
@@ -82,7 +91,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	}
 	heldByPod, heldByTenant := a.held()
 	next = min(next, a.ensurePods(p, indexes, heldByPod, &r))
-	next = min(next, a.removeTenants(ctx, p, heldByTenant))
+	next = min(next, a.removeTenants(ctx, p, heldByTenant), a.removeFormer(&r))
 	a.finishRound(r)
 	return next
 }
@@ -113,6 +122,7 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[str
 		a.log.Error("steered pods can't be read", "error", err)
 		return time.Second
 	}
+	former := a.formerPods()
 	a.discover(p)
 	for _, pod := range p.pods {
 		record, ok := a.sandboxes.get(pod.UID)
@@ -122,11 +132,11 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[str
 		}
 		// A pod that isn't steered yet either waits in the CNI plugin, or ran before
 		// its namespace joined: its traffic must have somewhere to go.
-		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !serving {
+		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !slices.Contains(former, pod.UID) && !serving {
 			continue
 		}
 		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC}
-		if err := a.steer(want, record, slices.Contains(steered, pod.UID)); err != nil {
+		if err := a.steer(want, record, slices.Contains(steered, pod.UID), slices.Contains(former, pod.UID)); err != nil {
 			if !a.linkExists(record) {
 				a.sandboxes.drop(pod.UID) // it has ended; the plan will say so soon
 				continue

@@ -115,7 +115,7 @@ func redirectedCondition(o observation) metav1.Condition {
 	c := metav1.Condition{Type: v1alpha1.ConditionRedirected, Status: metav1.ConditionTrue, Reason: "AsPlanned", Message: "pods are redirected by " + string(o.redirection)}
 	if want := o.round.plan.redirection; want != o.redirection {
 		c.Status, c.Reason = metav1.ConditionFalse, "Unsupported"
-		c.Message = fmt.Sprintf("this agent has no redirection by %s; pods stay with %s", cmp.Or(want, "another way"), o.redirection)
+		c.Message = fmt.Sprintf("%s; pods stay with %s", cmp.Or(o.round.redirectionProblem, "the redirection isn't known to this agent"), cmp.Or(o.redirection, "none, and closed"))
 	}
 	return c
 }
@@ -186,7 +186,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 // observe gathers what makeStatus needs.
 func (a *Agent) observe() observation {
 	a.mu.Lock()
-	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: v1alpha1.RedirectionEBPF, round: a.last,
+	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: a.datapath.kind, round: a.last,
 		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()

@@ -61,17 +61,22 @@ var layers = []layer{
 		reason:  "the steering is tried on a bare kernel, without Envoy, certificates or a cluster; the leaves meet only in agent",
 	},
 	{
+		folder: "netfilter", may: []string{"model", protocol},
+		inTests: []string{"hack/envoy", "test"},
+		reason:  "the other redirection is tried on a bare kernel as well, and must not need eBPF; the leaves meet only in agent",
+	},
+	{
 		folder: "controllers", may: []string{"api", protocol, "model", "xds", "identity"}, kubernetes: true,
 		inTests: []string{"hack/envoy", "test"},
 		reason:  "the operator has no business on a node: what it imports must not be able to touch one",
 	},
 	{
-		folder: "agent", may: []string{"api", protocol, "model", "isolation", "identity", "bpf"}, kubernetes: true,
+		folder: "agent", may: []string{"api", protocol, "model", "isolation", "identity", "bpf", "netfilter"}, kubernetes: true,
 		inTests: []string{"xds", "hack/envoy", "test"},
 		reason:  "the agent relays configuration and never makes any, so that all of it comes from one place, the operator",
 	},
 	{
-		folder: "cmd", may: []string{"api", protocol, "model", "xds", "isolation", "identity", "bpf", "controllers", "agent", "config"}, kubernetes: true,
+		folder: "cmd", may: []string{"api", protocol, "model", "xds", "isolation", "identity", "bpf", "netfilter", "controllers", "agent", "config"}, kubernetes: true,
 		inTests: []string{"hack/envoy", "test"},
 		reason:  "commands put the product together; what builds or tests it must not be shipped in it",
 	},

@@ -83,8 +83,9 @@ func eachFamily(t *testing.T, f func(t *testing.T, family int)) {
 	}
 }
 
-func TestFlows(t *testing.T) {
-	l := lab.New(t)
+func TestFlows(t *testing.T) { eachRedirection(t, testFlows) }
+
+func testFlows(t *testing.T, l *lab.Lab) {
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, f := range flows(l) {
 			t.Run(f.name, func(t *testing.T) { f.check(t, family) })
@@ -102,8 +103,9 @@ func TestFlows(t *testing.T) {
 }
 
 // An agent with nothing to do does nothing.
-func TestIdleAgent(t *testing.T) {
-	l := lab.New(t)
+func TestIdleAgent(t *testing.T) { eachRedirection(t, testIdleAgent) }
+
+func testIdleAgent(t *testing.T, l *lab.Lab) {
 	const wait, most = 3 * time.Second, 300 * time.Millisecond
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {
 		before := n.AgentTime(t)

@@ -51,9 +51,10 @@ func TestProxyKilled(t *testing.T) {
 }
 
 // Traffic doesn't notice that agents die.
-func TestAgentKilled(t *testing.T) {
+func TestAgentKilled(t *testing.T) { eachRedirection(t, testAgentKilled) }
+
+func testAgentKilled(t *testing.T, l *lab.Lab) {
 	const seconds, kills = 30, 5
-	l := lab.New(t)
 	wait := l.A1.Begin(t, "load", "--protocol=http", "--connections=32", "--rate=1000", "--new-connection-ratio=0.5",
 		fmt.Sprintf("--duration=%ds", seconds), lab.At(l.B2.V4, app.HTTPPort).String())
 	for range kills {

@@ -1,21 +1,26 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // A plan that asks for less takes back what it asked for before, to the last, and
 // what leaves the mesh is reached as without it.
-func TestPlanTakenBack(t *testing.T) {
-	l := lab.New(t)
+func TestPlanTakenBack(t *testing.T) { eachRedirection(t, testPlanTakenBack) }
+
+func testPlanTakenBack(t *testing.T, l *lab.Lab) {
 	n := l.Node1
 	all := []flow{{from: l.Outside, to: l.B1}, {from: l.Outside, to: l.A1}, {from: l.A1, to: l.A3, mesh: true}}
 	n.Planned = []*lab.Host{l.A1}
@@ -60,11 +65,7 @@ func left(t *testing.T, n *lab.Node, tenant string) error {
 		}
 		found = append(found, match...)
 	}
-	pods, err := os.ReadDir(filepath.Join(n.PinDir(), "pods"))
-	if err != nil {
-		return err
-	}
-	tenants, err := os.ReadDir(filepath.Join(n.PinDir(), "tenants"))
+	pods, tenants, err := steered(t, n)
 	if err != nil {
 		return err
 	}
@@ -72,8 +73,8 @@ func left(t *testing.T, n *lab.Node, tenant string) error {
 	for _, p := range n.Planned {
 		left[p.Tenant.String()] = true
 	}
-	if len(found) > 0 || len(pods) != len(n.Planned) || len(tenants) != len(left) {
-		return fmt.Errorf("%q, %d pods and %d tenants are left", found, len(pods), len(tenants))
+	if len(found) > 0 || pods != len(n.Planned) || tenants != len(left) {
+		return fmt.Errorf("%q, %d pods and %d tenants are left", found, pods, tenants)
 	}
 	var veths []string
 	n.Do(t, func() {
@@ -89,4 +90,36 @@ func left(t *testing.T, n *lab.Node, tenant string) error {
 		return fmt.Errorf("links %q are left", veths)
 	}
 	return nil
+}
+
+// steered counts what the kernel has of pods and tenants.
+func steered(t *testing.T, n *lab.Node) (pods, tenants int, err error) {
+	if n.Redirection == v1alpha1.RedirectionNetfilter {
+		n.Do(t, func() {
+			var tables []*nftables.Table
+			if tables, err = (&nftables.Conn{}).ListTablesOfFamily(nftables.TableFamilyNetdev); err != nil || len(tables) != 1 {
+				err = errors.Join(err, fmt.Errorf("%d tables of devices", len(tables)))
+				return
+			}
+			var chains []*nftables.Chain
+			chains, err = (&nftables.Conn{}).ListChainsOfTableFamily(nftables.TableFamilyNetdev)
+			for _, c := range chains {
+				switch {
+				case strings.HasPrefix(c.Name, "out_") && c.Hooknum != nil:
+					pods++
+				case strings.HasPrefix(c.Name, "tenant_"):
+					tenants++
+				}
+			}
+		})
+		return pods, tenants, err
+	}
+	for folder, count := range map[string]*int{"pods": &pods, "tenants": &tenants} {
+		entries, err := os.ReadDir(filepath.Join(n.PinDir(), folder))
+		if err != nil {
+			return 0, 0, err
+		}
+		*count = len(entries)
+	}
+	return pods, tenants, nil
 }

@@ -16,8 +16,9 @@ const bulk = 64 << 20
 
 // Large transfers arrive unchanged, also where packets have to be smaller than
 // either end thinks.
-func TestBulk(t *testing.T) {
-	l := lab.New(t)
+func TestBulk(t *testing.T) { eachRedirection(t, testBulk) }
+
+func testBulk(t *testing.T, l *lab.Lab) {
 	too := map[int]string{4: "Icmp InDestUnreachs", 6: "Icmp6InPktTooBigs"}
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, f := range []flow{
@@ -48,8 +49,9 @@ func TestBulk(t *testing.T) {
 
 // With SYN cookies, the kernel forgets a connection until its ACK comes, which is
 // steered anew, here while two generations listen.
-func TestSYNCookies(t *testing.T) {
-	l := lab.New(t)
+func TestSYNCookies(t *testing.T) { eachRedirection(t, testSYNCookies) }
+
+func testSYNCookies(t *testing.T, l *lab.Lab) {
 	var proxies []*lab.Namespace
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {
 		n.Canary = 50
@@ -93,8 +95,9 @@ func TestSYNCookies(t *testing.T) {
 // An end that has said its last word still listens: the client's in every flow,
 // the server's where there is no tunnel. (In one, Envoy resets the CONNECT as soon
 // as the server's half is closed: envoyproxy/envoy#47378 is to change that.)
-func TestHalfClose(t *testing.T) {
-	l := lab.New(t)
+func TestHalfClose(t *testing.T) { eachRedirection(t, testHalfClose) }
+
+func testHalfClose(t *testing.T, l *lab.Lab) {
 	const port = 9000
 	halfClosed := map[*lab.Host]chan int64{}
 	for _, h := range []*lab.Host{l.A1, l.A2, l.B2, l.Outside} {
@@ -196,9 +199,10 @@ func serveHalfClose(t *testing.T, h *lab.Host, port int) (halfClosed chan int64)
 
 // Idle connections cost memory that has a bound, and are there when they are used
 // again.
-func TestIdleConnections(t *testing.T) {
+func TestIdleConnections(t *testing.T) { eachRedirection(t, testIdleConnections) }
+
+func testIdleConnections(t *testing.T, l *lab.Lab) {
 	const connections, perConnection = 10_000, 64 << 10
-	l := lab.New(t)
 	memory := func(n *lab.Node, tenant string) int64 { return n.Memory(t, tenant) }
 	before1, before2 := memory(l.Node1, "team-a"), memory(l.Node2, "team-b")
 	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=8s", "--duration=14s", "--timeout=20s", lab.At(l.B2.V4, app.GreetPort).String())

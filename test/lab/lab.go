@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -63,6 +64,8 @@ type Options struct {
 	// PathMTU is the bytes that the path between the nodes takes, below what either
 	// end thinks. Default 1300.
 	PathMTU int
+	// Redirection of both nodes. Default EBPF.
+	Redirection v1alpha1.Redirection
 	// NoAccessLog has the proxies write none.
 	NoAccessLog bool
 }
@@ -89,6 +92,9 @@ func NewWith(t testing.TB, o Options) *Lab {
 	t.Cleanup(func() { Check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	if o.PathMTU == 0 {
 		o.PathMTU = 1300
+	}
+	if o.Redirection == "" {
+		o.Redirection = v1alpha1.RedirectionEBPF
 	}
 	l := &Lab{t: t, o: o, dir: dir, envoys: filepath.Dir(envoy.Dir)}
 	l.Authority, err = identity.NewAuthority(TrustDomain, time.Now())

@@ -27,10 +27,12 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent"
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/netfilter"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
 
@@ -48,6 +50,8 @@ type Node struct {
 	Pods []*Host
 	// Planned are those of them that the mesh has.
 	Planned []*Host
+	// Redirection of its pods.
+	Redirection v1alpha1.Redirection
 	// Canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	Canary int
@@ -63,7 +67,7 @@ func (l *Lab) newNode(name string, router *Namespace, number int) *Node {
 	t.Helper()
 	n := &Node{
 		Host: &Host{Namespace: l.namespace(name), Name: name, Pair: Addresses(fmt.Sprintf("172.20.%d.2", number), fmt.Sprintf("fd20:%d::2", number))},
-		l:    l, number: number, Dir: filepath.Join(l.dir, name),
+		l:    l, number: number, Dir: filepath.Join(l.dir, name), Redirection: l.o.Redirection,
 	}
 	n.Do(t, func() { forward(t) })
 	Check(t, os.MkdirAll(filepath.Join(n.Dir, "bpf"), 0o755))
@@ -97,7 +101,7 @@ func (n *Node) remove() {
 	t := n.l.t
 	t.Helper()
 	n.Do(t, func() {
-		Check(t, errors.Join(isolation.Uninstall(n.Isolation()), bpf.Uninstall(n.PinDir()), identity.Uninstall(filepath.Join(n.Dir, "run", "keys"))))
+		Check(t, errors.Join(isolation.Uninstall(n.Isolation()), bpf.Uninstall(n.PinDir()), netfilter.Uninstall(), identity.Uninstall(filepath.Join(n.Dir, "run", "keys"))))
 	})
 }
 
@@ -136,7 +140,7 @@ func (n *Node) WritePlan() string {
 		pods = append(pods, object{"uid": p.Name, "namespace": p.Identity.Namespace, "name": p.Name,
 			"serviceAccount": p.Identity.ServiceAccount, "tenant": p.Tenant.String(), "netns": p.Path})
 	}
-	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "trustBundle": roots.String(), "tenants": tenants, "pods": pods})
+	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "pods": pods})
 	Check(t, err)
 	file := filepath.Join(n.Dir, "plan.yaml")
 	Check(t, os.WriteFile(file, b, 0o600))

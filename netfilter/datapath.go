@@ -1,0 +1,246 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"sync"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// The addresses from which Envoy delivers to pods what came from the node's own
+// addresses, as with every redirection.
+var (
+	DeliverIPv4 = netip.MustParseAddr("169.254.96.1")
+	DeliverIPv6 = netip.MustParseAddr("fd69:8::1")
+)
+
+// ErrUnknownTenant says that UpdateTenant hasn't been called for a tenant, or
+// DeleteTenant has.
+var ErrUnknownTenant = errors.New("unknown tenant")
+
+// DefaultMark is none that kube-proxy, Calico, Cilium or the CNI plugins use.
+const DefaultMark = 0x1000
+
+// Options configure Open. The zero value works.
+type Options struct {
+	// Mark is the bit of a packet's mark that says, on the way out to a pod, that the
+	// node made it or a tenant delivers it. A pod can't set it: the kernel zeroes a
+	// packet's mark when it leaves a network namespace. Default DefaultMark.
+	Mark uint32
+	// Log gets what isn't any caller's error. Default: nothing is logged.
+	Log *slog.Logger
+}
+
+// Datapath is the steering of one node. All methods can be called concurrently,
+// and must run in the node's network namespace. One process at a time has it open.
+type Datapath struct {
+	mark uint32
+	log  *slog.Logger
+	sets map[string]*nftables.Set
+
+	mu   sync.Mutex
+	snap *snapshot
+	// Of tenants that UpdateTenant was called for: what is in their namespaces.
+	tenants map[uint16]*tenantState
+}
+
+// Open makes the tables, or adopts what a former process made, also if that one
+// was killed at any point. Rules of another version are replaced in one step,
+// without a moment in between; sets stay, with what was counted.
+func Open(o Options) (*Datapath, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Mark == 0 {
+		o.Mark = DefaultMark
+	}
+	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
+		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
+	}
+	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}}
+	if err := d.install(); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// install makes tables, sets and chains, and then the chains' rules. Nothing leads
+// to a chain before a pod or tenant is there.
+func (d *Datapath) install() error {
+	c, err := open(0)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	c.AddTable(steering)
+	c.AddTable(marking)
+	for _, s := range d.sets {
+		if err := c.AddSet(s, nil); err != nil {
+			return fmt.Errorf("write set %s: %w", s.Name, err)
+		}
+	}
+	chains := hostChains(d.mark)
+	for _, ch := range chains {
+		c.AddChain(&nftables.Chain{Name: ch.name, Table: steering})
+	}
+	output := c.AddChain(&nftables.Chain{Name: "output", Table: marking, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRef(10)}) // behind the DNAT of services
+	c.FlushChain(output)
+	for _, f := range families {
+		c.AddRule(&nftables.Rule{Table: marking, Chain: output, Exprs: join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, f.proto),
+			network(f.destination, f.length, regKey), isIn(setMarked+f.version, regKey), setMark(d.mark, d.mark))})
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("make the tables %s (if a former version's are in the way, remove them with `nft delete table`): %w", TableName, err)
+	}
+	if err := replaceRules(steering, chains); err != nil {
+		return fmt.Errorf("write the table %s: %w", TableName, err)
+	}
+	return nil
+}
+
+// Close leaves all of it at work.
+func (d *Datapath) Close() error { return nil }
+
+// Installed reports whether there is anything that Uninstall would remove.
+func Installed() (bool, error) {
+	c, err := open(0)
+	if err != nil {
+		return false, fmt.Errorf("open nftables: %w", err)
+	}
+	for _, t := range []*nftables.Table{steering, marking} {
+		if there, err := hasTable(c, t); err != nil || there {
+			return there, err
+		}
+	}
+	return false, nil
+}
+
+func hasTable(c *nftables.Conn, t *nftables.Table) (bool, error) {
+	all, err := c.ListTablesOfFamily(t.Family)
+	// A kernel without nf_tables has none.
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("list tables: %w", err)
+	}
+	for _, have := range all {
+		if have.Name == t.Name {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Uninstall removes all of it from the node at once, of whatever version, and from
+// the tenants' network namespaces, as paths, that there still are. Pods that still
+// run have their plain connections from then on. It is not an error if there is
+// nothing.
+func Uninstall(netns ...string) error {
+	if err := removeTables(0, steering, marking); err != nil {
+		return fmt.Errorf("remove nftables of the node: %w", err)
+	}
+	errs := []error{removeVethAddresses()}
+	for _, path := range netns {
+		errs = append(errs, inTenant(path, func(fd int) error { return removeTables(fd, inner) }))
+	}
+	return errors.Join(errs...)
+}
+
+// removeVethAddresses takes from the tenants' veths what only this package needs.
+func removeVethAddresses() error {
+	all, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	var errs []error
+	for _, a := range all {
+		if !a.IP.Equal(vethAddress.IP) {
+			continue
+		}
+		link, err := netlink.LinkByIndex(a.LinkIndex)
+		if err == nil {
+			err = netlink.AddrDel(link, &a)
+		}
+		if err != nil && !errors.As(err, &netlink.LinkNotFoundError{}) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("remove the address of a tenant's veth: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func removeTables(netns int, tables ...*nftables.Table) error {
+	c, err := open(netns)
+	if err != nil {
+		return err
+	}
+	for _, t := range tables {
+		there, err := hasTable(c, t)
+		if err != nil {
+			return err
+		}
+		if there {
+			c.DelTable(t)
+		}
+	}
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
+
+// inTenant calls f with a network namespace, unless that is gone.
+func inTenant(path string, f func(netns int) error) error {
+	ns, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	defer ns.Close()
+	if err := f(int(ns.Fd())); err != nil {
+		return fmt.Errorf("network namespace %s: %w", path, err)
+	}
+	return nil
+}
+
+// SetNodeAddresses says which addresses are the node's own, all of them: pods
+// reach those directly, and connections that come from there are delivered from
+// the deliver address.
+func (d *Datapath) SetNodeAddresses(addresses []netip.Addr) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	wanted := map[netip.Addr]bool{}
+	for _, a := range addresses {
+		if a = a.Unmap(); !a.IsValid() || a.IsUnspecified() || a.Zone() != "" {
+			return fmt.Errorf("set the node's addresses: %q isn't one", a)
+		}
+		wanted[a] = true
+	}
+	ch, err := d.change()
+	if err != nil {
+		return err
+	}
+	for _, f := range families {
+		for k := range ch.snap.sets[setNode+f.version] {
+			if a, _ := netip.AddrFromSlice([]byte(k)); !wanted[a] {
+				ch.delete(setNode+f.version, []byte(k))
+			}
+		}
+	}
+	for a := range wanted {
+		ch.put(setNode+familyOf(a).version, addressKey(a), nil, "")
+	}
+	if err := ch.commit(); err != nil {
+		return fmt.Errorf("set the node's addresses: %w", err)
+	}
+	return d.syncTenants()
+}

@@ -1,0 +1,314 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"golang.org/x/sys/unix"
+)
+
+// Flow is a TCP connection of a pod, with the addresses that are seen on the
+// pod's veth: either end may have opened it.
+type Flow struct {
+	Pod, Peer netip.AddrPort
+}
+
+// FlowReader returns the connections that a pod has where it was until now: in
+// the network namespace of that tenant, or in the pod's own if from is 0. It is
+// called with the Datapath locked and must not use it.
+type FlowReader func(from uint16) ([]Flow, error)
+
+// storedFlow is one that is written down.
+type storedFlow struct {
+	Flow
+	tenant uint16
+}
+
+func (f Flow) key() []byte {
+	return key(addressKey(f.Pod.Addr()), portKey(f.Pod.Port()), addressKey(f.Peer.Addr()), portKey(f.Peer.Port()))
+}
+
+func (f family) parseFlow(k []byte) Flow {
+	n := int(f.length)
+	port := func(b []byte) uint16 { return uint16(b[0])<<8 | uint16(b[1]) }
+	pod, _ := netip.AddrFromSlice(k[:n])
+	peer, _ := netip.AddrFromSlice(k[n+4 : 2*n+4])
+	return Flow{Pod: netip.AddrPortFrom(pod, port(k[n:])), Peer: netip.AddrPortFrom(peer, port(k[2*n+4:]))}
+}
+
+// MovePod is UpdatePod that cuts no connection: those that the pod has, in the
+// clear or through another tenant, stay where they are until they end, and only
+// new ones go to p.Tenant. While a tenant has some of a pod that isn't its own
+// any more, it may send as that pod, in those connections only.
+//
+// It returns an error before anything is moved if the connections can't be read
+// or there is no room for them; the pod then stays where it was, and the call
+// can be repeated. Connections of a pod are read twice if it is new to the mesh.
+func (d *Datapath) MovePod(p Pod, established FlowReader) error {
+	if err := p.validate(); err != nil {
+		return fmt.Errorf("move pod %q: %w", p.UID, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.movePod(p, established); err != nil {
+		return fmt.Errorf("move pod %s: %w", p.UID, err)
+	}
+	return nil
+}
+
+func (d *Datapath) movePod(p Pod, established FlowReader) error {
+	from, known, err := d.pod(p.UID)
+	if err != nil {
+		return err
+	}
+	if known && from == p.Tenant {
+		return d.updatePod(p, false)
+	}
+	if known {
+		if err := d.learn(p.UID, from); err != nil {
+			return err
+		}
+	}
+	if err := d.keepFlows(from, established); err != nil {
+		return err
+	}
+	if !known {
+		// What opens from here on is written down by the rules.
+		direct := p
+		direct.Tenant = 0
+		if err := d.updatePod(direct, true); err != nil {
+			return err
+		}
+		if err := d.keepFlows(from, established); err != nil {
+			return err
+		}
+	}
+	return d.updatePod(p, false)
+}
+
+// ReleasePod takes a pod out of the mesh without cutting connections: new ones
+// pass in the clear, those through its tenant stay there until they end. Its
+// chains stay; call DeletePod when HeldFlows has none of it. Packets of
+// connections that are neither held nor opened since are dropped. A pod that
+// isn't known is no error.
+func (d *Datapath) ReleasePod(uid string, established FlowReader) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.releasePod(uid, established); err != nil {
+		return fmt.Errorf("release pod %s: %w", uid, err)
+	}
+	return nil
+}
+
+func (d *Datapath) releasePod(uid string, established FlowReader) error {
+	from, known, err := d.pod(uid)
+	if err != nil || !known || from == 0 {
+		return err
+	}
+	if err := d.learn(uid, from); err != nil {
+		return err
+	}
+	if err := d.keepFlows(from, established); err != nil {
+		return err
+	}
+	return d.learn(uid, 0)
+}
+
+// pod says where a pod's new connections go.
+func (d *Datapath) pod(uid string) (tenant uint16, known bool, err error) {
+	s, err := d.snapshotNow()
+	if err != nil {
+		return 0, false, err
+	}
+	for _, veth := range s.podVeths(uid) {
+		return s.tenantOf(veth), true, nil
+	}
+	return 0, false, nil
+}
+
+// learn gives a pod, with all it has, to a tenant or to none, and makes the rules
+// write down each connection that opens.
+func (d *Datapath) learn(uid string, tenant uint16) error {
+	ch, err := d.change()
+	if err != nil {
+		return err
+	}
+	for _, veth := range ch.snap.podVeths(uid) {
+		ch.put(setPods, native(veth), native(uint32(tenant)), uid)
+		for _, a := range ch.snap.podAddresses([]uint32{veth}) {
+			ch.forgetAddress(veth, a)
+			ch.putAddress(veth, a, tenant, true)
+		}
+	}
+	if err := ch.commit(); err != nil {
+		return err
+	}
+	return d.syncTenants()
+}
+
+// keepFlows writes down where the connections of a pod go until they end.
+func (d *Datapath) keepFlows(from uint16, established FlowReader) error {
+	if established == nil {
+		return nil
+	}
+	list, err := established(from)
+	if err != nil {
+		return fmt.Errorf("read its connections: %w", err)
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	stored, err := d.flows(false)
+	if err != nil {
+		return err
+	}
+	known := map[Flow]bool{}
+	for _, f := range stored {
+		known[f.Flow] = true // an earlier move's, which knows better
+	}
+	var flows [2][]nftables.SetElement
+	for _, f := range list {
+		f = Flow{Pod: unmapped(f.Pod), Peer: unmapped(f.Peer)}
+		if known[f] || f.Peer.Addr().IsUnspecified() || f.Pod.Addr().Is4() != f.Peer.Addr().Is4() {
+			continue
+		}
+		known[f] = true
+		i := slices.IndexFunc(families, func(fam family) bool { return fam.version == familyOf(f.Pod.Addr()).version })
+		flows[i] = append(flows[i], nftables.SetElement{Key: f.key(), Val: native(uint32(from)), Timeout: flowIdle})
+	}
+	c, err := open(0)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	for i, f := range families {
+		for part := range slices.Chunk(flows[i], chunk) {
+			if err := c.SetAddElements(d.sets[setFlows+f.version], part); err != nil {
+				return fmt.Errorf("write connections: %w", err)
+			}
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("write connections: %w", err)
+	}
+	return nil
+}
+
+func unmapped(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+
+// flows reads those that are written down; alive leaves out those that have ended.
+func (d *Datapath) flows(alive bool) (list []storedFlow, err error) {
+	c, err := open(0)
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	for _, f := range families {
+		elements, err := c.GetSetElements(d.sets[setFlows+f.version])
+		if err != nil {
+			return nil, fmt.Errorf("read connections: %w", err)
+		}
+		ended := map[string]bool{}
+		if alive && len(elements) > 0 {
+			over, err := c.GetSetElements(d.sets[setEnded+f.version])
+			if err != nil {
+				return nil, fmt.Errorf("read connections that have ended: %w", err)
+			}
+			for _, e := range over {
+				ended[string(e.Key)] = true
+			}
+		}
+		for _, e := range elements {
+			if !ended[string(e.Key)] && len(e.Val) >= 4 {
+				list = append(list, storedFlow{f.parseFlow(e.Key), uint16(binaryutil.NativeEndian.Uint32(e.Val))})
+			}
+		}
+	}
+	return list, nil
+}
+
+// HeldFlows returns how many connections of each pod don't go where its new ones
+// go, by UID and tenant; 0 is for those in the clear. Tunnels between proxies
+// aren't counted: they are kept for reuse, and end with the proxy. One of which
+// an end was seen isn't, either.
+func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	flows, err := d.flows(true)
+	if err != nil {
+		return nil, err
+	}
+	s, err := d.snapshotNow()
+	if err != nil {
+		return nil, err
+	}
+	held := map[string]map[uint16]int{}
+	for _, f := range flows {
+		if f.Pod.Port() == portInbound || f.Peer.Port() == portInbound {
+			continue
+		}
+		uid := ""
+		if e, ok := s.sets[setAddresses+familyOf(f.Pod.Addr()).version][string(addressKey(f.Pod.Addr()))]; ok {
+			uid = s.sets[setPods][string(e.value)].comment
+		}
+		if held[uid] == nil {
+			held[uid] = map[uint16]int{}
+		}
+		held[uid][f.tenant]++
+	}
+	return held, nil
+}
+
+// SweepFlows does nothing: the kernel forgets connections by itself, after 70 s if
+// they have ended, and after flowIdle without a packet.
+func (d *Datapath) SweepFlows(time.Duration) error { return nil }
+
+// deleteFlowsOf forgets the connections of some addresses of pods.
+func (d *Datapath) deleteFlowsOf(addresses []netip.Addr) error {
+	if len(addresses) == 0 {
+		return nil
+	}
+	return d.deleteFlows(func(f storedFlow) bool { return slices.Contains(addresses, f.Pod.Addr()) })
+}
+
+func (d *Datapath) deleteFlows(which func(storedFlow) bool) error {
+	var err error
+	for range 5 { // connections end meanwhile, and what isn't there can't be deleted
+		if err = d.tryDeleteFlows(which); !errors.Is(err, unix.ENOENT) {
+			break
+		}
+	}
+	return err
+}
+
+func (d *Datapath) tryDeleteFlows(which func(storedFlow) bool) error {
+	stored, err := d.flows(false)
+	if err != nil {
+		return err
+	}
+	c, err := open(0)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	gone := map[string][]nftables.SetElement{}
+	for _, f := range stored {
+		if which(f) {
+			v := familyOf(f.Pod.Addr()).version
+			gone[setFlows+v] = append(gone[setFlows+v], nftables.SetElement{Key: f.key()})
+		}
+	}
+	for name, elements := range gone {
+		for part := range slices.Chunk(elements, chunk) {
+			if err := c.SetDeleteElements(d.sets[name], part); err != nil {
+				return fmt.Errorf("delete connections: %w", err)
+			}
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("delete connections: %w", err)
+	}
+	return nil
+}

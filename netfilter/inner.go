@@ -1,0 +1,279 @@
+package netfilter
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"strconv"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// inner is the table in a tenant's network namespace.
+var inner = &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
+
+// Its sets, with the family's version but for setState.
+const (
+	setInnerPods  = "pods"
+	setInnerNodes = "nodes"
+	// setInnerStrict: addresses of pods that take no plain text.
+	setInnerStrict = "strict"
+	// setConnections counts new connections, by the pod's address and the listener's
+	// port; 0 is for those that found none, of no pod for those of nobody here, and
+	// plainTextPort for plain text that the pod doesn't take.
+	setConnections = "connections"
+	// setState keeps what the chains were made from: stateWeight, stateActive.
+	setState = "state"
+)
+
+const plainTextPort = 1
+
+const (
+	stateWeight = 1
+	stateActive = 2 // and the one of generation 1 behind it
+)
+
+// hashSeed is the same for every packet of a connection, and in every version: the
+// ACK that answers a SYN cookie must find the listener that the SYN found.
+const hashSeed = 0xb01df00d
+
+// innerState is what the table says.
+type innerState struct {
+	pods, nodes, strict map[netip.Addr]bool
+	active              [Generations]bool
+	weight              int
+	// made is false before the first time.
+	made bool
+}
+
+func (s innerState) equal(o innerState) bool {
+	return s.made == o.made && s.active == o.active && s.weight == o.weight && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+}
+
+// addresses are what the sets of addresses have.
+func (s innerState) addresses() map[string]map[netip.Addr]bool {
+	return map[string]map[netip.Addr]bool{setInnerPods: s.pods, setInnerNodes: s.nodes, setInnerStrict: s.strict}
+}
+
+func innerSets() map[string]*nftables.Set {
+	sets := map[string]*nftables.Set{setState: {Table: inner, Name: setState, IsMap: true, KeyType: nftables.TypeMark, DataType: nftables.TypeMark}}
+	for _, f := range families {
+		for _, name := range []string{setInnerPods, setInnerNodes, setInnerStrict} {
+			sets[name+f.version] = &nftables.Set{Table: inner, Name: name + f.version, KeyType: f.kind, Size: maxVeths}
+		}
+		sets[setConnections+f.version] = &nftables.Set{Table: inner, Name: setConnections + f.version, Dynamic: true, Counter: true, Concatenation: true,
+			KeyType: nftables.MustConcatSetType(f.kind, nftables.TypeInetService), Size: maxDrops}
+	}
+	return sets
+}
+
+// read finds out what is there, unless nothing has changed.
+func (t *tenantState) read(c *nftables.Conn) error {
+	gen, err := generation(c.NetNS)
+	if err != nil {
+		return err
+	}
+	if t.have.made && t.generation == gen {
+		return nil
+	}
+	t.generation, t.have = gen, innerState{pods: map[netip.Addr]bool{}, nodes: map[netip.Addr]bool{}, strict: map[netip.Addr]bool{}}
+	there, err := hasTable(c, inner)
+	if err != nil || !there {
+		return err
+	}
+	sets := innerSets()
+	for _, f := range families {
+		for name, addresses := range t.have.addresses() {
+			elements, err := c.GetSetElements(sets[name+f.version])
+			if err != nil {
+				return fmt.Errorf("read set %s: %w", name+f.version, err)
+			}
+			for _, e := range elements {
+				a, _ := netip.AddrFromSlice(e.Key)
+				addresses[a] = true
+			}
+		}
+	}
+	elements, err := c.GetSetElements(sets[setState])
+	if err != nil {
+		return fmt.Errorf("read set %s: %w", setState, err)
+	}
+	for _, e := range elements {
+		value := binaryutil.NativeEndian.Uint32(e.Val)
+		switch k := binaryutil.NativeEndian.Uint32(e.Key); k {
+		case stateWeight:
+			t.have.weight = int(value)
+		case stateActive, stateActive + 1:
+			t.have.active[k-stateActive] = value != 0
+		}
+	}
+	return nil // have.made stays false: the rules may be another version's
+}
+
+// write makes the table say what it should, in one step. What was counted stays.
+func (t *tenantState) write(c *nftables.Conn, want innerState) error {
+	c.AddTable(inner)
+	sets := innerSets()
+	for _, s := range sets {
+		if err := c.AddSet(s, nil); err != nil {
+			return fmt.Errorf("write set %s: %w", s.Name, err)
+		}
+	}
+	for _, f := range families {
+		for name, addresses := range want.addresses() {
+			var elements []nftables.SetElement
+			for a := range addresses {
+				if familyOf(a).version == f.version {
+					elements = append(elements, nftables.SetElement{Key: addressKey(a)})
+				}
+			}
+			if err := replaceElements(c, sets[name+f.version], elements); err != nil {
+				return err
+			}
+		}
+	}
+	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}}
+	for g, active := range want.active {
+		value := uint32(0)
+		if active {
+			value = 1
+		}
+		values = append(values, nftables.SetElement{Key: native(uint32(stateActive + g)), Val: native(value)})
+	}
+	if err := replaceElements(c, sets[setState], values); err != nil {
+		return err
+	}
+	prerouting := c.AddChain(&nftables.Chain{Name: "prerouting", Table: inner, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle})
+	chains := innerChains(want)
+	for _, ch := range chains {
+		c.AddChain(&nftables.Chain{Name: ch.name, Table: inner})
+	}
+	for _, ch := range append(chains, chain{prerouting.Name, preroutingRules(t.ifindex)}) {
+		of := &nftables.Chain{Name: ch.name, Table: inner}
+		c.FlushChain(of)
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: inner, Chain: of, Exprs: r})
+		}
+	}
+	t.generation = 0
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("write its table %s: %w", TableName, err)
+	}
+	want.made, t.have.made = true, false
+	gen, err := generation(c.NetNS)
+	if err != nil {
+		return err
+	}
+	t.have, t.generation = want, gen
+	return nil
+}
+
+func replaceElements(c *nftables.Conn, s *nftables.Set, elements []nftables.SetElement) error {
+	c.FlushSet(s)
+	for len(elements) > 0 {
+		n := min(len(elements), chunk)
+		if err := c.SetAddElements(s, elements[:n]); err != nil {
+			return fmt.Errorf("write set %s: %w", s.Name, err)
+		}
+		elements = elements[n:]
+	}
+	return nil
+}
+
+func preroutingRules(ifindex int) []rule {
+	rules := []rule{
+		join(iif(regTemp), differs(regTemp, native(uint32(ifindex))...), accept()),
+		join(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_TCP), accept()),
+		// What has a connection goes to it: Envoy's own ones, too.
+		join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0), accept()),
+	}
+	for _, f := range families {
+		rules = append(rules, join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, f.proto), goTo("steer"+f.version)))
+	}
+	return append(rules, drop())
+}
+
+// innerChains find the listener, and in there the generation.
+func innerChains(s innerState) (chains []chain) {
+	for _, f := range families {
+		v := f.version
+		source, destination := network(f.source, f.length, regKey), network(f.destination, f.length, regKey)
+		toInbound := join(transport(2, 2, regTemp), equal(regTemp, big16(portInbound)...))
+		chains = append(chains, chain{"steer" + v, []rule{
+			join(source, isIn(setInnerPods+v, regKey), transport(2, 2, regTemp), differs(regTemp, big16(portInbound)...), goTo("outbound"+v)),
+			join(destination, isNotIn(setInnerPods+v, regKey), goTo("unsteered"+v)),
+			join(toInbound, goTo("inbound"+v)),
+			// Before there is a connection, so that not even a greeting gets out.
+			join(destination, isIn(setInnerStrict+v, regKey), goTo("strict"+v)),
+			// Envoy can't keep that source: it is the node's own.
+			join(source, isIn(setInnerNodes+v, regKey), goTo("nodeplain"+v)),
+			goTo("plain" + v),
+		}})
+		for _, l := range listeners {
+			chains = append(chains, f.listener(l, s)...)
+		}
+		chains = append(chains, chain{"strict" + v, append([]rule{join(opens(), destination, f.count(plainTextPort))}, refuse()...)}, chain{"unsteered" + v, []rule{
+			join(opens(), immediate(regKey, make([]byte, f.length)...), f.count(0)), drop(),
+		}})
+	}
+	return chains
+}
+
+// count counts a connection of the pod whose address is loaded.
+func (f family) count(port uint16) rule {
+	return join(immediate(regKey+f.words(), portKey(port)...), put(setConnections+f.version, regKey, 0, 0, &expr.Counter{}))
+}
+
+// listener are the chains of one listener: which generation gets a connection, and
+// what is counted.
+func (f family) listener(l listener, s innerState) []chain {
+	v := f.version
+	pod := network(f.destination, f.length, regKey)
+	if l.name == "outbound" {
+		pod = network(f.source, f.length, regKey)
+	}
+	var rules []rule
+	var chains []chain
+	take := func(generation int, when rule) {
+		port := l.port + uint16(generationStep*generation)
+		rules = append(rules, join(when, immediate(regTemp, big16(port)...),
+			rule{&expr.TProxy{Family: f.proto, TableFamily: unix.NFPROTO_INET, RegPort: regTemp}}, goTo("took_"+strconv.Itoa(int(port))+"_"+v)))
+	}
+	if s.active[1] && s.weight > 0 {
+		n := f.words()
+		take(1, join(network(f.source, f.length, regKey), transport(0, 2, regKey+n), rule{
+			&expr.Hash{SourceRegister: regKey, DestRegister: regTemp, Length: f.length + 4, Modulus: 100, Seed: hashSeed, Type: expr.HashTypeJenkins},
+			&expr.Byteorder{SourceRegister: regTemp, DestRegister: regTemp, Op: expr.ByteorderHton, Len: 4, Size: 4},
+			&expr.Cmp{Op: expr.CmpOpLt, Register: regTemp, Data: []byte{0, 0, 0, byte(s.weight)}},
+		}))
+	}
+	// Without a socket that takes it, a rule doesn't match: the other generation is
+	// asked.
+	for generation, active := range s.active {
+		if active {
+			take(generation, nil)
+		}
+	}
+	rules = append(rules, join(opens(), pod, f.count(0)))
+	rules = append(rules, refuse()...)
+	for generation := range Generations {
+		port := l.port + uint16(generationStep*generation)
+		chains = append(chains, chain{"took_" + strconv.Itoa(int(port)) + "_" + v, []rule{join(opens(), pod, f.count(port)), accept()}})
+	}
+	return append(chains, chain{l.name + v, rules})
+}
+
+// refuse leaves it to the kernel to refuse what has no socket. Envoy's own may be
+// there, and are not to be found in any other way.
+func refuse() (rules []rule) {
+	for generation := range Generations {
+		for _, l := range listeners {
+			rules = append(rules, join(transport(2, 2, regTemp), equal(regTemp, big16(l.port+uint16(generationStep*generation))...), drop()))
+		}
+	}
+	return append(rules, accept())
+}

@@ -1,0 +1,238 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/vishvananda/netlink"
+)
+
+// maxComment is how long an element's comment can be.
+const maxComment = 128
+
+// Pod is a pod of the mesh on this node.
+type Pod struct {
+	// UID is the Kubernetes UID, at most 128 characters.
+	UID string
+	// Tenant is its tenant's index. While that tenant isn't known, the pod's TCP is
+	// dropped.
+	Tenant uint16
+	// Ifindex is the node's end of its veth.
+	Ifindex int
+	// IPs are all its addresses: from any other, its TCP is dropped.
+	IPs []netip.Addr
+	// MAC is that of the pod's end.
+	MAC net.HardwareAddr
+	// Strict pods take no plain text: new connections from outside of the mesh are
+	// refused before they begin, and counted as Drops.PlainText. What the node
+	// itself makes still passes.
+	Strict bool
+}
+
+func (p Pod) validate() error {
+	switch {
+	case p.UID == "" || len(p.UID) > maxComment:
+		return fmt.Errorf("UID is not 1 to %d characters", maxComment)
+	case p.Tenant == 0 || p.Tenant > MaxTenantIndex:
+		return fmt.Errorf("tenant %d is not between 1 and %d", p.Tenant, MaxTenantIndex)
+	case p.Ifindex <= 0:
+		return errors.New("index of the host's end of the veth is missing")
+	case len(p.IPs) == 0:
+		return errors.New("it has no address")
+	case len(p.MAC) != 6:
+		return fmt.Errorf("MAC address %q: want 6 bytes", p.MAC)
+	}
+	for _, a := range p.IPs {
+		if !a.IsValid() || a.IsUnspecified() || a.Zone() != "" {
+			return fmt.Errorf("address %q: want one IPv4 or IPv6 address without a zone", a)
+		}
+	}
+	return nil
+}
+
+// UpdatePod steers a pod through its tenant, or changes where: its TCP goes to
+// another tenant at once, whereupon connections through the former one end (see
+// MovePod), but for those that an earlier MovePod kept. An address that another
+// pod had is this pod's from now on. It is idempotent and can be repeated after
+// an error.
+func (d *Datapath) UpdatePod(p Pod) error {
+	if err := p.validate(); err != nil {
+		return fmt.Errorf("update pod %q: %w", p.UID, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.updatePod(p, false); err != nil {
+		return fmt.Errorf("update pod %s: %w", p.UID, err)
+	}
+	return nil
+}
+
+// updatePod writes a pod's elements and chains in one step; with learn, the rules
+// write down each connection that opens. The tenant's namespace knows of it first.
+func (d *Datapath) updatePod(p Pod, learn bool) error {
+	link, err := netlink.LinkByIndex(p.Ifindex)
+	if err != nil {
+		return fmt.Errorf("find interface %d: %w", p.Ifindex, err)
+	}
+	ch, err := d.change()
+	if err != nil {
+		return err
+	}
+	veth := uint32(p.Ifindex)
+	wanted := map[netip.Addr]bool{}
+	for _, a := range p.IPs {
+		wanted[a.Unmap()] = true
+	}
+	var lost []netip.Addr
+	for _, former := range ch.snap.podVeths(p.UID) {
+		for _, a := range ch.snap.podAddresses([]uint32{former}) {
+			ch.forgetAddress(former, a)
+			if !wanted[a] {
+				lost = append(lost, a)
+			}
+		}
+		if former != veth {
+			ch.forgetVeth(former)
+		}
+	}
+	for a := range wanted {
+		if e, ok := ch.snap.sets[setAddresses+familyOf(a).version][string(addressKey(a))]; ok {
+			owner := binaryutil.NativeEndian.Uint32(e.value)
+			if other, ok := ch.snap.sets[setPods][string(native(owner))]; !ok || other.comment != p.UID {
+				// The connections of an address that it takes over were the other pod's.
+				lost = append(lost, a)
+				ch.forgetAddress(owner, a)
+			}
+		}
+	}
+	if err := d.deleteFlowsOf(lost); err != nil {
+		return err
+	}
+	for a := range wanted {
+		ch.putAddress(veth, a, p.Tenant, learn)
+	}
+	ch.put(setMACs, native(veth), p.MAC, "")
+	if ch.delete(setStrict, native(veth)); p.Strict {
+		ch.put(setStrict, native(veth), nil, "")
+	}
+	ch.put(setPods, native(veth), native(uint32(p.Tenant)), p.UID)
+	in, out := podChains(veth)
+	ch.hook(in, nftables.ChainHookIngress, link.Attrs().Name, goTo(chainFromPod))
+	ch.hook(out, nftables.ChainHookEgress, link.Attrs().Name, goTo(chainToPod))
+	if t := d.tenants[p.Tenant]; t != nil {
+		if err := d.syncTenant(p.Tenant, t, p); err != nil {
+			return err
+		}
+	}
+	if err := ch.commit(); err != nil {
+		return err
+	}
+	return d.syncTenants()
+}
+
+func podChains(veth uint32) (in, out string) {
+	n := strconv.Itoa(int(veth))
+	return "in_" + n, "out_" + n
+}
+
+// eachOf calls f for every key that a pod's address has.
+func eachOf(veth uint32, a netip.Addr, f func(set string, key []byte)) {
+	v := familyOf(a).version
+	address := addressKey(a)
+	f(setSent+v, key(native(veth), address))
+	f(setReceived+v, key(native(veth), address))
+	f(setAddresses+v, address)
+	f(setOwners+v, address)
+	f(setLearn+v, address)
+	f(setSelf+v, key(address, address))
+	f(setMarked+v, address)
+}
+
+func (c *change) forgetAddress(veth uint32, a netip.Addr) { eachOf(veth, a, c.delete) }
+
+func (c *change) putAddress(veth uint32, a netip.Addr, tenant uint16, learn bool) {
+	v := familyOf(a).version
+	eachOf(veth, a, func(set string, k []byte) {
+		switch set {
+		case setAddresses + v:
+			c.put(set, k, native(veth), "")
+		case setOwners + v:
+			c.put(set, k, native(uint32(tenant)), "")
+		case setLearn + v:
+			if learn {
+				c.put(set, k, nil, "")
+			}
+		default:
+			c.put(set, k, nil, "")
+		}
+	})
+}
+
+func (c *change) forgetVeth(veth uint32) {
+	c.delete(setPods, native(veth))
+	c.delete(setMACs, native(veth))
+	c.delete(setStrict, native(veth))
+	in, out := podChains(veth)
+	c.unhook(in)
+	c.unhook(out)
+}
+
+// DeletePod forgets a pod; its veth may be gone. If it still runs, its plain
+// connections pass from then on, those through the tenant end. Nothing to delete
+// is no error.
+func (d *Datapath) DeletePod(uid string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.deletePod(uid); err != nil {
+		return fmt.Errorf("delete pod %s: %w", uid, err)
+	}
+	return nil
+}
+
+func (d *Datapath) deletePod(uid string) error {
+	ch, err := d.change()
+	if err != nil {
+		return err
+	}
+	veths := ch.snap.podVeths(uid)
+	addresses := ch.snap.podAddresses(veths)
+	for _, veth := range veths {
+		for _, a := range ch.snap.podAddresses([]uint32{veth}) {
+			ch.forgetAddress(veth, a)
+		}
+		ch.forgetVeth(veth)
+	}
+	if err := d.deleteFlowsOf(addresses); err != nil {
+		return err
+	}
+	if err := d.deleteDrops(veths); err != nil {
+		return err
+	}
+	if err := ch.commit(); err != nil {
+		return err
+	}
+	return d.syncTenants()
+}
+
+// Pods returns the UIDs of the pods that are steered, in order. One whose chains
+// somebody removed isn't among them.
+func (d *Datapath) Pods() ([]string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s, err := d.snapshotNow()
+	if err != nil {
+		return nil, err
+	}
+	var uids []string
+	for _, e := range s.sets[setPods] {
+		uids = append(uids, e.comment)
+	}
+	slices.Sort(uids)
+	return slices.Compact(uids), nil
+}

@@ -1,0 +1,326 @@
+package netfilter
+
+import (
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// How long a flow that is written down is kept after its last packet: while it
+// goes on, when it has ended, and when nobody has answered its SYN (for which the
+// kernel waits 127 s).
+const (
+	flowIdle     = 2*time.Hour + 10*time.Minute
+	endedLinger  = 70 * time.Second
+	openedLinger = 130 * time.Second
+)
+
+const (
+	portInbound = 15008
+
+	chainFromPod    = "from_pod"
+	chainToPod      = "to_pod"
+	chainFromTenant = "from_tenant"
+	// chainBack sends a packet back to the tenant that it came from.
+	chainBack = "back_to_tenant"
+
+	// Of a packet's mark, in from_tenant only: whether its source and destination
+	// are pods that the tenant may speak for, or to.
+	markFrom, markTo = 1, 2
+)
+
+// chain is a chain's rules.
+type chain struct {
+	name  string
+	rules []rule
+}
+
+// hostChains are the chains that all veths share. pass is the bit of the mark that
+// says that a packet is for the pod itself.
+func hostChains(pass uint32) []chain {
+	var chains []chain
+	for reason := 1; reason < dropReasons; reason++ {
+		for _, out := range []bool{false, true} {
+			device := iif
+			if out {
+				device = oif
+			}
+			chains = append(chains, chain{dropChain(reason, out), []rule{
+				join(device(regKey), immediate(regKey+1, native(uint32(reason))...), put(setDrops, regKey, 0, 0, &expr.Counter{})),
+				drop(), // also where there is no room to count
+			}})
+		}
+	}
+	chains = append(chains,
+		chain{chainFromPod, byProtocol(chainFromPod, accept())},
+		chain{chainToPod, byProtocol(chainToPod, accept())},
+		chain{chainFromTenant, append([]rule{join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(unix.ETH_P_ARP)...), accept())},
+			byProtocol(chainFromTenant, goTo(dropChain(dropMalformed, false)))...)},
+		chain{chainBack, []rule{join(iif(regFound), forward()), goTo(dropChain(dropNoTenant, false))}},
+	)
+	for _, f := range families {
+		chains = append(chains, f.fromPod()...)
+		chains = append(chains, f.toPod(pass)...)
+		chains = append(chains, f.fromTenant(pass)...)
+	}
+	return chains
+}
+
+// byProtocol leads to a chain for each family. The kernel has taken off one VLAN
+// tag already; TCP may be behind the second.
+func byProtocol(name string, others rule) (rules []rule) {
+	is := func(etherType uint16, then rule) {
+		rules = append(rules, join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(etherType)...), then))
+	}
+	for _, f := range families {
+		is(f.etherType, goTo(name+f.version))
+	}
+	is(unix.ETH_P_8021Q, goTo(dropChain(dropMalformed, name == chainToPod)))
+	is(unix.ETH_P_8021AD, goTo(dropChain(dropMalformed, name == chainToPod)))
+	return append(rules, others)
+}
+
+func isTCP(then rule) rule {
+	return join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_TCP), then)
+}
+
+// isOther doesn't match either what can't be read to its end.
+func isOther(then rule) rule {
+	return join(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_TCP), then)
+}
+
+// isFragment matches each part of a packet; a whole packet with a fragment header
+// is none.
+func (f family) isFragment(then rule) rule {
+	if f.version == "4" {
+		return join(network(6, 2, regTemp), masked(regTemp, []byte{0x3f, 0xff}, []byte{0, 0}), differs(regTemp, 0, 0), then)
+	}
+	return join(rule{&expr.Exthdr{DestRegister: regTemp, Type: unix.IPPROTO_FRAGMENT, Offset: 2, Len: 2, Op: expr.ExthdrOpIpv6}},
+		masked(regTemp, []byte{0xff, 0xf9}, []byte{0, 0}), differs(regTemp, 0, 0), then)
+}
+
+func (f family) words() uint32 { return f.length / 4 }
+
+// flow loads a flow's key: the pod's end, and the other one's.
+func (f family) flow(podIsSource bool) rule {
+	pod, podPort, peer, peerPort := f.source, uint32(0), f.destination, uint32(2)
+	if !podIsSource {
+		pod, podPort, peer, peerPort = peer, peerPort, pod, podPort
+	}
+	n := f.words()
+	return join(network(pod, f.length, regKey), transport(podPort, 2, regKey+n),
+		network(peer, f.length, regKey+n+1), transport(peerPort, 2, regKey+2*n+1))
+}
+
+// quoted loads the key of the flow that an ICMP error tells of: of a packet that
+// the pod, or its tenant as the pod, has sent.
+func (f family) quoted() rule {
+	header := map[string]uint32{"4": 20, "6": 40}[f.version] // without options: as far as rules can see
+	n := f.words()
+	return join(transport(8+f.source, f.length, regKey), transport(8+header, 2, regKey+n),
+		transport(8+f.destination, f.length, regKey+n+1), transport(8+header+2, 2, regKey+2*n+1))
+}
+
+// fromPod: ingress of a pod's veth.
+func (f family) fromPod() []chain {
+	v := f.version
+	tcp, own, self := "from_pod_tcp"+v, "from_pod_own"+v, "from_pod_self"+v
+	chains := []chain{
+		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(accept()), goTo(dropChain(dropMalformed, false))}},
+		{tcp, []rule{
+			join(iif(regKey), network(f.source, f.length, regKey+1), isIn(setSent+v, regKey), goTo(own)),
+			goTo(dropChain(dropSpoofed, false)),
+		}},
+		{own, []rule{
+			f.isFragment(goTo(dropChain(dropFragment, false))),
+			join(network(f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
+			join(network(f.destination, f.length, regKey), equal(regKey, f.self.AsSlice()...), goTo(self)),
+			join(opens(), goTo("out_opens"+v)),
+			goTo("out" + v),
+		}},
+		{self, []rule{
+			join(iif(regKey), find(setPods, regKey, regFound), find(setTenants, regFound, regFound),
+				network(f.source, f.length, regKey), readdress(f, f.destination, regKey), forward()),
+			goTo(dropChain(dropNoTenant, false)),
+		}},
+	}
+	return append(chains, f.belongs("out", iif, true, false, []rule{accept()})...)
+}
+
+// toPod: egress of a pod's veth.
+func (f family) toPod(pass uint32) []chain {
+	v := f.version
+	tcp, icmp, given := "to_pod_tcp"+v, "to_pod_icmp"+v, "to_pod_given"+v
+	address := join(oif(regKey), network(f.destination, f.length, regKey+1))
+	chains := []chain{
+		{chainToPod + v, append(append([]rule{isTCP(goTo(tcp))}, f.quotesTCP(goTo(icmp))...),
+			isOther(accept()), goTo(dropChain(dropMalformed, true)))},
+		{tcp, []rule{
+			// What the node made, or a tenant delivers.
+			join(hasMark(pass), goTo(given)),
+			f.isFragment(goTo(dropChain(dropFragment, true))),
+			// A bridge floods its ports with what it doesn't know the place of. Without a
+			// match nothing is counted.
+			join(address, isNotIn(setReceived+v, regKey), goTo(dropChain(dropNotThePod, true))),
+			join(opens(), goTo("in_opens"+v)),
+			goTo("in" + v),
+		}},
+		{given, []rule{join(address, isIn(setReceived+v, regKey), accept()), accept()}},
+		{icmp, []rule{
+			join(hasMark(pass), transport(8+f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
+			join(address, isNotIn(setReceived+v, regKey), goTo(dropChain(dropNotThePod, true))),
+			join(f.quoted(), find(setFlows+v, regKey, regFound), equal(regFound, native(0)...), accept()),
+			join(f.quoted(), find(setFlows+v, regKey, regFound), find(setTenants, regFound, regFound), forward()),
+			join(oif(regKey), find(setPods, regKey, regFound), equal(regFound, native(0)...), accept()),
+			join(oif(regKey), find(setPods, regKey, regFound), find(setTenants, regFound, regFound), forward()),
+			goTo(dropChain(dropNoTenant, true)),
+		}},
+	}
+	return append(chains, f.belongs("in", oif, false, true, []rule{goTo(given)})...)
+}
+
+// quotesTCP matches ICMP errors about a packet of TCP.
+func (f family) quotesTCP(then rule) (rules []rule) {
+	quoted := uint32(8 + 6) // the next header of IPv6
+	protocol, is := byte(unix.IPPROTO_ICMPV6), []rule{join(masked(regTemp, []byte{0x80}, []byte{0}), equal(regTemp, 0))}
+	if f.version == "4" {
+		// Destination unreachable, time exceeded, parameter problem.
+		quoted, protocol, is = 8+9, unix.IPPROTO_ICMP, []rule{equal(regTemp, 3), equal(regTemp, 11), equal(regTemp, 12)}
+	}
+	for _, kind := range is {
+		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), transport(0, 1, regTemp), kind,
+			transport(quoted, 1, regTemp), equal(regTemp, unix.IPPROTO_TCP), then))
+	}
+	return rules
+}
+
+// belongs are the chains that find out where a packet of a pod's flow goes: to a
+// tenant, or directly.
+func (f family) belongs(way string, device func(uint32) rule, podIsSource, out bool, direct []rule) []chain {
+	v := f.version
+	flow := f.flow(podIsSource)
+	pod := network(f.source, f.length, regKey)
+	if !podIsSource {
+		pod = network(f.destination, f.length, regKey)
+	}
+	tenant := func(to uint32) rule { return join(device(regFound), find(setPods, regFound, to)) }
+	held, goes := way+"_held"+v, way+"_goes"+v
+	found := join(flow, find(setFlows+v, regKey, regFound))
+	return []chain{
+		{way + "_opens" + v, append(append(f.forget(flow),
+			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
+			// A pod that isn't in the mesh (any more): what it opens is written down.
+			join(tenant(regFound), equal(regFound, native(0)...), flow, put(setFlows+v, regKey, regFound, openedLinger), goTo(way+"_direct"+v)),
+			join(tenant(regFound), equal(regFound, native(0)...), goTo(dropChain(dropFlowsFull, out))),
+			join(pod, isIn(setLearn+v, regKey), tenant(regFound), flow, put(setFlows+v, regKey, regFound, openedLinger)),
+		), goTo(way+"_tenant"+v))},
+		{way + v, []rule{
+			join(flow, isIn(setFlows+v, regKey), goTo(held)),
+			goTo(way + "_tenant" + v),
+		}},
+		{way + "_tenant" + v, []rule{
+			join(tenant(regFound), find(setTenants, regFound, regFound), forward()),
+			join(tenant(regFound), equal(regFound, native(0)...), goTo(dropChain(dropMidstream, out))),
+			goTo(dropChain(dropNoTenant, out)),
+		}},
+		{held, append(f.touch(flow), goTo(goes))},
+		{goes, []rule{
+			join(found, equal(regFound, native(0)...), goTo(way+"_direct"+v)),
+			join(found, find(setTenants, regFound, regFound), forward()),
+			goTo(dropChain(dropNoTenant, out)),
+		}},
+		{way + "_direct" + v, direct},
+	}
+}
+
+// forget deletes a flow that has ended, when another begins with the same ports.
+func (f family) forget(flow rule) []rule {
+	v := f.version
+	ended := join(flow, isIn(setEnded+v, regKey))
+	return []rule{
+		join(ended, find(setFlows+v, regKey, regFound), remove(setFlows+v, regKey, regFound)),
+		join(ended, remove(setEnded+v, regKey, 0)),
+	}
+}
+
+// touch keeps a flow that is written down, for as long as it goes on.
+func (f family) touch(flow rule) []rule {
+	v := f.version
+	keep := func(when rule, lasts time.Duration) rule {
+		return join(flow, when, find(setFlows+v, regKey, regFound), put(setFlows+v, regKey, regFound, lasts))
+	}
+	return []rule{
+		join(ends(), flow, put(setEnded+v, regKey, 0, endedLinger)),
+		keep(isIn(setEnded+v, regKey), endedLinger),
+		keep(isNotIn(setEnded+v, regKey), flowIdle),
+	}
+}
+
+// ends are a packet's two ends, as a tenant's pods may be at either.
+func (f family) ends() []end {
+	return []end{{true, f.source, markFrom}, {false, f.destination, markTo}}
+}
+
+type end struct {
+	podIsSource bool
+	address     uint32
+	mark        uint32
+}
+
+// whose are the rules of the veth of a tenant: for which ends of a packet it may
+// speak. What is behind it is hostile: any address can be bound in there. Of a pod
+// that isn't its own any more it has the flows that stayed, of one that is its own
+// not those that stayed with another.
+func whose(tenant uint16) (rules []rule) {
+	index := native(uint32(tenant))
+	for _, f := range families {
+		is := join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(f.etherType)...), isTCP(nil))
+		for _, e := range f.ends() {
+			flow := f.flow(e.podIsSource)
+			rules = append(rules,
+				join(is, flow, find(setFlows+f.version, regKey, regFound), equal(regFound, index...), setMark(e.mark, e.mark)),
+				join(is, flow, isNotIn(setFlows+f.version, regKey), network(e.address, f.length, regKey),
+					find(setOwners+f.version, regKey, regFound), equal(regFound, index...), setMark(e.mark, e.mark)))
+		}
+	}
+	return append(rules, goTo(chainFromTenant))
+}
+
+// fromTenant: ingress of the node's end of a tenant's veth, when it is known for
+// which ends the tenant may speak.
+func (f family) fromTenant(pass uint32) []chain {
+	v := f.version
+	tcp := "from_tenant_tcp" + v
+	first := []rule{isTCP(goTo(tcp))}
+	if v == "6" {
+		for _, neighbour := range []byte{135, 136} { // solicitation, advertisement
+			first = append(first, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_ICMPV6), transport(0, 1, regTemp), equal(regTemp, neighbour), accept()))
+		}
+	}
+	rules := []rule{f.isFragment(goTo(dropChain(dropFragment, false)))}
+	add := func(r ...rule) { rules = append(rules, join(r...)) }
+	var chains []chain
+	for i, e := range f.ends() {
+		flow, held := f.flow(e.podIsSource), "from_tenant_held_"+[]string{"from", "to"}[i]+v
+		add(hasMark(e.mark), flow, isIn(setFlows+v, regKey), jump(held))
+		// What it opens for a pod that is about to move.
+		add(hasMark(e.mark), opens(), network(e.address, f.length, regKey), isIn(setLearn+v, regKey), flow, isNotIn(setFlows+v, regKey),
+			iif(regFound), find(setTenantOf, regFound, regFound), put(setFlows+v, regKey, regFound, openedLinger))
+		chains = append(chains, chain{held, f.touch(flow)})
+	}
+	add(network(f.source, f.length, regKey), equal(regKey, f.deliver.AsSlice()...), lacksMark(markTo), goTo(dropChain(dropDeliver, false)))
+	// A tunnel between two of its own pods has both ends in there.
+	for _, port := range []uint32{0, 2} {
+		add(hasMark(markFrom|markTo), transport(port, 2, regTemp), equal(regTemp, big16(portInbound)...), goTo(chainBack))
+	}
+	add(hasMark(markTo), network(f.source, f.length, regKey), network(f.destination, f.length, regKey+f.words()), isIn(setSelf+v, regKey),
+		immediate(regKey, f.self.AsSlice()...), readdress(f, f.source, regKey))
+	add(hasMark(markTo), network(f.destination, f.length, regKey), find(setAddresses+v, regKey, regFound), setMark(^uint32(0), pass), forward())
+	// Into the node's stack, from the tenant's veth: with the pod's address.
+	add(hasMark(markFrom), lacksMark(markTo), setMark(^uint32(0), 0), accept())
+	add(goTo(dropChain(dropForeign, false)))
+	return append(chains,
+		chain{chainFromTenant + v, append(first, isOther(goTo(dropChain(dropProtocol, false))), goTo(dropChain(dropMalformed, false)))},
+		chain{tcp, rules})
+}

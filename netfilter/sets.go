@@ -1,0 +1,159 @@
+package netfilter
+
+import (
+	"net/netip"
+	"strconv"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+)
+
+// TableName is that of all tables: on the node of the families netdev and inet, in
+// each tenant's network namespace of inet.
+const TableName = "bulkhead"
+
+var (
+	steering = &nftables.Table{Name: TableName, Family: nftables.TableFamilyNetdev}
+	marking  = &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
+)
+
+// family is what differs between IPv4 and IPv6.
+type family struct {
+	version string
+	// proto is the value of meta nfproto, etherType that of meta protocol.
+	proto     byte
+	etherType uint16
+	kind      nftables.SetDatatype
+	// Of an address, and where they are in the IP header.
+	length, source, destination uint32
+	// The header's own checksum: its type, and where it is.
+	headerSum, headerSumAt uint32
+	deliver, self          netip.Addr
+}
+
+var families = []family{
+	{
+		version: "4", proto: unix.NFPROTO_IPV4, etherType: unix.ETH_P_IP, kind: nftables.TypeIPAddr, length: 4, source: 12, destination: 16,
+		headerSum: unix.NFT_PAYLOAD_CSUM_INET, headerSumAt: 10, deliver: DeliverIPv4, self: netip.MustParseAddr("169.254.96.2"),
+	},
+	{
+		version: "6", proto: unix.NFPROTO_IPV6, etherType: unix.ETH_P_IPV6, kind: nftables.TypeIP6Addr, length: 16, source: 8, destination: 24,
+		headerSum: unix.NFT_PAYLOAD_CSUM_NONE, deliver: DeliverIPv6, self: netip.MustParseAddr("fd69:8::2"),
+	},
+}
+
+func familyOf(a netip.Addr) family {
+	if a.Is4() {
+		return families[0]
+	}
+	return families[1]
+}
+
+// Sets of the node, those of addresses with the family's version behind the name.
+// A tenant is its index, of 4 bytes; 0 is the plain way, without one.
+const (
+	// setPods: a pod's veth to its tenant; the comment is its UID.
+	setPods = "pods"
+	// setTenants: a tenant to the node's end of its veth.
+	setTenants = "tenants"
+	// setMACs: the node's end of a veth to the MAC address of the other end.
+	setMACs = "macs"
+	// setTenantOf: the node's end of a tenant's veth to the tenant.
+	setTenantOf = "tenant_of"
+	// setDrops counts what was dropped, by interface and reason.
+	setDrops = "drops"
+	// setSent and setReceived: a pod's veth with an address of the pod, and what the
+	// pod sent from it, or was given.
+	setSent, setReceived = "sent", "received"
+	// setStrict: veths of pods that take no plain text.
+	setStrict = "strict"
+	// setAddresses and setOwners: a pod's address to its veth, and to its tenant.
+	setAddresses, setOwners = "addresses", "owners"
+	// setSelf: twice the same address of a pod.
+	setSelf = "self"
+	// setLearn: an address of a pod that moves, whose new flows are written down.
+	setLearn = "learn"
+	// setNode: the node's own addresses.
+	setNode = "node"
+	// setFlows: flows that needn't go where their pod's new ones go, to their tenant.
+	// The pod's end comes first.
+	setFlows = "flows"
+	// setEnded: such flows of which an end was seen.
+	setEnded = "ended"
+)
+
+const (
+	maxFlows = 262144
+	maxVeths = 4096
+	maxDrops = 65536
+)
+
+func hostSets() map[string]*nftables.Set {
+	sets := map[string]*nftables.Set{}
+	add := func(name string, s nftables.Set, key ...nftables.SetDatatype) {
+		s.Table, s.Name, s.KeyType, s.Concatenation = steering, name, nftables.MustConcatSetType(key...), len(key) > 1
+		sets[name] = &s
+	}
+	ifindex, tenant, port := nftables.TypeIFIndex, nftables.TypeMark, nftables.TypeInetService
+	add(setPods, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, ifindex)
+	add(setTenants, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, tenant)
+	add(setMACs, nftables.Set{IsMap: true, DataType: nftables.TypeEtherAddr, Size: maxVeths}, ifindex)
+	add(setTenantOf, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, ifindex)
+	add(setStrict, nftables.Set{Size: maxVeths}, ifindex)
+	add(setDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, ifindex, nftables.TypeMark)
+	for _, f := range families {
+		v, address := f.version, f.kind
+		add(setSent+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
+		add(setReceived+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
+		add(setAddresses+v, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, address)
+		add(setOwners+v, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, address)
+		add(setSelf+v, nftables.Set{Size: maxVeths}, address, address)
+		add(setLearn+v, nftables.Set{Size: maxVeths}, address)
+		add(setNode+v, nftables.Set{Size: maxVeths}, address)
+		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		// The other table's: what the node sends to pods is marked.
+		marked := nftables.Set{Table: marking, Name: setMarked + v, KeyType: address, Size: maxVeths}
+		sets[marked.Name] = &marked
+	}
+	return sets
+}
+
+// setMarked: addresses of pods, in the table that marks.
+const setMarked = "marked"
+
+// ports that a pod's flow has, and everything else of keys, as registers hold it.
+func portKey(port uint16) []byte { return []byte{byte(port >> 8), byte(port), 0, 0} }
+
+func addressKey(a netip.Addr) []byte { return a.Unmap().AsSlice() }
+
+func key(parts ...[]byte) (k []byte) {
+	for _, p := range parts {
+		k = append(k, p...)
+	}
+	return k
+}
+
+// Reasons why a packet was dropped: the second part of the key in setDrops.
+const (
+	dropSpoofed = iota + 1
+	dropFragment
+	dropMalformed
+	dropNoTenant
+	dropNotThePod
+	dropDeliver
+	dropForeign
+	dropProtocol
+	dropMidstream
+	dropFlowsFull
+	dropReasons
+)
+
+// dropChain counts and drops; what came in and what goes out are told apart by
+// the interface.
+func dropChain(reason int, out bool) string {
+	if out {
+		return "drop_out_" + strconv.Itoa(reason)
+	}
+	return "drop_in_" + strconv.Itoa(reason)
+}

@@ -1,0 +1,232 @@
+package netfilter
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"golang.org/x/sys/unix"
+)
+
+// element is what a key of a set has.
+type element struct {
+	value   []byte
+	comment string
+}
+
+// snapshot is what the agent has written into the node's tables. The flows aren't
+// in it: the rules write them, too.
+type snapshot struct {
+	generation uint32
+	sets       map[string]map[string]element
+	// chains of veths that there are, by name.
+	chains map[string]bool
+}
+
+// dynamic sets are the rules' to write.
+func dynamic(s *nftables.Set) bool { return s.Dynamic }
+
+// snapshotNow reads the tables, unless nothing has changed since the last time.
+func (d *Datapath) snapshotNow() (*snapshot, error) {
+	c, err := open(0)
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	gen, err := generation(0)
+	if err != nil {
+		return nil, err
+	}
+	if d.snap != nil && d.snap.generation == gen {
+		return d.snap, nil
+	}
+	if there, err := hasTable(c, steering); err != nil {
+		return nil, err
+	} else if !there {
+		// Somebody has flushed the whole ruleset: all pods are to be steered anew.
+		d.log.Warn("The nftables of the node's steering are gone; making them anew", "table", TableName)
+		if err := d.install(); err != nil {
+			return nil, err
+		}
+		if gen, err = generation(0); err != nil {
+			return nil, err
+		}
+	}
+	s := &snapshot{generation: gen, sets: map[string]map[string]element{}, chains: map[string]bool{}}
+	for name, set := range d.sets {
+		if dynamic(set) {
+			continue
+		}
+		elements, err := c.GetSetElements(set)
+		if err != nil {
+			return nil, fmt.Errorf("read set %s: %w", name, err)
+		}
+		s.sets[name] = map[string]element{}
+		for _, e := range elements {
+			s.sets[name][string(e.Key)] = element{value: e.Val, comment: e.Comment}
+		}
+	}
+	chains, err := c.ListChainsOfTableFamily(steering.Family)
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	for _, ch := range chains {
+		if ch.Table != nil && ch.Table.Name == TableName && ch.Hooknum != nil {
+			s.chains[ch.Name] = true
+		}
+	}
+	d.snap = s
+	return s, nil
+}
+
+// podVeths returns the veths of a pod.
+func (s *snapshot) podVeths(uid string) (veths []uint32) {
+	for k, e := range s.sets[setPods] {
+		if e.comment == uid {
+			veths = append(veths, binaryutil.NativeEndian.Uint32([]byte(k)))
+		}
+	}
+	slices.Sort(veths)
+	return veths
+}
+
+// podAddresses returns the addresses of veths.
+func (s *snapshot) podAddresses(veths []uint32) (addresses []netip.Addr) {
+	for _, f := range families {
+		for k, e := range s.sets[setAddresses+f.version] {
+			if slices.Contains(veths, binaryutil.NativeEndian.Uint32(e.value)) {
+				a, _ := netip.AddrFromSlice([]byte(k))
+				addresses = append(addresses, a)
+			}
+		}
+	}
+	return addresses
+}
+
+// tenantOf returns a pod's tenant.
+func (s *snapshot) tenantOf(veth uint32) uint16 {
+	e, ok := s.sets[setPods][string(native(veth))]
+	if !ok {
+		return 0
+	}
+	return uint16(binaryutil.NativeEndian.Uint32(e.value))
+}
+
+// change is a transaction on the node's tables.
+type change struct {
+	d    *Datapath
+	snap *snapshot
+	// By set and key; nil deletes.
+	elements map[string]map[string]*element
+	// chains to make, with their hooks, and to delete.
+	chains map[string]*nftables.Chain
+	rules  map[string][]rule
+	gone   map[string]bool
+}
+
+func (d *Datapath) change() (*change, error) {
+	s, err := d.snapshotNow()
+	if err != nil {
+		return nil, err
+	}
+	return &change{d: d, snap: s, elements: map[string]map[string]*element{}, chains: map[string]*nftables.Chain{}, rules: map[string][]rule{}, gone: map[string]bool{}}, nil
+}
+
+func (c *change) set(set string, k []byte, e *element) {
+	if c.elements[set] == nil {
+		c.elements[set] = map[string]*element{}
+	}
+	c.elements[set][string(k)] = e
+}
+
+func (c *change) put(set string, k, value []byte, comment string) {
+	c.set(set, k, &element{value, comment})
+}
+
+func (c *change) delete(set string, k []byte) { c.set(set, k, nil) }
+
+// hook makes the chain of a veth.
+func (c *change) hook(name string, hook *nftables.ChainHook, device string, rules ...rule) {
+	c.chains[name] = &nftables.Chain{Name: name, Table: steering, Type: nftables.ChainTypeFilter, Hooknum: hook,
+		Priority: nftables.ChainPriorityRef(chainPriority), Device: device}
+	c.rules[name] = rules
+}
+
+// chainPriority is before that of flow tables and of what others have there.
+const chainPriority = -300
+
+func (c *change) unhook(name string) { c.gone[name] = true }
+
+// chunk keeps a message's list below 64 KiB.
+const chunk = 256
+
+// commit does what isn't so yet, in one step.
+func (c *change) commit() error {
+	conn, err := open(0)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	changed := false
+	var added []func() error
+	for _, name := range slices.Sorted(maps.Keys(c.elements)) {
+		set, have := c.d.sets[name], c.snap.sets[name]
+		var del, add []nftables.SetElement
+		for k, want := range c.elements[name] {
+			old, there := have[k]
+			if want != nil && there && bytes.Equal(old.value, want.value) && old.comment == want.comment {
+				continue
+			}
+			if there {
+				// The comment isn't part of the key, but with it the message is the same.
+				del = append(del, nftables.SetElement{Key: []byte(k)})
+			}
+			if want != nil {
+				add = append(add, nftables.SetElement{Key: []byte(k), Val: want.value, Comment: want.comment})
+			}
+		}
+		changed = changed || len(del)+len(add) > 0
+		for part := range slices.Chunk(del, chunk) {
+			if err := conn.SetDeleteElements(set, part); err != nil {
+				return err
+			}
+		}
+		for part := range slices.Chunk(add, chunk) {
+			added = append(added, func() error { return conn.SetAddElements(set, part) })
+		}
+	}
+	for _, add := range added {
+		if err := add(); err != nil {
+			return err
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.chains)) {
+		if !c.snap.chains[name] {
+			changed = true
+			of := conn.AddChain(c.chains[name])
+			for _, r := range c.rules[name] {
+				conn.AddRule(&nftables.Rule{Table: steering, Chain: of, Exprs: r})
+			}
+		}
+	}
+	for name := range c.gone {
+		if c.snap.chains[name] && c.chains[name] == nil {
+			changed = true
+			conn.DelChain(&nftables.Chain{Name: name, Table: steering})
+		}
+	}
+	if !changed {
+		return nil
+	}
+	c.d.snap = nil
+	if err := conn.Flush(); err != nil {
+		if strings.Contains(err.Error(), unix.ENFILE.Error()) {
+			return fmt.Errorf("a set of the table %s is full; move pods to other nodes: %w", TableName, err)
+		}
+		return err
+	}
+	return nil
+}
