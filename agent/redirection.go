@@ -3,9 +3,11 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -171,7 +173,7 @@ func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {
 		if err := netfilter.Probe(); err != nil {
 			return nil, fmt.Errorf("this node's kernel can't steer by nftables: %w", err)
 		}
-		d, err := netfilter.Open(netfilter.Options{Log: a.log})
+		d, err := netfilter.Open(netfilter.Options{Gone: a.wake, Log: a.log})
 		if err != nil {
 			return nil, err
 		}
@@ -198,16 +200,20 @@ func (a *Agent) installed(kind v1alpha1.Redirection) (bool, error) {
 	return len(entries) > 0, err
 }
 
-// formerPods are those that the former datapath steers.
+// formerPods are those that the former datapath steers, and those that were steered
+// a moment ago: what they have isn't in the clear.
 func (a *Agent) formerPods() []string {
+	a.mu.Lock()
+	was := slices.Collect(maps.Keys(a.last.steered))
+	a.mu.Unlock()
 	if a.former.datapath == nil {
-		return nil
+		return was
 	}
 	uids, err := a.former.Pods()
 	if err != nil {
 		a.log.Error("pods that are redirected in the former way can't be read", "error", err)
 	}
-	return uids
+	return append(uids, was...)
 }
 
 // removeFormer ends the former datapath as soon as all of its pods have the new

@@ -4,13 +4,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/vishvananda/netlink"
+	"github.com/mdlayher/netlink"
+	routes "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -34,6 +37,10 @@ type Options struct {
 	// node made it or a tenant delivers it. A pod can't set it: the kernel zeroes a
 	// packet's mark when it leaves a network namespace. Default DefaultMark.
 	Mark uint32
+	// Gone is called when somebody has removed the tables, from then on everything
+	// is to be updated again: until then pods have their plain connections. It must
+	// not block.
+	Gone func()
 	// Log gets what isn't any caller's error. Default: nothing is logged.
 	Log *slog.Logger
 }
@@ -45,8 +52,12 @@ type Datapath struct {
 	log  *slog.Logger
 	sets map[string]*nftables.Set
 
+	watched *netlink.Conn
+
 	mu   sync.Mutex
 	snap *snapshot
+	// node's addresses, as SetNodeAddresses said.
+	node []netip.Addr
 	// Of tenants that UpdateTenant was called for: what is in their namespaces.
 	tenants map[uint16]*tenantState
 }
@@ -68,6 +79,12 @@ func Open(o Options) (*Datapath, error) {
 	if err := d.install(); err != nil {
 		return nil, err
 	}
+	if o.Gone != nil {
+		var err error
+		if d.watched, err = watch(o.Gone); err != nil {
+			return nil, err
+		}
+	}
 	return d, nil
 }
 
@@ -83,6 +100,11 @@ func (d *Datapath) install() error {
 	for _, s := range d.sets {
 		if err := c.AddSet(s, nil); err != nil {
 			return fmt.Errorf("write set %s: %w", s.Name, err)
+		}
+	}
+	for _, a := range d.node {
+		if err := c.SetAddElements(d.sets[setNode+familyOf(a).version], []nftables.SetElement{{Key: addressKey(a)}}); err != nil {
+			return fmt.Errorf("write the node's addresses: %w", err)
 		}
 	}
 	chains := hostChains(d.mark)
@@ -106,7 +128,12 @@ func (d *Datapath) install() error {
 }
 
 // Close leaves all of it at work.
-func (d *Datapath) Close() error { return nil }
+func (d *Datapath) Close() error {
+	if d.watched == nil {
+		return nil
+	}
+	return d.watched.Close()
+}
 
 // Installed reports whether there is anything that Uninstall would remove.
 func Installed() (bool, error) {
@@ -156,8 +183,8 @@ func Uninstall(netns ...string) error {
 
 // removeVethAddresses takes from the tenants' veths what only this package needs.
 func removeVethAddresses() error {
-	all, err := netlink.AddrList(nil, netlink.FAMILY_V4)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+	all, err := routes.AddrList(nil, routes.FAMILY_V4)
+	if err != nil && !errors.Is(err, routes.ErrDumpInterrupted) {
 		return fmt.Errorf("list addresses: %w", err)
 	}
 	var errs []error
@@ -165,11 +192,11 @@ func removeVethAddresses() error {
 		if !a.IP.Equal(vethAddress.IP) {
 			continue
 		}
-		link, err := netlink.LinkByIndex(a.LinkIndex)
+		link, err := routes.LinkByIndex(a.LinkIndex)
 		if err == nil {
-			err = netlink.AddrDel(link, &a)
+			err = routes.AddrDel(link, &a)
 		}
-		if err != nil && !errors.As(err, &netlink.LinkNotFoundError{}) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		if err != nil && !errors.As(err, &routes.LinkNotFoundError{}) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			errs = append(errs, fmt.Errorf("remove the address of a tenant's veth: %w", err))
 		}
 	}
@@ -225,6 +252,7 @@ func (d *Datapath) SetNodeAddresses(addresses []netip.Addr) error {
 		}
 		wanted[a] = true
 	}
+	d.node = slices.Collect(maps.Keys(wanted))
 	ch, err := d.change()
 	if err != nil {
 		return err

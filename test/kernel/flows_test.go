@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -99,6 +101,25 @@ func testFlows(t *testing.T, l *lab.Lab) {
 				}
 			}
 		})
+	})
+}
+
+// Source addresses are kept without a cgroup of version 2, in which a program could
+// answer for Envoy's socket options.
+func TestFlowsWithoutCgroupV2(t *testing.T) {
+	const unified = "/sys/fs/cgroup/unified"
+	var s unix.Statfs_t
+	if err := unix.Statfs(unified, &s); err != nil || s.Type != unix.CGROUP2_SUPER_MAGIC {
+		t.Skip("this machine has no hybrid cgroups, of which version 2 could be taken away")
+	}
+	// In the test's own mount namespace.
+	lab.Check(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	lab.Check(t, unix.Unmount(unified, unix.MNT_DETACH))
+	t.Cleanup(func() { lab.Check(t, unix.Mount("cgroup2", unified, "cgroup2", 0, "")) })
+	eachRedirection(t, func(t *testing.T, l *lab.Lab) {
+		for _, f := range flows(l) {
+			t.Run(f.name, func(t *testing.T) { f.check(t, 4) })
+		}
 	})
 }
 

@@ -1,0 +1,60 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// groupNftables is NFNLGRP_NFTABLES: what is told of changes to tables.
+const groupNftables = 7
+
+// watch calls gone whenever somebody has removed a table of the node's, as a
+// firewall that is loaded again does with all of them. It ends when the connection
+// that it returns is closed.
+func watch(gone func()) (*netlink.Conn, error) {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	if err := errors.Join(c.SetReadBuffer(socketBuffer), c.JoinGroup(groupNftables)); err != nil {
+		return nil, errors.Join(fmt.Errorf("watch nftables: %w", err), c.Close())
+	}
+	go func() {
+		for {
+			messages, err := c.Receive()
+			if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADF) {
+				return
+			}
+			if err != nil {
+				gone() // what was lost may have been that
+				continue
+			}
+			for _, m := range messages {
+				if m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_DELTABLE && isOurs(m) {
+					gone()
+				}
+			}
+		}
+	}()
+	return c, nil
+}
+
+func isOurs(m netlink.Message) bool {
+	if len(m.Data) < 4 {
+		return false
+	}
+	attrs, err := netlink.NewAttributeDecoder(m.Data[4:])
+	if err != nil {
+		return false
+	}
+	for attrs.Next() {
+		if attrs.Type() == unix.NFTA_TABLE_NAME {
+			return attrs.String() == TableName
+		}
+	}
+	return false
+}

@@ -1,0 +1,106 @@
+package kernel
+
+import (
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// A node that redirects in another way from now on leaves nothing of the former one,
+// and its connections go on.
+func TestRedirectionChanges(t *testing.T) {
+	l := lab.New(t)
+	const connections = 100
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--duration=8s", "--timeout=5s",
+		lab.At(l.B2.V4, app.GreetPort).String())
+	for _, r := range []v1alpha1.Redirection{v1alpha1.RedirectionNetfilter, v1alpha1.RedirectionEBPF, v1alpha1.RedirectionNetfilter} {
+		l.Node1.Redirection = r
+		if r == v1alpha1.RedirectionNetfilter {
+			l.Node1.WritePlan()
+		} else {
+			// Also by an agent that wasn't there when it was decided.
+			l.Node1.Kill()
+			l.Node1.Start()
+		}
+		lab.Eventually(t, "the redirection by "+string(r), func() error {
+			i, err := l.Node1.Inspect()
+			if err != nil {
+				return err
+			}
+			if i.Redirection != string(r) {
+				return fmt.Errorf("it is by %s: %s", i.Redirection, i.Problem)
+			}
+			return onlyRedirection(t, l.Node1)
+		})
+		l.Node1.WaitReady()
+		for _, f := range flows(l) {
+			f.check(t, 4)
+			f.check(t, 6)
+		}
+	}
+	var r app.RunResult
+	wait(&r)
+	if !r.OK || r.Held != connections {
+		t.Errorf("%d of %d connections held, failures %+v", r.Held, connections, r.Failures)
+	}
+}
+
+// onlyRedirection fails while there is anything of the other way.
+func onlyRedirection(t *testing.T, n *lab.Node) (err error) {
+	if n.Redirection == v1alpha1.RedirectionNetfilter {
+		if _, err := os.Stat(n.PinDir()); err == nil {
+			return fmt.Errorf("%s is left", n.PinDir())
+		}
+		return nil
+	}
+	in := []*lab.Namespace{n.Namespace, n.Proxy("team-a"), n.Proxy("team-b")}
+	for _, ns := range in {
+		ns.Do(t, func() {
+			tables, listErr := (&nftables.Conn{}).ListTables()
+			if listErr != nil || len(tables) > 0 {
+				err = fmt.Errorf("%d nftables are left, %v", len(tables), listErr)
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A firewall that is loaded anew removes all tables of nftables, and the agent makes
+// its own again at once.
+func TestRulesetFlushed(t *testing.T) {
+	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
+	l.Node1.Do(t, func() {
+		c := &nftables.Conn{}
+		c.FlushRuleset()
+		lab.Check(t, c.Flush())
+	})
+	begun := time.Now()
+	lab.Eventually(t, "the pods' return into the mesh", func() error {
+		pods, tenants, err := steered(t, l.Node1)
+		if err == nil && (pods != len(l.Node1.Planned) || tenants != 2) {
+			err = fmt.Errorf("%d pods and %d tenants are steered", pods, tenants)
+		}
+		return err
+	})
+	// Not at the next time at which the agent looks at everything.
+	if took := time.Since(begun); took > 3*time.Second {
+		t.Errorf("it took %s", took)
+	} else {
+		t.Logf("it took %s", took)
+	}
+	l.Node1.WaitReady()
+	for _, f := range flows(l) {
+		f.check(t, 4)
+		f.check(t, 6)
+	}
+}
