@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -57,6 +58,8 @@ type Node struct {
 	Canary int
 	// Drain is how long one that isn't wanted any more may last; 0 is the default.
 	Drain time.Duration
+	// MemoryMax limits tenants' proxies, in bytes. Default 1 GiB.
+	MemoryMax map[string]int64
 
 	agent *exec.Cmd
 	log   *os.File
@@ -117,6 +120,17 @@ func (n *Node) tell() {
 	}
 }
 
+// PlanFile is where the agent reads its plan.
+func (n *Node) PlanFile() string { return filepath.Join(n.Dir, "plan.yaml") }
+
+// AgentLog is what the node's agents have said so far.
+func (n *Node) AgentLog(t testing.TB) string {
+	t.Helper()
+	b, err := os.ReadFile(n.log.Name())
+	Check(t, err)
+	return string(b)
+}
+
 // WritePlan writes the plan of the node's tenants and pods.
 func (n *Node) WritePlan() string {
 	t := n.l.t
@@ -131,7 +145,7 @@ func (n *Node) WritePlan() string {
 	for _, p := range n.Planned {
 		if name := p.Tenant.String(); !seen[name] {
 			seen[name] = true
-			tenant := object{"name": name, "version": dist.Default, "limits": object{"memoryMax": int64(1 << 30)}}
+			tenant := object{"name": name, "version": dist.Default, "limits": object{"memoryMax": cmp.Or(n.MemoryMax[name], 1<<30)}}
 			if n.Canary > 0 {
 				tenant["canary"] = object{"version": dist.Default, "weight": n.Canary}
 			}
@@ -142,8 +156,10 @@ func (n *Node) WritePlan() string {
 	}
 	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "pods": pods})
 	Check(t, err)
-	file := filepath.Join(n.Dir, "plan.yaml")
-	Check(t, os.WriteFile(file, b, 0o600))
+	// In one step: the agent may be reading it.
+	file := n.PlanFile()
+	Check(t, os.WriteFile(file+".new", b, 0o600))
+	Check(t, os.Rename(file+".new", file))
 	return file
 }
 
