@@ -134,9 +134,10 @@ func TestDrain(t *testing.T) {
 		if alive(p.PID) {
 			t.Error("the process is left")
 		}
-		if _, err := os.Stat(n.o.mustDefault(t).xdsDir(tenantA, 1)); err == nil {
-			t.Error("the folder of its socket is left")
-		}
+		n.await(m, tenantA, "left the folder of its socket", func(State) bool {
+			_, err := os.Stat(n.o.mustDefault(t).xdsDir(tenantA, 1))
+			return err != nil
+		})
 	})
 	t.Run("deadline", func(t *testing.T) {
 		n.serveXDS(m, tenantA, 1, echoListener(t))

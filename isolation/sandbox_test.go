@@ -49,7 +49,7 @@ func TestSandbox(t *testing.T) {
 			for key, want := range map[string]string{
 				"Uid": uid + " " + uid + " " + uid + " " + uid, "Gid": uid + " " + uid + " " + uid + " " + uid, "Groups": "",
 				"CapInh": noCaps, "CapPrm": noCaps, "CapEff": noCaps, "CapBnd": noCaps, "CapAmb": noCaps,
-				"NoNewPrivs": "1", "Seccomp": "2", "Seccomp_filters": "2", "NSpid": fmt.Sprint(s.Processes[0].PID, " 1"),
+				"NoNewPrivs": "1", "Seccomp": "2", "Seccomp_filters": "3", "NSpid": fmt.Sprint(s.Processes[0].PID, " 1"),
 			} {
 				if status[key] != want {
 					t.Errorf("%s: %s is %q, want %q", s.Tenant, key, status[key], want)
