@@ -59,6 +59,10 @@ func (a *Agent) Add(ctx context.Context, s cni.Sandbox) (bool, error) {
 	}); err != nil {
 		return false, err
 	}
+	if a.isBypassed(s.PodUID) {
+		// The mesh may be what is broken: it needs nobody's answer.
+		return true, a.waitFor(ctx, "its programs, in the emergency bypass", func() bool { return a.isSteered(r) })
+	}
 	if err := a.identities.WaitReady(ctx, s.PodUID); err != nil {
 		return false, fmt.Errorf("wait for its certificate: %w", err)
 	}

@@ -18,7 +18,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -102,7 +101,7 @@ func (a *Agent) serveHealth(ctx context.Context) error {
 		}
 		io.WriteString(w, "ok\n")
 	})
-	mux.Handle("GET /metrics", promhttp.Handler())
+	mux.Handle("GET /metrics", metricsOf(a))
 	return serveHTTP(ctx, l, mux)
 }
 

@@ -40,6 +40,9 @@ type InspectedTenant struct {
 	Steered     [2]uint64             `json:"steered"`
 	Generations []InspectedGeneration `json:"generations"`
 	Pods        []InspectedPod        `json:"pods"`
+	// Excluded and Bypassed count new connections that passed in the clear.
+	Excluded uint64 `json:"excluded,omitempty"`
+	Bypassed uint64 `json:"bypassed,omitempty"`
 	// Drops counts packets that steering refused, by reason.
 	Drops map[string]uint64 `json:"drops,omitempty"`
 }
@@ -78,6 +81,12 @@ type InspectedPod struct {
 	Name      string   `json:"name"`
 	IPs       []string `json:"ips"`
 	Ifindex   int      `json:"ifindex"`
+	// Excluded connections pass in the clear, for example "outbound 10.0.0.0/8:443".
+	Excluded []string `json:"excluded,omitempty"`
+	// Strict pods take no plain text.
+	Strict bool `json:"strict,omitempty"`
+	// Bypass is the emergency bypass.
+	Bypass bool `json:"bypass,omitempty"`
 }
 
 // namespaces that a proxy has of its own.
@@ -114,7 +123,10 @@ func (a *Agent) inspect() (Inspection, error) {
 			if !ok || p.Tenant != tp.tenant {
 				continue
 			}
-			pod := InspectedPod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, Ifindex: s.Ifindex}
+			pod := InspectedPod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, Ifindex: s.Ifindex, Strict: s.Strict, Bypass: s.Bypass}
+			for _, e := range s.Exclusions {
+				pod.Excluded = append(pod.Excluded, e.String())
+			}
 			for _, ip := range s.IPs {
 				pod.IPs = append(pod.IPs, ip.String())
 			}
@@ -138,7 +150,7 @@ func (a *Agent) inspect() (Inspection, error) {
 // read adds what runs and what was counted.
 func (t *InspectedTenant) read(state isolation.State, counters map[uint16]bpf.Counters) {
 	if c, ok := counters[state.Index]; ok {
-		t.Steered, t.Drops = c.Steered, drops(c)
+		t.Steered, t.Drops, t.Excluded, t.Bypassed = c.Steered, drops(c), c.Excluded, c.Bypassed
 	}
 	for _, p := range state.Processes {
 		t.Generations = append(t.Generations, inspectProcess(p))

@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -23,6 +25,14 @@ type plan struct {
 	redirection v1alpha1.Redirection
 	tenants     []tenantPlan
 	pods        []identity.Pod
+	// traffic by UID, of pods for which there is more to say.
+	traffic map[string]traffic
+}
+
+// traffic is what of a pod's connections doesn't go the mesh's way.
+type traffic struct {
+	exclusions     []bpf.Exclusion
+	strict, bypass bool
 }
 
 // tenantPlan is one tenant's proxy.
@@ -39,7 +49,7 @@ type tenantPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{uid: np.UID, generation: np.Generation}
+	p := plan{uid: np.UID, generation: np.Generation, traffic: map[string]traffic{}}
 	var errs []error
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:
@@ -71,6 +81,19 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 		}
 		p.tenants = append(p.tenants, tp)
 	}
+	namespaces := map[string]traffic{}
+	for _, n := range np.Spec.Namespaces {
+		t := traffic{strict: n.PlainText == v1alpha1.PlainTextStrict, bypass: n.EmergencyBypass}
+		if n.PlainText != "" && n.PlainText != v1alpha1.PlainTextPermissive && !t.strict {
+			errs = append(errs, fmt.Errorf("namespace %s: plainText %q isn't known to this agent: its pods take none", n.Name, n.PlainText))
+			t.strict = true
+		}
+		var err error
+		if t.exclusions, err = exclusions(n.Exclusions); err != nil {
+			errs = append(errs, fmt.Errorf("namespace %s: %w", n.Name, err))
+		}
+		namespaces[n.Name] = t
+	}
 	for _, n := range np.Spec.Pods {
 		tenant, ok := known[n.Tenant]
 		if !ok {
@@ -82,11 +105,44 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			errs = append(errs, fmt.Errorf("pod %s/%s: %w", n.Namespace, n.Name, err))
 			continue
 		}
+		t := namespaces[n.Namespace]
+		own, err := exclusions(n.Exclusions)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("pod %s/%s: %w", n.Namespace, n.Name, err))
+		}
+		if t.exclusions = slices.Concat(t.exclusions, own); len(t.exclusions) > 0 || t.strict || t.bypass {
+			p.traffic[n.UID] = t
+		}
 		p.pods = append(p.pods, identity.Pod{UID: n.UID, Namespace: n.Namespace, Name: n.Name, Identity: id, Tenant: tenant})
 	}
 	slices.SortFunc(p.tenants, func(a, b tenantPlan) int { return cmp.Compare(a.tenant.String(), b.tenant.String()) })
 	slices.SortFunc(p.pods, func(a, b identity.Pod) int { return cmp.Compare(a.UID, b.UID) })
 	return p, errors.Join(errs...)
+}
+
+// exclusions are those that make sense.
+func exclusions(list []v1alpha1.Exclusion) (out []bpf.Exclusion, err error) {
+	var errs []error
+	for _, e := range list {
+		x := bpf.Exclusion{Inbound: e.Direction == v1alpha1.DirectionInbound, Port: uint16(e.Port)}
+		var err error
+		switch {
+		case e.Direction != v1alpha1.DirectionInbound && e.Direction != v1alpha1.DirectionOutbound:
+			err = fmt.Errorf("direction %q isn't known to this agent", e.Direction)
+		case e.Port < 0 || e.Port > 65535 || e.Port == 0 && e.CIDR == "":
+			err = fmt.Errorf("port %d", e.Port)
+		case e.CIDR != "":
+			if x.Peer, err = netip.ParsePrefix(e.CIDR); err == nil && (x.Peer != x.Peer.Masked() || x.Peer.Addr().Is4In6()) {
+				err = fmt.Errorf("cidr %q isn't a network", e.CIDR)
+			}
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("exclusion is left out: %w", err))
+			continue
+		}
+		out = append(out, x)
+	}
+	return out, errors.Join(errs...)
 }
 
 // pod finds a planned pod.

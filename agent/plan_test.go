@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -69,6 +70,61 @@ func TestMakePlanRedirection(t *testing.T) {
 	}
 }
 
+// TestMakePlanTraffic shows what of pods' connections isn't for their proxies.
+func TestMakePlanTraffic(t *testing.T) {
+	np := nodeProxy()
+	out := v1alpha1.Exclusion{Direction: v1alpha1.DirectionOutbound, CIDR: "10.0.0.0/8"}
+	in := v1alpha1.Exclusion{Direction: v1alpha1.DirectionInbound, Port: 9090}
+	np.Spec.Namespaces = []v1alpha1.NodeNamespace{{Name: "team-a", Exclusions: []v1alpha1.Exclusion{out}, PlainText: v1alpha1.PlainTextStrict, EmergencyBypass: true}}
+	np.Spec.Pods[0].Exclusions = []v1alpha1.Exclusion{in}
+	np.Spec.Pods[1].Exclusions = []v1alpha1.Exclusion{in}
+	p, err := makePlan(np)
+	if err != nil {
+		t.Fatal(err)
+	}
+	say := func(x traffic) (all []string) {
+		for _, e := range x.exclusions {
+			all = append(all, e.String())
+		}
+		if x.strict {
+			all = append(all, "strict")
+		}
+		if x.bypass {
+			all = append(all, "bypass")
+		}
+		return all
+	}
+	if got := say(p.traffic["1"]); !slices.Equal(got, []string{"outbound 10.0.0.0/8", "inbound *:9090", "strict", "bypass"}) {
+		t.Errorf("pod of team-a: %q", got)
+	}
+	if got := say(p.traffic["2"]); !slices.Equal(got, []string{"inbound *:9090"}) {
+		t.Errorf("pod of team-b: %q", got)
+	}
+	for name, c := range map[string]struct {
+		change func(*v1alpha1.NodeProxySpec)
+		wrong  string
+		want   []string
+	}{
+		"direction": {func(s *v1alpha1.NodeProxySpec) { s.Namespaces[0].Exclusions[0].Direction = "Sideways" }, "Sideways", []string{"inbound *:9090", "strict", "bypass"}},
+		"network":   {func(s *v1alpha1.NodeProxySpec) { s.Namespaces[0].Exclusions[0].CIDR = "10.0.0.1/8" }, "10.0.0.1/8", []string{"inbound *:9090", "strict", "bypass"}},
+		"nothing":   {func(s *v1alpha1.NodeProxySpec) { s.Pods[1].Exclusions[0].Port = 0 }, "team-a/api", []string{"outbound 10.0.0.0/8", "strict", "bypass"}},
+		"port":      {func(s *v1alpha1.NodeProxySpec) { s.Pods[1].Exclusions[0].Port = 70000 }, "70000", []string{"outbound 10.0.0.0/8", "strict", "bypass"}},
+		"closed":    {func(s *v1alpha1.NodeProxySpec) { s.Namespaces[0].PlainText = "Stricter" }, "Stricter", []string{"outbound 10.0.0.0/8", "inbound *:9090", "strict", "bypass"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			np := np.DeepCopy()
+			c.change(&np.Spec)
+			p, err := makePlan(np)
+			if err == nil || !strings.Contains(err.Error(), c.wrong) {
+				t.Errorf("error %v doesn't name %s", err, c.wrong)
+			}
+			if got := say(p.traffic["1"]); !slices.Equal(got, c.want) || len(p.pods) != 2 {
+				t.Errorf("%q are left, want %q", got, c.want)
+			}
+		})
+	}
+}
+
 // TestMakePlanBadInput shows that what makes no sense is named and doesn't take
 // the rest with it.
 func TestMakePlanBadInput(t *testing.T) {
@@ -129,6 +185,11 @@ func TestMakeStatus(t *testing.T) {
 	}
 	if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionRedirected); s.Redirection != v1alpha1.RedirectionEBPF || c == nil || c.Status != metav1.ConditionTrue {
 		t.Errorf("redirection %q, conditions %+v", s.Redirection, s.Conditions)
+	}
+	flags := good()
+	flags.round.steered["1"] = bpf.Pod{Strict: true, Bypass: true}
+	if s := makeStatus(flags); s.Tenants[0].StrictPods != 1 || s.Tenants[0].BypassedPods != 1 || s.Tenants[1].StrictPods != 0 || s.Tenants[1].BypassedPods != 0 {
+		t.Errorf("strict and bypassed pods: %+v", s.Tenants)
 	}
 	other := good()
 	other.round.plan.redirection = ""

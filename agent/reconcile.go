@@ -132,10 +132,12 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[str
 		}
 		// A pod that isn't steered yet either waits in the CNI plugin, or ran before
 		// its namespace joined: its traffic must have somewhere to go.
-		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !slices.Contains(former, pod.UID) && !serving {
+		t := p.traffic[pod.UID]
+		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !slices.Contains(former, pod.UID) && !serving && !t.bypass {
 			continue
 		}
-		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC}
+		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
+			Exclusions: t.exclusions, Strict: t.strict, Bypass: t.bypass}
 		if err := a.steer(want, record, slices.Contains(steered, pod.UID), slices.Contains(former, pod.UID)); err != nil {
 			if !a.linkExists(record) {
 				a.sandboxes.drop(pod.UID) // it has ended; the plan will say so soon
@@ -145,6 +147,9 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[str
 			r.problems[pod.Tenant] = fmt.Sprintf("pod %s/%s isn't steered: %v", pod.Namespace, pod.Name, err)
 			next = time.Second
 			continue
+		}
+		if was := a.last.steered[pod.UID].Bypass; was != want.Bypass { // only this goroutine writes it
+			a.log.Warn("emergency bypass of a pod", "pod", pod.Namespace+"/"+pod.Name, "on", want.Bypass)
 		}
 		r.steered[pod.UID] = want
 		delete(a.released, pod.UID)
@@ -319,6 +324,12 @@ func (a *Agent) isSteered(record sandboxRecord) bool {
 	defer a.mu.Unlock()
 	pod, ok := a.last.steered[record.UID]
 	return ok && pod.Ifindex == record.Ifindex
+}
+
+// isBypassed reports whether the pod's new connections are to pass in the clear.
+func (a *Agent) isBypassed(uid string) bool {
+	p, _ := a.currentPlan()
+	return p.traffic[uid].bypass
 }
 
 func (a *Agent) isServing(t model.Tenant) bool {

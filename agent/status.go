@@ -52,16 +52,24 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,
 	}
-	pods := map[model.Tenant]int32{}
+	pods, strict, bypassed := map[model.Tenant]int32{}, map[model.Tenant]int32{}, map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
-		if _, ok := o.round.steered[p.UID]; ok {
-			pods[p.Tenant]++
+		steered, ok := o.round.steered[p.UID]
+		if !ok {
+			continue
+		}
+		pods[p.Tenant]++
+		if steered.Strict {
+			strict[p.Tenant]++
+		}
+		if steered.Bypass {
+			bypassed[p.Tenant]++
 		}
 	}
 	var waiting []string
 	for _, tp := range o.round.plan.tenants {
 		t := tenantStatus(tp, o)
-		t.Pods = pods[tp.tenant]
+		t.Pods, t.StrictPods, t.BypassedPods = pods[tp.tenant], strict[tp.tenant], bypassed[tp.tenant]
 		if !t.Ready {
 			waiting = append(waiting, t.Name+": "+t.Reason)
 		}

@@ -19,6 +19,21 @@ type Exclusion struct {
 	Peer netip.Prefix
 }
 
+// String is such as "outbound 10.0.0.0/8:443", "inbound *:8080" or "outbound *".
+func (e Exclusion) String() string {
+	direction, peer, port := "outbound", "*", ""
+	if e.Inbound {
+		direction = "inbound"
+	}
+	if e.Peer.IsValid() {
+		peer = e.Peer.String()
+	}
+	if e.Port != 0 {
+		port = fmt.Sprintf(":%d", e.Port)
+	}
+	return direction + " " + peer + port
+}
+
 // peerBits are those of the key before the address.
 const peerBits = 64
 

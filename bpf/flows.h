@@ -5,7 +5,7 @@
 // Of one pod, that the programs may write down: it must not take all of the
 // room. What the agent writes before a pod moves isn't limited.
 #define MAX_LEARNED 8192
-// 32 of its namespace and 16 of its own for each of 1,000 pods.
+// 32 of its namespace and 8 of its own for each of 1,000 pods.
 #define MAX_EXCLUSIONS 65536
 
 #define ENDED_POD 1

@@ -73,8 +73,13 @@ func stripPod(o any) (any, error) {
 		Spec:       corev1.PodSpec{NodeName: p.Spec.NodeName, ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork},
 		Status:     corev1.PodStatus{Phase: p.Status.Phase, PodIPs: p.Status.PodIPs},
 	}
-	if v := p.Annotations[corev1.MirrorPodAnnotationKey]; v != "" {
-		out.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: v}
+	for _, name := range []string{corev1.MirrorPodAnnotationKey, v1alpha1.AnnotationExcludeOutbound, v1alpha1.AnnotationExcludeInbound} {
+		if v, ok := p.Annotations[name]; ok {
+			if out.Annotations == nil {
+				out.Annotations = map[string]string{}
+			}
+			out.Annotations[name] = v
+		}
 	}
 	return out, nil
 }

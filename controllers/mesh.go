@@ -1,6 +1,7 @@
 package controllers
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,6 +63,9 @@ type mesh struct {
 	services      map[types.NamespacedName][]translate.Ref
 	users         map[translate.Ref]map[types.NamespacedName]struct{}
 	problems      map[types.NamespacedName]translate.Problem // of services
+	// planned are exclusions that were in force before this replica knew the pods,
+	// by UID: one whose annotation can't be read keeps them.
+	planned map[string][]v1alpha1.Exclusion
 }
 
 // triggers reach the controllers that do what follows from a change.
@@ -107,7 +111,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 		podUIDs: map[types.NamespacedName]string{}, namespacePods: map[string]map[string]*podState{}, nodePods: map[string]map[string]*podState{},
 		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},
 		services: map[types.NamespacedName][]translate.Ref{}, users: map[translate.Ref]map[types.NamespacedName]struct{}{},
-		problems: map[types.NamespacedName]translate.Problem{},
+		problems: map[types.NamespacedName]translate.Problem{}, planned: map[string][]v1alpha1.Exclusion{},
 	}
 	// A plan holds up a new pod, so it waits less than what people read.
 	m.triggers.plans.delay = 20 * time.Millisecond
@@ -137,6 +141,13 @@ func (m *mesh) load(ctx context.Context) error {
 			return fmt.Errorf("list %T: %w", l, err)
 		}
 	}
+	for _, r := range reports.Items {
+		for _, p := range r.Spec.Pods {
+			if len(p.Exclusions) > 0 {
+				m.planned[p.UID] = p.Exclusions
+			}
+		}
+	}
 	var errs []error
 	for i := range namespaces.Items {
 		errs = append(errs, m.syncNamespace(ctx, namespaces.Items[i].Name))
@@ -161,6 +172,9 @@ func (m *mesh) load(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	m.mu.Lock()
+	clear(m.planned)
+	m.mu.Unlock()
 	m.store.MarkSynced()
 	close(m.loaded)
 	m.log.Info("mesh loaded", "namespaces", len(namespaces.Items), "nodes", len(nodes.Items), "pods", len(pods.Items), "services", len(services.Items))
@@ -266,9 +280,12 @@ func (m *mesh) syncNamespace(ctx context.Context, name string) error {
 		m.triggers.pods.add(p.key)
 	}
 	tenant := model.NamespaceTenant(name)
+	if had.Bypass != now.Bypass {
+		m.log.Warn("emergency bypass", "namespace", name, "on", now.Bypass, "meshTopology", cmp.Or(now.Topology, had.Topology))
+	}
 	var errs []error
 	for node := range m.proxies[tenant] {
-		m.triggers.plans.add(node) // the version
+		m.triggers.plans.add(node) // the version, the bypass
 		if found {
 			errs = append(errs, m.publishProxy(model.ProxyKey{Node: node, Tenant: tenant})) // the access log
 		}
@@ -401,6 +418,9 @@ func (d directory) ByAddr(a netip.Addr) (translate.Standing, model.Identity) {
 
 func (d directory) ByUID(uid string) (translate.Standing, model.Identity) {
 	if p := d.pods[uid]; p != nil {
+		if p.Bypassed {
+			return translate.Outside, model.Identity{}
+		}
 		return p.Standing, p.Identity
 	}
 	return translate.Absent, model.Identity{}

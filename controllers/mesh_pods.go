@@ -92,6 +92,11 @@ func (m *mesh) setPod(p *corev1.Pod, announced []netip.Addr) error {
 		add(m.nodePods, pod.Node, pod.UID, st)
 	}
 	before := *st
+	if pod.Problem.Reason == translate.ReasonExclusionsInvalid {
+		if pod.Exclusions = st.Exclusions; st.UID == "" {
+			pod.Exclusions = m.planned[pod.UID]
+		}
+	}
 	st.Pod = pod
 	st.reported = translate.PodAddrs(p.Status.PodIPs)
 	if announced != nil {
@@ -130,17 +135,24 @@ func (m *mesh) settle(st *podState, before podState) error {
 	if st.refused != before.refused && st.refused != "" {
 		m.event(st.Pod, reasonAddressRefused, st.refused)
 	}
+	if st.Problem != before.Problem && st.Problem != (translate.Problem{}) {
+		m.event(st.Pod, st.Problem.Reason, st.Problem.Message)
+	}
 	var errs []error
 	// Others hear of an address when the API server says it too.
 	public := slices.DeleteFunc(slices.Clone(st.held), func(a netip.Addr) bool { return !slices.Contains(st.reported, a) })
 	if len(public) > 0 {
-		errs = append(errs, m.store.SetWorkload(st.Workload(public)))
+		w := st.Workload(public)
+		if st.Bypassed {
+			w.Identity, w.Tenant = model.Identity{}, model.Tenant{}
+		}
+		errs = append(errs, m.store.SetWorkload(w))
 	} else {
 		m.store.DeleteWorkload(st.UID)
 	}
 	samePlace := before.Node == st.Node && before.Tenant == st.Tenant
 	sameAddrs := slices.Equal(before.held, st.held)
-	sameIdentity := before.Standing == st.Standing && before.Identity == st.Identity
+	sameIdentity := before.Standing == st.Standing && before.Identity == st.Identity && before.Bypassed == st.Bypassed
 	if !samePlace || !sameAddrs || !sameIdentity {
 		if !samePlace && !before.Tenant.IsZero() {
 			errs = append(errs, m.leaveProxy(before))
@@ -160,6 +172,9 @@ func (m *mesh) settle(st *podState, before podState) error {
 		if t := m.namespaces[st.Namespace].Topology; t != "" {
 			m.triggers.status.add(t)
 		}
+	}
+	if !slices.Equal(before.Exclusions, st.Exclusions) {
+		m.triggers.plans.add(st.Node)
 	}
 	if !sameAddrs || !sameIdentity {
 		m.touch(translate.Ref{UID: st.UID})

@@ -113,17 +113,20 @@ type nodePlan struct {
 	trustDomain string
 	redirection v1alpha1.Redirection
 	members     []translate.Pod
-	versions    map[string]string // namespace → Envoy
+	namespaces  map[string]translate.NamespacePlan // without what policies say
 }
 
 func (m *mesh) plan(node string) nodePlan {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), versions: map[string]string{}}
+	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), namespaces: map[string]translate.NamespacePlan{}}
 	p.node, p.known = m.nodes[node]
 	p.redirection, _ = m.topologies.Redirection(p.node.Labels)
 	for _, pod := range p.members {
-		p.versions[pod.Namespace] = m.namespaces[pod.Namespace].Version
+		if _, ok := p.namespaces[pod.Namespace]; !ok {
+			ns := m.namespaces[pod.Namespace]
+			p.namespaces[pod.Namespace] = translate.NamespacePlan{Version: ns.Version, Exclusions: m.topologies.Exclusions(ns.Topology), Strict: ns.Strict, Bypass: ns.Bypass}
+		}
 	}
 	return p
 }
@@ -161,6 +164,7 @@ func (m *mesh) topologyInput(name string) (translate.Topologies, translate.Topol
 			in.Lost[namespace] = ns.Topology
 		}
 	}
+	in.Bypasses = m.bypasses(name)
 	for name, n := range m.nodes {
 		if n.Linux {
 			r := m.reports[name]
@@ -221,4 +225,22 @@ func (m *mesh) tenantNodes(namespace string) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Collect(maps.Keys(m.proxies[model.NamespaceTenant(namespace)]))
+}
+
+// bypasses are a topology's emergency bypasses, as they are asked for and as nodes
+// say they are.
+func (m *mesh) bypasses(topology string) []translate.BypassView {
+	var views []translate.BypassView
+	for _, b := range m.topologies.Bypasses(topology) {
+		v := translate.BypassView{EmergencyBypass: b}
+		if ns := m.namespaces[b.Namespace]; ns.Topology == topology {
+			v.Member = true
+			for _, n := range m.viewsLocked(b.Namespace) {
+				v.Pods += n.Pods
+				v.Bypassed += int(n.Status.BypassedPods)
+			}
+		}
+		views = append(views, v)
+	}
+	return views
 }

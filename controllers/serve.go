@@ -37,7 +37,7 @@ func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, sto
 		}),
 		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, JWTs: jwts, Proxies: ads, Log: o.Logger,
 	})
-	for _, c := range append(ads.Collectors(), nodes.Collectors()...) {
+	for _, c := range append(append(ads.Collectors(), nodes.Collectors()...), m) {
 		if err := metrics.Registry.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

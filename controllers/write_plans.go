@@ -51,20 +51,17 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		}
 		return nil
 	}
-	limits := map[string]v1alpha1.Limits{}
-	for namespace := range plan.versions {
+	for namespace, p := range plan.namespaces {
 		policies, err := w.policies(ctx, namespace)
 		if err != nil {
 			return err
 		}
-		limits[namespace] = translate.Limits(policies)
+		p.Limits, p.Strict = translate.Limits(policies), p.Strict || translate.IsStrict(policies)
+		plan.namespaces[namespace] = p
 	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},
-		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members,
-			Tenant: func(namespace string) translate.TenantPlan {
-				return translate.TenantPlan{Version: plan.versions[namespace], Limits: limits[namespace]}
-			}}),
+		Spec:       translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members, Namespaces: plan.namespaces}),
 	}
 	if exists && ownedBy(have.OwnerReferences, plan.node.UID) && translate.SamePlan(have.Spec, want.Spec) {
 		return nil

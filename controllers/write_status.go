@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -24,6 +25,12 @@ import (
 const (
 	ConfigMapMembership  = "bulkhead-membership"
 	ConfigMapTrustBundle = "bulkhead-trust-bundle"
+)
+
+// Reasons of events about the emergency bypass.
+const (
+	reasonBypassOn  = "EmergencyBypassOn"
+	reasonBypassOff = "EmergencyBypassOff"
 )
 
 // membership is the value of membership.json. The agents' side is the CNI plugin's
@@ -102,12 +109,19 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 		}
 		have = want.DeepCopy()
 	}
-	want.Status = translate.TenantProxyStatus(name, m.Version, views, have.Status.Conditions, metav1.NewTime(w.now()))
+	want.Status = translate.TenantProxyStatus(name, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
 	}
 	if err := w.applyStatus(ctx, &want, "TenantProxy"); err != nil {
 		return err
+	}
+	if on, was := meta.IsStatusConditionTrue(want.Status.Conditions, v1alpha1.ConditionEmergencyBypass), meta.IsStatusConditionTrue(have.Status.Conditions, v1alpha1.ConditionEmergencyBypass); on != was {
+		reason := reasonBypassOff
+		if on {
+			reason = reasonBypassOn
+		}
+		w.tell(have, "TenantProxy", reason, meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionEmergencyBypass).Message)
 	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
@@ -125,7 +139,7 @@ func (w *writer) writePolicies(ctx context.Context, namespace string) error {
 		return err
 	}
 	m, views := w.mesh.views(namespace)
-	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies), Nodes: views}
+	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies), Strict: m.Strict || translate.IsStrict(policies), Nodes: views}
 	for i := range policies {
 		p := &policies[i]
 		status := translate.IsolationPolicyStatus(p, in, metav1.NewTime(w.now()))
@@ -154,7 +168,29 @@ func (w *writer) writeTopology(ctx context.Context, name string) error {
 		return nil
 	}
 	want := v1alpha1.MeshTopology{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: status}
-	return w.applyStatus(ctx, &want, "MeshTopology")
+	if err := w.applyStatus(ctx, &want, "MeshTopology"); err != nil {
+		return err
+	}
+	w.tellBypasses(&t, status.Bypasses)
+	return nil
+}
+
+// tellBypasses tells of each emergency bypass that begins, changes or ends.
+func (w *writer) tellBypasses(t *v1alpha1.MeshTopology, now []v1alpha1.BypassStatus) {
+	had := map[string]v1alpha1.BypassStatus{}
+	for _, b := range t.Status.Bypasses {
+		had[b.Namespace] = b
+	}
+	for _, b := range now {
+		old := had[b.Namespace]
+		delete(had, b.Namespace)
+		if old.RequestedBy != b.RequestedBy || old.Reason != b.Reason {
+			w.tell(t, "MeshTopology", reasonBypassOn, fmt.Sprintf("namespace %s bypasses the mesh, in plain text, by order of %s: %s", b.Namespace, b.RequestedBy, b.Reason))
+		}
+	}
+	for _, b := range had {
+		w.tell(t, "MeshTopology", reasonBypassOff, fmt.Sprintf("namespace %s is behind its proxies again; it bypassed the mesh since %s, by order of %s", b.Namespace, b.Since.UTC().Format(time.RFC3339), b.RequestedBy))
+	}
 }
 
 // writeMembership tells the agents who is in the mesh and whom to trust.

@@ -38,6 +38,8 @@ const (
 	ConditionAccepted = "Accepted"
 	// ConditionReady tells whether what the object asks for runs.
 	ConditionReady = "Ready"
+	// ConditionEmergencyBypass is True while pods pass the mesh by.
+	ConditionEmergencyBypass = "EmergencyBypass"
 	// ConditionRedirected tells whether nodes lead connections to their proxies as
 	// the object asks for.
 	ConditionRedirected = "Redirected"

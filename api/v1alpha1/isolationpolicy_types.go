@@ -5,9 +5,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// IsolationPolicySpec bounds each tenant proxy of the policy's namespace.
+// IsolationPolicySpec bounds each tenant proxy of the policy's namespace, and what
+// its pods take.
 //
-// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids)",message="set at least one of cpu, memory, pids"
+// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids) || has(self.plainText)",message="set at least one of cpu, memory, pids, plainText"
 type IsolationPolicySpec struct {
 	// CPU of each proxy.
 	// +optional
@@ -21,6 +22,11 @@ type IsolationPolicySpec struct {
 	// +kubebuilder:validation:Maximum=32768
 	// +optional
 	Pids *int64 `json:"pids,omitempty"`
+	// PlainText can be Strict only: a namespace can refuse what its MeshTopology
+	// would let in, and not the reverse. Default: as the MeshTopology says.
+	// +kubebuilder:validation:Enum=Strict
+	// +optional
+	PlainText PlainText `json:"plainText,omitempty"`
 }
 
 // CPUIsolation bounds a proxy's CPU time.
@@ -105,7 +111,8 @@ type Limits struct {
 	Pids int64 `json:"pids,omitempty"`
 }
 
-// IsolationPolicy bounds what the proxies of its namespace may use on each node.
+// IsolationPolicy bounds what the proxies of its namespace may use on each node,
+// and can close its pods to plain text.
 // Of several in one namespace, the strictest value of each field counts.
 //
 // +kubebuilder:object:root=true

@@ -84,6 +84,39 @@ type MeshTopologySpec struct {
 	// +listType=atomic
 	// +optional
 	NodeRedirections []NodeRedirection `json:"nodeRedirections,omitempty"`
+
+	// Exclusions are left out of the mesh, for all pods of its namespaces. They
+	// concern new connections; those that have begun stay where they are. Default:
+	// none.
+	// +kubebuilder:validation:MaxItems=32
+	// +kubebuilder:validation:XValidation:rule="self.all(e, has(e.port) || has(e.cidr))",message="set port, cidr, or both"
+	// +kubebuilder:validation:XValidation:rule="self.all(e, e.direction != 'Inbound' || !has(e.port) || e.port != 15008)",message="port 15008 is the mesh's own and can't be excluded"
+	// +kubebuilder:validation:XValidation:rule="self.all(e, !has(e.cidr) || (isCIDR(e.cidr) && cidr(e.cidr).masked() == cidr(e.cidr)))",message="cidr must be a network, such as 10.0.0.0/8: no bit may be set behind its prefix"
+	// +listType=atomic
+	// +optional
+	Exclusions []Exclusion `json:"exclusions,omitempty"`
+
+	// PodExclusions says whether pods may exclude connections of their own, by
+	// annotations: who makes a pod can then take it past the mesh.
+	// +kubebuilder:default=Deny
+	// +optional
+	PodExclusions PodExclusions `json:"podExclusions,omitempty"`
+
+	// PlainText says what becomes of connections from outside of the mesh. A
+	// namespace can be stricter, by an IsolationPolicy, but not less strict.
+	// +kubebuilder:default=Permissive
+	// +optional
+	PlainText PlainText `json:"plainText,omitempty"`
+
+	// EmergencyBypass takes namespaces past their proxies: all their new connections
+	// are in plain text, without identity, policy, and Strict. It is for the hour in
+	// which the mesh itself is broken; the condition EmergencyBypass, events and
+	// metrics show it until the entry is removed. Default: none.
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=map
+	// +listMapKey=namespace
+	// +optional
+	EmergencyBypass []EmergencyBypass `json:"emergencyBypass,omitempty"`
 }
 
 // NodeRedirection is the redirection of some nodes.
@@ -133,11 +166,17 @@ type MeshTopologyStatus struct {
 	// Ready, Progressing, NodesNotReady), Redirected (reasons AsSpecified,
 	// Progressing, NodesDiffer, OlderDecides), IdentityReady (reasons Ready,
 	// ChangingRoots, OlderDecides, InvalidAuthority, AuthorityExpired, NoRootKey,
-	// InvalidIssuer, InvalidTrustDomain, NotRenewed).
+	// InvalidIssuer, InvalidTrustDomain, NotRenewed), EmergencyBypass (True with
+	// reasons InForce and Progressing; False with Off and NotInMesh).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// Bypasses that are on.
+	// +listType=map
+	// +listMapKey=namespace
+	// +optional
+	Bypasses []BypassStatus `json:"bypasses,omitempty"`
 	// Namespaces that are in the mesh by this topology.
 	// +optional
 	Namespaces int32 `json:"namespaces,omitempty"`
@@ -164,6 +203,8 @@ type MeshTopologyStatus struct {
 // +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
 // +kubebuilder:printcolumn:name="Proxies",type=integer,JSONPath=`.status.proxies`
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.spec.proxy.version`
+// +kubebuilder:printcolumn:name="Bypass",type=string,JSONPath=`.status.conditions[?(@.type=="EmergencyBypass")].status`
+// +kubebuilder:printcolumn:name="PlainText",type=string,JSONPath=`.spec.plainText`,priority=1
 // +kubebuilder:printcolumn:name="Redirection",type=string,JSONPath=`.spec.redirection`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type MeshTopology struct {

@@ -31,6 +31,12 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=500
 	// +optional
 	Tenants []NodeTenant `json:"tenants,omitempty"`
+	// Namespaces of the node's pods for which there is more to say.
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=1000
+	// +optional
+	Namespaces []NodeNamespace `json:"namespaces,omitempty"`
 	// Pods of the mesh that are bound to the node, by UID. Their addresses aren't
 	// here: the node knows them first.
 	// +listType=map
@@ -38,6 +44,24 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=1000
 	// +optional
 	Pods []NodePod `json:"pods,omitempty"`
+}
+
+// NodeNamespace is what holds for all pods of a namespace on a node.
+type NodeNamespace struct {
+	// Name of the namespace.
+	Name string `json:"name"`
+	// Exclusions are left out of the mesh.
+	// +kubebuilder:validation:MaxItems=32
+	// +listType=atomic
+	// +optional
+	Exclusions []Exclusion `json:"exclusions,omitempty"`
+	// PlainText says what becomes of connections from outside of the mesh. None is
+	// Permissive.
+	// +optional
+	PlainText PlainText `json:"plainText,omitempty"`
+	// EmergencyBypass is on: new connections pass in the clear.
+	// +optional
+	EmergencyBypass bool `json:"emergencyBypass,omitempty"`
 }
 
 // NodeTenant is one tenant proxy of a node.
@@ -82,6 +106,11 @@ type NodePod struct {
 	ServiceAccount string `json:"serviceAccount"`
 	// Tenant that it belongs to: a name in tenants.
 	Tenant string `json:"tenant"`
+	// Exclusions of its own, beside its namespace's.
+	// +kubebuilder:validation:MaxItems=8
+	// +listType=atomic
+	// +optional
+	Exclusions []Exclusion `json:"exclusions,omitempty"`
 }
 
 // NodeProxyStatus is what the node's agent sees.
@@ -128,6 +157,12 @@ type NodeTenantStatus struct {
 	// Pods that are steered to it.
 	// +optional
 	Pods int32 `json:"pods,omitempty"`
+	// StrictPods of them refuse plain text.
+	// +optional
+	StrictPods int32 `json:"strictPods,omitempty"`
+	// BypassedPods of them pass the proxy by: the emergency bypass.
+	// +optional
+	BypassedPods int32 `json:"bypassedPods,omitempty"`
 	// Limits that the kernel enforces, read back from it.
 	// +optional
 	Limits Limits `json:"limits,omitempty"`

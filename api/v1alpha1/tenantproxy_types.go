@@ -5,7 +5,8 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // TenantProxyStatus is what the owner of a namespace sees of its proxies.
 type TenantProxyStatus struct {
 	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady), Configured
-	// (reasons Configured, ConfigRejected).
+	// (reasons Configured, ConfigRejected), EmergencyBypass (True with reason InForce,
+	// False with Off).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
@@ -64,6 +65,7 @@ type TenantNodeStatus struct {
 // +kubebuilder:printcolumn:name="Proxies",type=integer,JSONPath=`.status.proxies`
 // +kubebuilder:printcolumn:name="Serving",type=integer,JSONPath=`.status.readyProxies`
 // +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
+// +kubebuilder:printcolumn:name="Bypass",type=string,JSONPath=`.status.conditions[?(@.type=="EmergencyBypass")].status`
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.version`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type TenantProxy struct {

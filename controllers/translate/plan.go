@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/api/equality"
+
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 )
 
@@ -65,10 +67,31 @@ func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
 	}
 }
 
-// TenantPlan is what the plan of a node has to know of a tenant.
-type TenantPlan struct {
+// IsStrict reports whether the policies of a namespace close its pods to plain
+// text.
+func IsStrict(policies []v1alpha1.IsolationPolicy) bool {
+	return slices.ContainsFunc(policies, func(p v1alpha1.IsolationPolicy) bool { return p.Spec.PlainText == v1alpha1.PlainTextStrict })
+}
+
+// NamespacePlan is what the plan of a node has to know of a namespace.
+type NamespacePlan struct {
+	// Version and Limits of its proxy.
 	Version string
 	Limits  v1alpha1.Limits
+	// Exclusions of all its pods.
+	Exclusions []v1alpha1.Exclusion
+	// Strict pods take no plain text.
+	Strict bool
+	// Bypass is the emergency bypass.
+	Bypass bool
+}
+
+func (p NamespacePlan) node(name string) (n v1alpha1.NodeNamespace, needed bool) {
+	n = v1alpha1.NodeNamespace{Name: name, Exclusions: p.Exclusions, EmergencyBypass: p.Bypass}
+	if p.Strict {
+		n.PlainText = v1alpha1.PlainTextStrict
+	}
+	return n, p.Strict || p.Bypass || len(p.Exclusions) > 0
 }
 
 // NodePlan is what a node's plan depends on.
@@ -76,53 +99,51 @@ type NodePlan struct {
 	TrustDomain string
 	Redirection v1alpha1.Redirection
 	Members     []Pod
-	// Tenant is asked once for each tenant, by namespace.
-	Tenant func(namespace string) TenantPlan
+	// Namespaces has all namespaces of the members.
+	Namespaces map[string]NamespacePlan
 }
 
 // NodeProxySpec is a node's plan: its members and their tenants, sorted. It never
 // has a canary: that field is a rollout's.
 func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection}
-	seen := map[string]bool{}
+	tenants, namespaces := map[string]bool{}, map[string]bool{}
 	for _, p := range n.Members {
-		name := p.Tenant.String()
-		spec.Pods = append(spec.Pods, v1alpha1.NodePod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Tenant: name})
-		if !seen[name] {
-			seen[name] = true
-			t := n.Tenant(p.Namespace)
-			spec.Tenants = append(spec.Tenants, v1alpha1.NodeTenant{Name: name, Version: t.Version, Limits: t.Limits})
+		name, ns := p.Tenant.String(), n.Namespaces[p.Namespace]
+		pod := v1alpha1.NodePod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Tenant: name}
+		for _, e := range p.Exclusions {
+			// A pod can't let in what its namespace is closed to.
+			if e.Direction != v1alpha1.DirectionInbound || !ns.Strict {
+				pod.Exclusions = append(pod.Exclusions, e)
+			}
+		}
+		spec.Pods = append(spec.Pods, pod)
+		if !tenants[name] {
+			tenants[name] = true
+			spec.Tenants = append(spec.Tenants, v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits})
+		}
+		if !namespaces[p.Namespace] {
+			namespaces[p.Namespace] = true
+			if o, needed := ns.node(p.Namespace); needed {
+				spec.Namespaces = append(spec.Namespaces, o)
+			}
 		}
 	}
+	slices.SortFunc(spec.Namespaces, func(a, b v1alpha1.NodeNamespace) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(spec.Pods, func(a, b v1alpha1.NodePod) int { return strings.Compare(a.UID, b.UID) })
 	slices.SortFunc(spec.Tenants, func(a, b v1alpha1.NodeTenant) int { return strings.Compare(a.Name, b.Name) })
 	return spec
 }
 
-// SamePlan reports whether have is want, whatever canaries it has besides. The
-// order of lists doesn't count.
+// SamePlan reports whether have is want, which is sorted, whatever canaries it has
+// besides. The order of its lists doesn't count.
 func SamePlan(have, want v1alpha1.NodeProxySpec) bool {
-	if have.TrustDomain != want.TrustDomain || have.Redirection != want.Redirection || len(have.Tenants) != len(want.Tenants) || len(have.Pods) != len(want.Pods) {
-		return false
+	have = *have.DeepCopy()
+	for i := range have.Tenants {
+		have.Tenants[i].Canary = nil
 	}
-	tenants := map[string]v1alpha1.NodeTenant{}
-	for _, t := range have.Tenants {
-		t.Canary = nil
-		tenants[t.Name] = t
-	}
-	for _, t := range want.Tenants {
-		if tenants[t.Name] != t {
-			return false
-		}
-	}
-	pods := map[string]v1alpha1.NodePod{}
-	for _, p := range have.Pods {
-		pods[p.UID] = p
-	}
-	for _, p := range want.Pods {
-		if pods[p.UID] != p {
-			return false
-		}
-	}
-	return true
+	slices.SortFunc(have.Tenants, func(a, b v1alpha1.NodeTenant) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(have.Namespaces, func(a, b v1alpha1.NodeNamespace) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(have.Pods, func(a, b v1alpha1.NodePod) int { return strings.Compare(a.UID, b.UID) })
+	return equality.Semantic.DeepEqual(have, want)
 }

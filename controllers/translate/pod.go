@@ -2,12 +2,14 @@ package translate
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
@@ -32,6 +34,12 @@ type Pod struct {
 	// Identity and Tenant of members.
 	Identity model.Identity
 	Tenant   model.Tenant
+	// Bypassed members pass the mesh by for now; others reach them in plain text.
+	Bypassed bool
+	// Exclusions of its own.
+	Exclusions []v1alpha1.Exclusion
+	// Problem of its annotations.
+	Problem Problem
 }
 
 // NewPod says what a pod is to the mesh, by the membership of its namespace.
@@ -49,8 +57,21 @@ func NewPod(p *corev1.Pod, m Membership) Pod {
 		pod.Standing = Member
 		pod.Identity = model.Identity{TrustDomain: m.TrustDomain, Namespace: p.Namespace, ServiceAccount: pod.ServiceAccount}
 		pod.Tenant = m.Tenant(p.Namespace)
+		pod.Bypassed = m.Bypass
+		pod.readExclusions(p, m)
 	}
 	return pod
+}
+
+func (p *Pod) readExclusions(o *corev1.Pod, m Membership) {
+	switch list, err := parseExclusions(o.Annotations); {
+	case err != nil:
+		p.Problem = Problem{ReasonExclusionsInvalid, "its exclusions stay as they were: " + err.Error()}
+	case len(list) > 0 && !m.PodExclusions:
+		p.Problem = Problem{ReasonExclusionsDenied, fmt.Sprintf("its exclusions don't count: MeshTopology %s has podExclusions: Deny", m.Topology)}
+	default:
+		p.Exclusions = list
+	}
 }
 
 // Workload of the pod with these addresses.

@@ -54,8 +54,8 @@ type NodeView struct {
 
 // TenantProxyStatus is what the owner of a tenant sees. Conditions keep the
 // transition times of had.
-func TenantProxyStatus(tenant, version string, nodes []NodeView, had []metav1.Condition, now metav1.Time) v1alpha1.TenantProxyStatus {
-	s := v1alpha1.TenantProxyStatus{Tenant: tenant, Version: version, Proxies: int32(len(nodes))}
+func TenantProxyStatus(tenant string, m Membership, nodes []NodeView, had []metav1.Condition, now metav1.Time) v1alpha1.TenantProxyStatus {
+	s := v1alpha1.TenantProxyStatus{Tenant: tenant, Version: m.Version, Proxies: int32(len(nodes))}
 	nodes = byNode(nodes)
 	var unreported, notReady []string
 	for _, n := range nodes {
@@ -86,7 +86,7 @@ func TenantProxyStatus(tenant, version string, nodes []NodeView, had []metav1.Co
 	default:
 		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(nodes))
 	}
-	s.Conditions = conditions(had, now, c, configured(nodes))
+	s.Conditions = conditions(had, now, c, configured(nodes), tenantBypass(m, nodes))
 	return s
 }
 
@@ -95,8 +95,10 @@ type PolicyInput struct {
 	// Member says whether the namespace is in the mesh.
 	Member bool
 	// Want are the limits of all policies of the namespace together.
-	Want  v1alpha1.Limits
-	Nodes []NodeView
+	Want v1alpha1.Limits
+	// Strict says whether the namespace is closed to plain text.
+	Strict bool
+	Nodes  []NodeView
 }
 
 // IsolationPolicyStatus tells what is enforced where.
@@ -108,7 +110,7 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Limits: n.Status.Limits})
 		}
 		enforced, high := enforces(n.Status.Limits, in.Want)
-		if !n.Reported || !enforced {
+		if !n.Reported || !enforced || in.Strict && int(n.Status.StrictPods) < n.Pods {
 			waiting = append(waiting, n.Node)
 		} else if !high {
 			noHigh = append(noHigh, n.Node)
@@ -162,6 +164,8 @@ type TopologyInput struct {
 	Proxies []NodeView
 	// Nodes that can run proxies.
 	Nodes []NodeRedirectionView
+	// Bypasses that the topology asks for.
+	Bypasses []BypassView
 }
 
 // MeshTopologyStatus tells what a topology came to.
@@ -216,7 +220,10 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	redirected.ObservedGeneration = t.Generation
 	identity := identityCondition(t, all, in)
 	identity.ObservedGeneration = t.Generation
-	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected, identity)
+	bypasses, bypass := bypassStatus(t.Status.Bypasses, in.Bypasses, now)
+	bypass.ObservedGeneration = t.Generation
+	s.Bypasses = bypasses
+	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected, identity, bypass)
 	return s
 }
 

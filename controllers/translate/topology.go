@@ -3,6 +3,7 @@ package translate
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -42,6 +43,10 @@ type topology struct {
 	rules       []labels.Selector // nil for a rule whose selector is invalid
 	redirection v1alpha1.Redirection
 	nodes       []nodeRedirection
+	exclusions  []v1alpha1.Exclusion
+	strict      bool
+	ofPods      bool // exclusions by annotation
+	bypass      map[string]v1alpha1.EmergencyBypass
 	problem     string // of selectors
 }
 
@@ -63,6 +68,12 @@ type Membership struct {
 	CertificateTTL time.Duration
 	// RejectOutside closes what leaves the cluster.
 	RejectOutside bool
+	// Strict pods take no plain text, whatever the namespace's policies say.
+	Strict bool
+	// PodExclusions says whether pods may exclude connections of their own.
+	PodExclusions bool
+	// Bypass is the emergency bypass.
+	Bypass bool
 }
 
 // IsMember reports whether the namespace belongs to the mesh.
@@ -85,9 +96,16 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 			noEgress:    o.Spec.Egress == v1alpha1.EgressReject,
 			redirection: cmp.Or(o.Spec.Redirection, v1alpha1.RedirectionEBPF),
 			ttl:         DefaultCertificateTTL, issuer: o.Spec.Identity.IssuerSecret,
+			exclusions: slices.Clone(o.Spec.Exclusions),
+			strict:     o.Spec.PlainText == v1alpha1.PlainTextStrict,
+			ofPods:     o.Spec.PodExclusions == v1alpha1.PodExclusionsAllow,
+			bypass:     map[string]v1alpha1.EmergencyBypass{},
 		}
 		if d, err := time.ParseDuration(o.Spec.Identity.CertificateTTL); err == nil && d > 0 {
 			item.ttl = d // the API server takes no other but ""
+		}
+		for _, b := range o.Spec.EmergencyBypass {
+			item.bypass[b.Namespace] = b
 		}
 		t.trustDomain = cmp.Or(t.trustDomain, item.trustDomain)
 		for n := range o.Spec.Rules {
@@ -164,6 +182,26 @@ func (t Topologies) own(name string, node map[string]string) v1alpha1.Redirectio
 	return ""
 }
 
+// Bypasses that a topology asks for, by namespace.
+func (t Topologies) Bypasses(name string) []v1alpha1.EmergencyBypass {
+	for _, i := range t.items {
+		if i.name == name {
+			return slices.SortedFunc(maps.Values(i.bypass), func(a, b v1alpha1.EmergencyBypass) int { return strings.Compare(a.Namespace, b.Namespace) })
+		}
+	}
+	return nil
+}
+
+// Exclusions of all namespaces of a topology.
+func (t Topologies) Exclusions(name string) []v1alpha1.Exclusion {
+	for _, i := range t.items {
+		if i.name == name {
+			return i.exclusions
+		}
+	}
+	return nil
+}
+
 // Names of all topologies, the oldest first.
 func (t Topologies) Names() []string {
 	var names []string
@@ -187,7 +225,9 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 			overlapped = append(overlapped, i.name)
 			continue
 		}
-		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl, RejectOutside: i.noEgress}
+		_, bypass := i.bypass[ns.Name]
+		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl, RejectOutside: i.noEgress,
+			Strict: i.strict, PodExclusions: i.ofPods, Bypass: bypass}
 	}
 	return m, overlapped
 }

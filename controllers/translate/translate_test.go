@@ -2,6 +2,7 @@ package translate
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -138,14 +139,22 @@ func TestNodeProxySpec(t *testing.T) {
 		pods = append(pods, NewPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: n[0], Name: "p" + n[1], UID: "u" + "-" + "x"}, Spec: corev1.PodSpec{NodeName: "n"}}, m))
 		pods[len(pods)-1].UID = "u" + n[1]
 	}
-	plan := func(string) TenantPlan { return TenantPlan{Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}} }
-	got := NodeProxySpec(NodePlan{TrustDomain: "td", Redirection: v1alpha1.RedirectionNetfilter, Members: pods, Tenant: plan})
+	out, in := v1alpha1.Exclusion{Direction: v1alpha1.DirectionOutbound, Port: 1}, v1alpha1.Exclusion{Direction: v1alpha1.DirectionInbound, Port: 2}
+	for i := range pods {
+		pods[i].Exclusions = []v1alpha1.Exclusion{out, in}
+	}
+	a := NamespacePlan{Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}
+	b := a
+	b.Exclusions, b.Strict, b.Bypass = []v1alpha1.Exclusion{in}, true, true
+	got := NodeProxySpec(NodePlan{TrustDomain: "td", Redirection: v1alpha1.RedirectionNetfilter, Members: pods, Namespaces: map[string]NamespacePlan{"a": a, "b": b}})
 	want := v1alpha1.NodeProxySpec{TrustDomain: "td", Redirection: v1alpha1.RedirectionNetfilter,
-		Tenants: []v1alpha1.NodeTenant{{Name: "a", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}, {Name: "b", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}},
+		Tenants:    []v1alpha1.NodeTenant{{Name: "a", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}, {Name: "b", Version: "1.40.0", Limits: v1alpha1.Limits{Pids: 5}}},
+		Namespaces: []v1alpha1.NodeNamespace{{Name: "b", Exclusions: []v1alpha1.Exclusion{in}, PlainText: v1alpha1.PlainTextStrict, EmergencyBypass: true}},
 		Pods: []v1alpha1.NodePod{
-			{UID: "u1", Namespace: "a", Name: "p1", ServiceAccount: "default", Tenant: "a"},
-			{UID: "u2", Namespace: "b", Name: "p2", ServiceAccount: "default", Tenant: "b"},
-			{UID: "u3", Namespace: "a", Name: "p3", ServiceAccount: "default", Tenant: "a"},
+			{UID: "u1", Namespace: "a", Name: "p1", ServiceAccount: "default", Tenant: "a", Exclusions: []v1alpha1.Exclusion{out, in}},
+			// A pod can't let plain text in where its namespace doesn't.
+			{UID: "u2", Namespace: "b", Name: "p2", ServiceAccount: "default", Tenant: "b", Exclusions: []v1alpha1.Exclusion{out}},
+			{UID: "u3", Namespace: "a", Name: "p3", ServiceAccount: "default", Tenant: "a", Exclusions: []v1alpha1.Exclusion{out, in}},
 		}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
@@ -159,10 +168,23 @@ func TestNodeProxySpec(t *testing.T) {
 	if SamePlan(canary, got) {
 		t.Error("other limits are the same plan")
 	}
+	for name, change := range map[string]func(*v1alpha1.NodeProxySpec){
+		"another redirection": func(s *v1alpha1.NodeProxySpec) { s.Redirection = v1alpha1.RedirectionEBPF },
+		"no bypass":           func(s *v1alpha1.NodeProxySpec) { s.Namespaces[0].EmergencyBypass = false },
+		"other exclusions":    func(s *v1alpha1.NodeProxySpec) { s.Namespaces[0].Exclusions[0].Port++ },
+		"a pod's exclusions":  func(s *v1alpha1.NodeProxySpec) { s.Pods[0].Exclusions = nil },
+		"another tenant":      func(s *v1alpha1.NodeProxySpec) { s.Pods[0].Tenant = "b" },
+	} {
+		other := *got.DeepCopy()
+		if change(&other); SamePlan(other, got) {
+			t.Error(name + " is the same plan")
+		}
+	}
 	other := *got.DeepCopy()
-	other.Redirection = v1alpha1.RedirectionEBPF
-	if SamePlan(other, got) {
-		t.Error("another redirection is the same plan")
+	slices.Reverse(other.Pods)
+	slices.Reverse(other.Tenants)
+	if !SamePlan(other, got) {
+		t.Error("another order is another plan")
 	}
 }
 
@@ -187,7 +209,7 @@ func TestStatus(t *testing.T) {
 	} {
 		t.Run("tenant/"+test.name, func(t *testing.T) {
 			had := []metav1.Condition{{Type: "Ready", Status: metav1.ConditionTrue, LastTransitionTime: before}}
-			s := TenantProxyStatus("a", "1.40.0", test.nodes, had, now)
+			s := TenantProxyStatus("a", Membership{Version: "1.40.0"}, test.nodes, had, now)
 			wantCondition(t, s.Conditions, "Ready", test.status, test.reason, test.message)
 			if kept := s.Conditions[0].LastTransitionTime.Equal(&before); kept != (test.status == metav1.ConditionTrue) {
 				t.Errorf("transition time kept: %t", kept)
@@ -200,6 +222,8 @@ func TestStatus(t *testing.T) {
 
 	noHigh := limits
 	noHigh.MemoryHigh = 32 << 20
+	closed := up
+	closed.Status.StrictPods = 2
 	loose := up
 	loose.Status.Limits.CPUMillis = 600
 	for _, test := range []struct {
@@ -208,12 +232,14 @@ func TestStatus(t *testing.T) {
 		reason string
 		ready  metav1.ConditionStatus
 	}{
-		{"enforced", PolicyInput{true, limits, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
-		{"no memory.high on v1", PolicyInput{true, noHigh, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
-		{"looser", PolicyInput{true, limits, []NodeView{loose}}, ReasonProgressing, metav1.ConditionFalse},
-		{"nothing reported", PolicyInput{true, limits, []NodeView{up, silent}}, ReasonProgressing, metav1.ConditionFalse},
-		{"no proxies", PolicyInput{true, limits, nil}, ReasonNoProxies, metav1.ConditionFalse},
-		{"not in the mesh", PolicyInput{false, limits, nil}, ReasonNoProxies, metav1.ConditionFalse},
+		{"enforced", PolicyInput{true, limits, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
+		{"no memory.high on v1", PolicyInput{true, noHigh, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
+		{"looser", PolicyInput{true, limits, false, []NodeView{loose}}, ReasonProgressing, metav1.ConditionFalse},
+		{"closed to plain text", PolicyInput{true, limits, true, []NodeView{closed}}, ReasonEnforced, metav1.ConditionTrue},
+		{"open to plain text", PolicyInput{true, limits, true, []NodeView{up}}, ReasonProgressing, metav1.ConditionFalse},
+		{"nothing reported", PolicyInput{true, limits, false, []NodeView{up, silent}}, ReasonProgressing, metav1.ConditionFalse},
+		{"no proxies", PolicyInput{true, limits, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
+		{"not in the mesh", PolicyInput{false, limits, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
 	} {
 		t.Run("policy/"+test.name, func(t *testing.T) {
 			s := IsolationPolicyStatus(&v1alpha1.IsolationPolicy{}, test.in, now)

@@ -53,6 +53,10 @@ type Node struct {
 	Planned []*Host
 	// Redirection of its pods.
 	Redirection v1alpha1.Redirection
+	// Namespaces for which the plan says more.
+	Namespaces []v1alpha1.NodeNamespace
+	// Exclusions of pods, by name.
+	Exclusions map[string][]v1alpha1.Exclusion
 	// Canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	Canary int
@@ -152,9 +156,9 @@ func (n *Node) WritePlan() string {
 			tenants = append(tenants, tenant)
 		}
 		pods = append(pods, object{"uid": p.Name, "namespace": p.Identity.Namespace, "name": p.Name,
-			"serviceAccount": p.Identity.ServiceAccount, "tenant": p.Tenant.String(), "netns": p.Path})
+			"serviceAccount": p.Identity.ServiceAccount, "tenant": p.Tenant.String(), "netns": p.Path, "exclusions": n.Exclusions[p.Name]})
 	}
-	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "pods": pods})
+	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "namespaces": n.Namespaces, "pods": pods})
 	Check(t, err)
 	// In one step: the agent may be reading it.
 	file := n.PlanFile()

@@ -1,0 +1,161 @@
+package kernel
+
+import (
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/bulkhead-mesh/bulkhead/agent"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// What of pods' connections isn't for their proxies: refused in plain text,
+// excluded, bypassed.
+
+const nodePort = 30080
+
+// openNodePort leads a port of the node to a pod as kube-proxy does, with the
+// node's address as the client's.
+func openNodePort(t *testing.T, n *lab.Node, to *lab.Host) {
+	t.Helper()
+	rules := fmt.Sprintf(`table ip nodeport {
+		chain pre { type nat hook prerouting priority dstnat; tcp dport %[1]d dnat to %[2]s:%[3]d; }
+		chain post { type nat hook postrouting priority srcnat; ct status dnat masquerade; }
+	}
+	table ip6 nodeport {
+		chain pre { type nat hook prerouting priority dstnat; tcp dport %[1]d dnat to [%[4]s]:%[3]d; }
+		chain post { type nat hook postrouting priority srcnat; ct status dnat masquerade; }
+	}`, nodePort, to.V4, app.GreetPort, to.V6)
+	n.Do(t, func() {
+		cmd := exec.Command("nft", "-f", "-")
+		cmd.Stdin = strings.NewReader(rules)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v: %s", err, out)
+		}
+	})
+}
+
+// apply makes the plan the node's, and waits until its pods of team-a are so.
+func apply(t *testing.T, n *lab.Node, so func(agent.InspectedPod) bool) {
+	t.Helper()
+	n.WritePlan()
+	lab.Eventually(t, "the plan", func() error {
+		i, err := n.Inspect()
+		if err != nil || i.Problem != "" {
+			return fmt.Errorf("%s, %w", i.Problem, err)
+		}
+		for _, tenant := range i.Tenants {
+			for _, p := range tenant.Pods {
+				if p.Namespace == "team-a" && !so(p) {
+					return fmt.Errorf("pod %+v", p)
+				}
+			}
+		}
+		return nil
+	})
+}
+
+func TestPlainText(t *testing.T) {
+	l := lab.New(t)
+	n := l.Node1
+	openNodePort(t, n, l.A1)
+	byNodePort := func(family int) app.CallResult {
+		return l.Outside.Call(t, "tcp", "--timeout", "3s", lab.At(n.Of(family), nodePort).String())
+	}
+	plain := flow{name: "from outside", from: l.Outside, to: l.A1}
+	pass := []flow{
+		{name: "mesh, same node", from: l.B1, to: l.A1, mesh: true},
+		{name: "mesh, same tenant", from: l.A2, to: l.A1, mesh: true},
+		{name: "mesh, other node", from: l.B2, to: l.A1, mesh: true},
+		{name: "a probe of its node", from: l.Node1.Host, to: l.A1, sees: &lab.Pair{}},
+		{name: "to outside", from: l.A1, to: l.Outside},
+		{name: "another namespace", from: l.Outside, to: l.B1},
+	}
+	takes := func(when string) {
+		t.Helper()
+		eachFamily(t, func(t *testing.T, family int) {
+			plain.check(t, family)
+			if r := byNodePort(family); !r.OK || r.Answer.Pod != "a1" {
+				t.Errorf("%s, by NodePort: %+v", when, r)
+			}
+		})
+	}
+	takes("Permissive")
+	n.Namespaces = []v1alpha1.NodeNamespace{{Name: "team-a", PlainText: v1alpha1.PlainTextStrict}}
+	apply(t, n, func(p agent.InspectedPod) bool { return p.Strict })
+	eachFamily(t, func(t *testing.T, family int) {
+		for _, c := range []struct {
+			name string
+			call func() app.CallResult
+		}{
+			{"from outside", func() app.CallResult {
+				return l.Outside.Call(t, "tcp", "--timeout", "3s", lab.At(l.A1.Of(family), app.GreetPort).String())
+			}},
+			{"by NodePort, masqueraded", func() app.CallResult { return byNodePort(family) }},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				before := n.Tenant("team-a").Drops["plainText"]
+				// The application greets first; not even that gets out.
+				if r := c.call(); r.OK || r.Answer != nil || r.Body != "" {
+					t.Errorf("%+v", r)
+				}
+				if after := n.Tenant("team-a").Drops["plainText"]; after <= before {
+					t.Errorf("counted %d refusals, had %d before", after, before)
+				}
+			})
+		}
+		for _, f := range pass {
+			t.Run(f.name, func(t *testing.T) { f.check(t, family) })
+		}
+	})
+	n.Namespaces = nil
+	apply(t, n, func(p agent.InspectedPod) bool { return !p.Strict })
+	takes("Permissive again")
+}
+
+func TestExclusionsAndBypass(t *testing.T) {
+	l := lab.New(t)
+	n := l.Node1
+	direct := func() (excluded, bypassed uint64) {
+		i := n.Tenant("team-a")
+		return i.Excluded, i.Bypassed
+	}
+	out := v1alpha1.Exclusion{Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.9.0/24"}
+	in := v1alpha1.Exclusion{Direction: v1alpha1.DirectionInbound, Port: app.GreetPort, CIDR: "fd20:9::/64"}
+	for _, c := range []struct {
+		name       string
+		namespaces []v1alpha1.NodeNamespace
+		pods       map[string][]v1alpha1.Exclusion
+		so         func(agent.InspectedPod) bool
+		// How many of a1's connections out over IPv4 and in over IPv6 pass in the
+		// clear, by exclusion and by bypass.
+		excluded, bypassed uint64
+	}{
+		{"none", nil, nil, func(p agent.InspectedPod) bool { return len(p.Excluded) == 0 && !p.Bypass }, 0, 0},
+		{"of the namespace", []v1alpha1.NodeNamespace{{Name: "team-a", Exclusions: []v1alpha1.Exclusion{out}}}, nil,
+			func(p agent.InspectedPod) bool { return slices.Equal(p.Excluded, []string{"outbound 172.20.9.0/24"}) }, 1, 0},
+		{"of the pod", nil, map[string][]v1alpha1.Exclusion{"a1": {out, in}},
+			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 2) == (p.Name == "a1") }, 2, 0},
+		{"of another pod", nil, map[string][]v1alpha1.Exclusion{"a2": {out, in}},
+			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 2) == (p.Name == "a2") }, 0, 0},
+		{"bypass", []v1alpha1.NodeNamespace{{Name: "team-a", EmergencyBypass: true}}, nil, func(p agent.InspectedPod) bool { return p.Bypass }, 0, 2},
+		{"none again", nil, nil, func(p agent.InspectedPod) bool { return len(p.Excluded) == 0 && !p.Bypass }, 0, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n.Namespaces, n.Exclusions = c.namespaces, c.pods
+			apply(t, n, c.so)
+			e, b := direct()
+			flow{name: "out", from: l.A1, to: l.Outside}.check(t, 4)
+			flow{name: "in", from: l.Outside, to: l.A1}.check(t, 6)
+			flow{name: "mesh", from: l.B2, to: l.A1, mesh: true}.check(t, 4)
+			flow{name: "mesh", from: l.B1, to: l.A2, mesh: true}.check(t, 6)
+			if excluded, bypassed := direct(); excluded-e != c.excluded || bypassed-b != c.bypassed {
+				t.Errorf("%d connections were excluded and %d bypassed, want %d and %d", excluded-e, bypassed-b, c.excluded, c.bypassed)
+			}
+		})
+	}
+}
