@@ -24,6 +24,10 @@ type Inspection struct {
 	Missing     []string `json:"missing,omitempty"`
 	// Problem is what of the plan can't be done, "" if nothing.
 	Problem string `json:"problem,omitempty"`
+	// TrustBundle is a digest of the roots that all proxies trust, and Identities says
+	// how their certificates are.
+	TrustBundle string `json:"trustBundle,omitempty"`
+	Identities  string `json:"identities"`
 	// HostNamespaces are the node's own, to compare with.
 	HostNamespaces map[string]string `json:"hostNamespaces"`
 	Tenants        []InspectedTenant `json:"tenants"`
@@ -95,7 +99,8 @@ var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
 // inspect reads everything anew.
 func (a *Agent) inspect() (Inspection, error) {
 	o := a.observe()
-	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem), Tenants: []InspectedTenant{}}
+	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem), Tenants: []InspectedTenant{},
+		TrustBundle: o.trustBundle, Identities: identityCondition(o.identities).Message}
 	var err error
 	if i.HostNamespaces, err = namespacesOf(a.nodeProc); err != nil {
 		return i, err

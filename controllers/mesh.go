@@ -233,10 +233,10 @@ func (m *mesh) syncTopologies(ctx context.Context) error {
 	if err := m.reader.List(ctx, &list); err != nil {
 		return fmt.Errorf("list MeshTopologies: %w", err)
 	}
-	had := m.topologies.TrustDomain()
+	had, ttl := m.topologies.TrustDomain(), m.topologies.ShortestTTL()
 	m.topologies = translate.NewTopologies(list.Items, m.authorityName, m.exempt)
 	m.triggers.namespaces.add(slices.Collect(maps.Keys(m.namespaces))...)
-	if m.topologies.TrustDomain() != had {
+	if m.topologies.TrustDomain() != had || m.topologies.ShortestTTL() != ttl {
 		if err := m.setNetwork(ctx); err != nil { // before any proxy of it
 			return err
 		}
@@ -355,7 +355,7 @@ func (m *mesh) setNetwork(ctx context.Context) error {
 	if m.topologies.TrustDomain() == "" {
 		return nil // without a mesh there are no proxies
 	}
-	return m.store.SetNetwork(translate.Network(m.topologies.TrustDomain(), slices.Collect(maps.Values(m.nodes)), list.Items))
+	return m.store.SetNetwork(translate.Network(m.topologies, slices.Collect(maps.Values(m.nodes)), list.Items))
 }
 
 // syncService translates a service with its endpoints.

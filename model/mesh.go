@@ -1,6 +1,9 @@
 package model
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Network is what every proxy has to know of the cluster's addresses.
 type Network struct {
@@ -10,6 +13,10 @@ type Network struct {
 	PodCIDRs []netip.Prefix
 	// ServiceCIDRs hold the cluster IPs of services.
 	ServiceCIDRs []netip.Prefix
+	// TunnelAge is when a server takes no new connection through a tunnel any more;
+	// those in it go on. So no certificate is trusted for longer than it lives by
+	// half. 0 is 30 minutes.
+	TunnelAge time.Duration
 }
 
 // Workload is a pod with at least one address. Several workloads share an

@@ -17,6 +17,7 @@ const LogKey = "bulkhead"
 var inboundLog = map[string]string{
 	"time":           "%START_TIME%",
 	"peer":           "%DOWNSTREAM_PEER_URI_SAN%",
+	"peer_serial":    "%DOWNSTREAM_PEER_SERIAL%",
 	"own":            "%DOWNSTREAM_LOCAL_URI_SAN%",
 	"source":         "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
 	"destination":    "%DOWNSTREAM_LOCAL_ADDRESS%",

@@ -1,6 +1,9 @@
 package xds
 
 import (
+	"cmp"
+	"time"
+
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -54,7 +57,7 @@ func (p *packer) inbound(n model.Network, identities []served, log bool) *listen
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:            name,
 			TransportSocket: p.downstreamTLS(s.identity.String()),
-			Filters: []*listenerv3.Filter{p.connectManager(listenerInbound, p.logs(log, listenerInbound, inboundLog), p.ownAddress(),
+			Filters: []*listenerv3.Filter{p.connectManager(listenerInbound, cmp.Or(n.TunnelAge, tunnelAge), p.logs(log, listenerInbound, inboundLog), p.ownAddress(),
 				p.authorize("spiffe://"+n.TrustDomain+"/"))},
 		})
 		rules = append(rules, rule{s.prefixes, p.toChain(name)})
@@ -73,16 +76,22 @@ func (p *packer) inbound(n model.Network, identities []served, log bool) *listen
 // there is one way out for pod addresses, whoever lives there.
 func (p *packer) unwrap() *listenerv3.Listener {
 	return internalListener(listenerUnwrap, []*listenerv3.ListenerFilter{p.originalDestination()},
-		p.connectManager(listenerUnwrap, nil, nil))
+		p.connectManager(listenerUnwrap, 0, nil, nil))
 }
 
 // connectManager takes CONNECTs and delivers them to their authority, from the
-// client's address.
-func (p *packer) connectManager(name string, logs []*accesslogv3.AccessLog, early []*corev3.TypedExtensionConfig, filters ...*hcmv3.HttpFilter) *listenerv3.Filter {
+// client's address. A connection that is older than age, if there is one, gets no
+// new streams: Envoy doesn't look at a peer's certificate again.
+func (p *packer) connectManager(name string, age time.Duration, logs []*accesslogv3.AccessLog, early []*corev3.TypedExtensionConfig, filters ...*hcmv3.HttpFilter) *listenerv3.Filter {
 	upgrade := &routev3.RouteAction_UpgradeConfig{UpgradeType: "CONNECT", ConnectConfig: &routev3.RouteAction_UpgradeConfig_ConnectConfig{}}
+	var common *corev3.HttpProtocolOptions
+	if age > 0 {
+		common = &corev3.HttpProtocolOptions{MaxConnectionDuration: durationpb.New(age)}
+	}
 	return p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
-		StatPrefix: name,
-		CodecType:  hcmv3.HttpConnectionManager_HTTP2,
+		StatPrefix:                name,
+		CommonHttpProtocolOptions: common,
+		CodecType:                 hcmv3.HttpConnectionManager_HTTP2,
 		HttpFilters: append(filters,
 			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}),
 			p.httpFilter("envoy.filters.http.router", &routerv3.Router{})),

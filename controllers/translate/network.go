@@ -37,8 +37,8 @@ func NewNode(n *corev1.Node) Node {
 }
 
 // Network is what every proxy has to know.
-func Network(trustDomain string, nodes []Node, services []networkingv1.ServiceCIDR) model.Network {
-	n := model.Network{TrustDomain: trustDomain}
+func Network(t Topologies, nodes []Node, services []networkingv1.ServiceCIDR) model.Network {
+	n := model.Network{TrustDomain: t.TrustDomain(), TunnelAge: t.ShortestTTL() / 2}
 	for _, node := range nodes {
 		n.PodCIDRs = append(n.PodCIDRs, node.PodCIDRs...)
 	}

@@ -143,6 +143,17 @@ func (t Topologies) LongestTTL() time.Duration {
 	return cmp.Or(longest, DefaultCertificateTTL)
 }
 
+// ShortestTTL is the shortest that any workload's certificates are to live.
+func (t Topologies) ShortestTTL() time.Duration {
+	shortest := time.Duration(0)
+	for _, i := range t.items {
+		if i.trustDomain == t.trustDomain && (shortest == 0 || i.ttl < shortest) {
+			shortest = i.ttl
+		}
+	}
+	return cmp.Or(shortest, DefaultCertificateTTL)
+}
+
 // Issuer is the name of the Secret that the mesh's issuer is in, "" for one of its
 // own, and the topology that says so, the oldest of the mesh's trust domain.
 func (t Topologies) Issuer() (secret, topology string) {

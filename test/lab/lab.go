@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,6 +51,7 @@ type Lab struct {
 	dir       string
 	envoys    string
 	Authority *identity.Authority
+	signing   atomic.Pointer[identity.Authority]
 	Store     *xds.Store
 
 	router, router2 *Namespace
@@ -68,6 +71,20 @@ type Options struct {
 	Redirection v1alpha1.Redirection
 	// NoAccessLog has the proxies write none.
 	NoAccessLog bool
+	// Pairs are so many further pods on each node, of a service account each: those
+	// of team-a on the first node and of team-b on the second, without applications.
+	Pairs int
+	// Behind is by how much the authority's clock is, and with it the certificates'
+	// ends: the shortest that it signs for is five minutes.
+	Behind time.Duration
+	// TunnelAge is the model's.
+	TunnelAge time.Duration
+}
+
+// SetAuthority has another authority sign and nodes' next plans trust its roots.
+func (l *Lab) SetAuthority(a *identity.Authority) {
+	l.Authority = a
+	l.signing.Store(a)
 }
 
 // New makes a lab, and waits until all of its pods are steered.
@@ -99,6 +116,7 @@ func NewWith(t testing.TB, o Options) *Lab {
 	l := &Lab{t: t, o: o, dir: dir, envoys: filepath.Dir(envoy.Dir)}
 	l.Authority, err = identity.NewAuthority(TrustDomain, time.Now())
 	Check(t, err)
+	l.signing.Store(l.Authority)
 	l.Store = xds.NewStore(xds.StoreOptions{OnReject: func(r xds.Rejection) { t.Errorf("Envoy refused %+v", r) }})
 
 	l.router, l.router2 = l.namespace("router"), l.namespace("router2")
@@ -111,7 +129,12 @@ func NewWith(t testing.TB, o Options) *Lab {
 	l.B1 = l.pod(l.Node1, "b1", "team-b", "db", 13)
 	l.A3 = l.pod(l.Node2, "a3", "team-a", "api", 14)
 	l.B2 = l.pod(l.Node2, "b2", "team-b", "db", 15)
-	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, l.Pods...) {
+	served := slices.Clone(l.Pods)
+	for i := range o.Pairs {
+		l.pod(l.Node1, fmt.Sprint("c", i), "team-a", fmt.Sprint("client-", i), 20+i)
+		l.pod(l.Node2, fmt.Sprint("s", i), "team-b", fmt.Sprint("server-", i), 20+i)
+	}
+	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, served...) {
 		l.serve(h)
 	}
 	l.publish()
@@ -222,7 +245,7 @@ func (l *Lab) publish() {
 		return out
 	}
 	Check(t, l.Store.SetNetwork(model.Network{TrustDomain: TrustDomain,
-		PodCIDRs: prefixes("10.77.0.0/16", "fd77::/16"), ServiceCIDRs: prefixes("10.96.0.0/16", "fd96::/16")}))
+		PodCIDRs: prefixes("10.77.0.0/16", "fd77::/16"), ServiceCIDRs: prefixes("10.96.0.0/16", "fd96::/16"), TunnelAge: l.o.TunnelAge}))
 	proxies := map[model.ProxyKey]*model.Proxy{}
 	for _, p := range l.Pods {
 		w := model.Workload{UID: p.Name, Namespace: p.Identity.Namespace, Name: p.Name, Node: p.Node.Name,

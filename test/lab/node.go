@@ -65,6 +65,9 @@ type Node struct {
 	// MemoryMax limits tenants' proxies, in bytes. Default 1 GiB.
 	MemoryMax map[string]int64
 
+	// StopOperator ends the operator as this node sees it.
+	StopOperator func()
+
 	agent *exec.Cmd
 	log   *os.File
 }
@@ -310,15 +313,17 @@ func (n *Node) AccessLog(tenant string) (lines []map[string]string) {
 func (n *Node) serveConfiguration() {
 	t := n.l.t
 	t.Helper()
-	certificate, err := n.l.Authority.ServerCertificate([]string{"localhost"}, time.Hour, time.Now())
-	Check(t, err)
 	var listener net.Listener
+	var err error
 	n.Do(t, func() {
 		listener, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", operatorPort))
 		Check(t, err)
 	})
 	g := grpc.NewServer(append(xds.GRPCOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{certificate}})))...)
+		MinVersion: tls.VersionTLS13, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			c, err := n.l.signing.Load().ServerCertificate([]string{"localhost"}, time.Hour, time.Now())
+			return &c, err
+		}})))...)
 	xds.NewServer(n.l.Store, xds.ServerOptions{
 		Logger: slog.New(slog.DiscardHandler),
 		Authorize: func(ctx context.Context) (xds.StreamIdentity, error) {
@@ -328,6 +333,7 @@ func (n *Node) serveConfiguration() {
 	}).Register(g)
 	nodev1alpha1.RegisterNodeServiceServer(g, &signer{node: n})
 	go g.Serve(listener)
+	n.StopOperator = g.Stop
 	t.Cleanup(g.Stop)
 }
 
@@ -342,7 +348,11 @@ func (s *signer) SignCertificate(_ context.Context, r *nodev1alpha1.SignCertific
 	if i < 0 {
 		return nil, status.Errorf(codes.PermissionDenied, "%s has no pod %s", s.node.Name, r.PodUid)
 	}
-	chain, err := s.node.l.Authority.Sign(r.Csr, s.node.Pods[i].Identity, time.Hour, time.Now())
+	ttl := time.Hour
+	if s.node.l.o.Behind > 0 {
+		ttl = identity.MinTTL
+	}
+	chain, err := s.node.l.signing.Load().Sign(r.Csr, s.node.Pods[i].Identity, ttl, time.Now().Add(-s.node.l.o.Behind))
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
