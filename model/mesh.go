@@ -38,7 +38,7 @@ type Service struct {
 	Namespace string
 	Name      string
 	// VIPs are its cluster IPs; none for headless services, whose clients connect
-	// to pods.
+	// to pods, but which routes may name as backends.
 	VIPs  []netip.Addr
 	Ports []ServicePort
 }
@@ -47,6 +47,8 @@ type Service struct {
 type ServicePort struct {
 	Name string
 	Port uint16
+	// Protocol that the service says it speaks.
+	Protocol Protocol
 	// Endpoints of both address families; a VIP uses those of its own.
 	Endpoints []Endpoint
 }

@@ -43,10 +43,6 @@ func Service(s *corev1.Service, endpointSlices []discoveryv1.EndpointSlice, d Di
 		}
 	}
 	svc.VIPs = ValidAddrs(vips)
-	if len(svc.VIPs) == 0 {
-		// Clients of headless services connect to pods; nobody asks for its endpoints.
-		return svc, nil
-	}
 	refs := map[Ref]struct{}{}
 	endpointSlices = slices.Clone(endpointSlices)
 	slices.SortFunc(endpointSlices, func(a, b discoveryv1.EndpointSlice) int { return strings.Compare(a.Name, b.Name) })
@@ -57,7 +53,7 @@ func Service(s *corev1.Service, endpointSlices []discoveryv1.EndpointSlice, d Di
 		if p.Port < 1 || p.Port > 65535 {
 			continue
 		}
-		svc.Ports = append(svc.Ports, model.ServicePort{Name: p.Name, Port: uint16(p.Port), Endpoints: endpoints(p.Name, endpointSlices, d, refs)})
+		svc.Ports = append(svc.Ports, model.ServicePort{Name: p.Name, Port: uint16(p.Port), Protocol: protocol(p), Endpoints: endpoints(p.Name, endpointSlices, d, refs)})
 	}
 	slices.SortFunc(svc.Ports, func(a, b model.ServicePort) int { return int(a.Port) - int(b.Port) })
 	out := make([]Ref, 0, len(refs))

@@ -73,7 +73,7 @@ func TestServiceEndpoints(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			got, refs := Service(svc, []discoveryv1.EndpointSlice{slice("web-1", test.endpoint)}, d)
 			want := model.Service{Namespace: "a", Name: "web", VIPs: []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd01::1")},
-				Ports: []model.ServicePort{{Name: "http", Port: 80, Endpoints: test.want}}}
+				Ports: []model.ServicePort{{Name: "http", Port: 80, Protocol: model.ProtocolHTTP, Endpoints: test.want}}}
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 				t.Error(diff)
 			}
@@ -93,8 +93,9 @@ func TestServiceEndpoints(t *testing.T) {
 	t.Run("headless", func(t *testing.T) {
 		headless := svc.DeepCopy()
 		headless.Spec.ClusterIPs = []string{"None"}
-		if got, _ := Service(headless, nil, d); len(got.VIPs) != 0 {
-			t.Errorf("VIPs %v", got.VIPs)
+		got, _ := Service(headless, []discoveryv1.EndpointSlice{slice("web-1", discoveryv1.Endpoint{Addresses: []string{"10.1.0.1"}})}, d)
+		if len(got.VIPs) != 0 || len(got.Ports) != 1 || len(got.Ports[0].Endpoints) != 1 {
+			t.Errorf("%+v has VIPs, or no endpoint for routes", got)
 		}
 	})
 }
