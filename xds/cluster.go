@@ -33,6 +33,9 @@ const (
 	ejectAfter = 5
 )
 
+// httpOptions is where a cluster's options for HTTP are.
+const httpOptions = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
 // cluster is what all clusters share. The limits of a tenant are its cgroup's;
 // Envoy's own of 1024 would be in the way.
 func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.Cluster {
@@ -58,7 +61,7 @@ func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.
 // tunnels makes c's upstream connections HTTP/2.
 func (p *packer) tunnels(c *clusterv3.Cluster) {
 	c.TypedExtensionProtocolOptions = map[string]*anypb.Any{
-		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": p.any(&upstreamhttpv3.HttpProtocolOptions{
+		httpOptions: p.any(&upstreamhttpv3.HttpProtocolOptions{
 			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
 				IdleTimeout: durationpb.New(tunnelIdle), MaxConnectionDuration: durationpb.New(tunnelAge),
 			},
@@ -112,7 +115,12 @@ func StaticClusters() ([]*clusterv3.Cluster, error) {
 // that changes are endpoints.
 func VIPCluster(vip netip.AddrPort) (*clusterv3.Cluster, error) {
 	p := &packer{}
-	c := cluster(VIPName(vip), clusterv3.Cluster_EDS)
+	return p.endpointCluster(VIPName(vip)), p.err()
+}
+
+// endpointCluster is a cluster whose endpoints are in the mesh or outside of it.
+func (p *packer) endpointCluster(name string) *clusterv3.Cluster {
+	c := cluster(name, clusterv3.Cluster_EDS)
 	c.EdsClusterConfig = &clusterv3.Cluster_EdsClusterConfig{EdsConfig: ads(), ServiceName: c.Name}
 	c.LbPolicy = clusterv3.Cluster_LEAST_REQUEST
 	// Never send to an endpoint that is draining because few others are left:
@@ -133,7 +141,7 @@ func VIPCluster(vip netip.AddrPort) (*clusterv3.Cluster, error) {
 		{Name: "plain", Match: structOf("plain", structpb.NewBoolValue(true)), TransportSocket: p.rawSocket()},
 		{Name: "tunnel", Match: &structpb.Struct{}, TransportSocket: p.internalSocket()},
 	}
-	return c, p.err()
+	return c
 }
 
 func structOf(key string, value *structpb.Value) *structpb.Struct {
@@ -143,8 +151,13 @@ func structOf(key string, value *structpb.Value) *structpb.Struct {
 // VIPEndpoints are the endpoints behind a service's address, of its family, as
 // clients at a place have them; none for the zero Service.
 func VIPEndpoints(vip netip.AddrPort, s model.Service, from Place) (*endpointv3.ClusterLoadAssignment, error) {
-	cla := &endpointv3.ClusterLoadAssignment{ClusterName: VIPName(vip)}
-	eps := slices.DeleteFunc(slices.Clone(portOf(s, vip).Endpoints), func(e model.Endpoint) bool { return e.Addr.Addr().Is4() != vip.Addr().Is4() })
+	return endpointsOf(VIPName(vip), vip.Addr().Is6(), portOf(s, vip), from), nil
+}
+
+// endpointsOf are a port's endpoints of one address family.
+func endpointsOf(name string, ipv6 bool, port model.ServicePort, from Place) *endpointv3.ClusterLoadAssignment {
+	cla := &endpointv3.ClusterLoadAssignment{ClusterName: name}
+	eps := slices.DeleteFunc(slices.Clone(port.Endpoints), func(e model.Endpoint) bool { return e.Addr.Addr().Is6() != ipv6 })
 	slices.SortFunc(eps, func(a, b model.Endpoint) int {
 		// Of two that claim one address, the one that must prove an identity counts.
 		return cmp.Or(a.Addr.Compare(b.Addr), -cmp.Compare(a.Identity.String(), b.Identity.String()))
@@ -167,7 +180,7 @@ func VIPEndpoints(vip netip.AddrPort, s model.Service, from Place) (*endpointv3.
 		// Apart from the others, or a priority would pass for half dead in a rollout.
 		cla.Endpoints = append(cla.Endpoints, priority(len(cla.Endpoints), leaving, corev3.HealthStatus_DRAINING))
 	}
-	return cla, nil
+	return cla
 }
 
 func lbEndpoint(e model.Endpoint) *endpointv3.LbEndpoint {

@@ -30,6 +30,7 @@ const typeSecret = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v
 
 const bootstrap = `
 node: {id: test, cluster: test}
+layered_runtime: {layers: [{name: static, static_layer: {envoy.reloadable_features.enable_send_rst_on_user_space_socket: false}}]}
 admin: {address: {pipe: {path: admin.sock}}}
 dynamic_resources:
   ads_config:

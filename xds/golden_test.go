@@ -3,11 +3,13 @@ package xds
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -46,6 +48,37 @@ var (
 	}
 )
 
+// testRouting has one of everything.
+var testRouting = model.Routing{Port: 80, Rules: []model.Rule{
+	{
+		Match: model.RequestMatch{
+			Path: model.PathMatch{Kind: model.PathExact, Value: "/a"}, Method: "GET",
+			Headers: []model.ValueMatch{{Name: "x-a", Value: "1"}, {Name: "x-b", Value: ".+", Regex: true}},
+			Query:   []model.ValueMatch{{Name: "q", Value: "1"}, {Name: "r", Value: ".+", Regex: true}},
+		},
+		Action: &model.Action{
+			Origin:          model.Origin{Kind: "HTTPRoute", Namespace: "team-a", Name: "api", Rule: "first"},
+			RequestHeaders:  model.HeaderChange{Set: []model.Header{{Name: "x-set", Value: "50%"}}, Add: []model.Header{{Name: "x-add", Value: "a"}}, Remove: []string{"x-gone"}},
+			ResponseHeaders: model.HeaderChange{Add: []model.Header{{Name: "x-seen", Value: "b"}}},
+			Backends: []model.Backend{
+				{To: toService("api", 80), Weight: 9, RequestHeaders: model.HeaderChange{Set: []model.Header{{Name: "x-backend", Value: "api"}}}},
+				{Weight: 1}, {To: toService("unused", 80)},
+			},
+			Host: "inner.example.com", Path: &model.PathChange{Value: "/b"},
+			Mirrors: []model.Mirror{{To: toService("copy", 80), Numerator: 1, Denominator: 10_000}},
+			Timeout: 10 * time.Second, TryTimeout: time.Second, Retry: &model.Retry{Attempts: 2, Codes: []uint32{503}, Backoff: 100 * time.Millisecond},
+		},
+	},
+	{Match: model.RequestMatch{Path: model.PathMatch{Kind: model.PathRegex, Value: "/x[0-9]+"}}, Action: &model.Action{Redirect: &model.Redirect{Code: 301, Scheme: "https", Path: &model.PathChange{Value: "/y"}}}},
+	{Match: model.RequestMatch{Path: model.PathMatch{Value: "/c/"}}, Action: &model.Action{Redirect: &model.Redirect{Code: 307, Host: "example.com", Port: 8443, Path: &model.PathChange{Prefix: true, Value: "/d"}}}},
+	{Match: model.RequestMatch{Path: model.PathMatch{Value: "/e"}}, Action: &model.Action{Backends: []model.Backend{{To: toService("api", 80), Weight: 1}}, Path: &model.PathChange{Prefix: true, Value: "/"}}},
+	{Match: model.RequestMatch{Path: model.PathMatch{Value: "/"}}, Action: &model.Action{}},
+}}
+
+func toService(name string, port uint16) model.ServicePortKey {
+	return model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: "team-a", Name: name}, Port: port}
+}
+
 func prefixes(s ...string) (out []netip.Prefix) {
 	for _, p := range s {
 		out = append(out, netip.MustParsePrefix(p))
@@ -81,6 +114,13 @@ func TestGolden(t *testing.T) {
 	one := func(m proto.Message, err error) ([]proto.Message, error) { return []proto.Message{m}, err }
 	quiet := testProxy
 	quiet.AccessLog, quiet.Workloads = false, quiet.Workloads[:1]
+	backend := Backend{ServicePortKey: model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: "team-a", Name: "api"}, Port: 80}}
+	routes := func(r model.Routing) func() ([]proto.Message, error) {
+		return func() ([]proto.Message, error) {
+			m, _, err := Routes(vip4, backend.ServiceKey, r)
+			return one(m, err)
+		}
+	}
 	draining := model.Service{Namespace: "team-a", Name: "api", Ports: []model.ServicePort{{Port: 80, Endpoints: testService.Ports[0].Endpoints[1:2]}}}
 	files := map[string]func() ([]proto.Message, error){
 		"listeners":         func() ([]proto.Message, error) { return messages(Listeners(testNetwork, testProxy)) },
@@ -104,6 +144,19 @@ func TestGolden(t *testing.T) {
 		"endpoints-ipv6":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip6, testService, Place{})) },
 		"endpoints-all-draining": func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, draining, Place{})) },
 		"endpoints-unknown":      func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, model.Service{}, Place{})) },
+		"http-listener":          func() ([]proto.Message, error) { return one(HTTPListener(vip4)) },
+		"http-endpoints":         func() ([]proto.Message, error) { return one(HTTPEndpoints(vip6), nil) },
+		"http-backend":           func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP)) },
+		"http-backend-h2c":       func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP2)) },
+		"http-backend-ws":        func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP1)) },
+		"http-backend-endpoints": func() ([]proto.Message, error) { return one(BackendEndpoints(backend, testService, Place{}), nil) },
+		"http-mirror": func() ([]proto.Message, error) {
+			c, err := mirrorCluster()
+			l, err2 := mirrorListener()
+			return []proto.Message{c, l}, errors.Join(err, err2)
+		},
+		"http-routes":      routes(testRouting),
+		"http-routes-none": routes(model.Routing{}),
 	}
 	for name, build := range files {
 		t.Run(name, func(t *testing.T) {

@@ -63,6 +63,8 @@ func shortType(typeURL string) string {
 		return "cds"
 	case TypeEndpoints:
 		return "eds"
+	case TypeRoutes:
+		return "rds"
 	}
 	return "other"
 }

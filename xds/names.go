@@ -2,6 +2,7 @@ package xds
 
 import (
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -33,6 +34,7 @@ const (
 	TypeListener  = "type.googleapis.com/envoy.config.listener.v3.Listener"
 	TypeCluster   = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 	TypeEndpoints = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+	TypeRoutes    = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 )
 
 // Names of listeners.
@@ -55,8 +57,10 @@ const (
 )
 
 const (
-	vipPrefix = "vip|"
-	podPrefix = "pod|"
+	vipPrefix     = "vip|"
+	podPrefix     = "pod|"
+	httpPrefix    = "l7|"
+	backendPrefix = "be|"
 )
 
 // VIPName is the name of the cluster and the endpoints of a service's address.
@@ -64,6 +68,45 @@ func VIPName(vip netip.AddrPort) string { return vipPrefix + vip.String() }
 
 // PodName is the name of the cluster of a pod that is dialled directly.
 func PodName(addr netip.Addr) string { return podPrefix + addr.String() }
+
+// HTTPName is the name of the listener and the routes of a service's address that
+// is spoken to as HTTP.
+func HTTPName(vip netip.AddrPort) string { return httpPrefix + vip.String() }
+
+// Backend is a service's port as a backend of routes, in one address family. Its
+// String names the cluster and the endpoints.
+type Backend struct {
+	IPv6 bool
+	model.ServicePortKey
+}
+
+func (b Backend) String() string {
+	if b.IPv6 {
+		return backendPrefix + "6|" + b.ServicePortKey.String()
+	}
+	return backendPrefix + "4|" + b.ServicePortKey.String()
+}
+
+func parseHTTPName(name string) (netip.AddrPort, bool) {
+	rest, ok := strings.CutPrefix(name, httpPrefix)
+	if !ok {
+		return netip.AddrPort{}, false
+	}
+	return parseVIPName(vipPrefix + rest)
+}
+
+func parseBackendName(name string) (Backend, bool) {
+	rest, ok := strings.CutPrefix(name, backendPrefix)
+	family, rest, sep := strings.Cut(rest, "|")
+	if !ok || !sep || len(name) > maxName {
+		return Backend{}, false
+	}
+	namespace, rest, _ := strings.Cut(rest, "/")
+	service, text, _ := strings.Cut(rest, ":")
+	port, err := strconv.ParseUint(text, 10, 16)
+	b := Backend{IPv6: family == "6", ServicePortKey: model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: namespace, Name: service}, Port: uint16(port)}}
+	return b, err == nil && port != 0 && namespace != "" && service != "" && b.String() == name
+}
 
 // parseVIPName and parsePodName accept the spelling that VIPName and PodName
 // make and no other, so that a proxy can't hold one thing under many names.

@@ -42,3 +42,26 @@ func enterNetns(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// netnsOf runs functions in the calling goroutine's network namespace, whichever
+// goroutine they are called from.
+func netnsOf(t *testing.T) func(func() error) error {
+	t.Helper()
+	ns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ns.Close() })
+	return func(f func() error) error {
+		done := make(chan error)
+		go func() {
+			runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+				done <- err
+				return
+			}
+			done <- f()
+		}()
+		return <-done
+	}
+}

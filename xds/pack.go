@@ -60,6 +60,8 @@ type resource struct {
 	source  Source
 	// unknown is the resource of an address that nobody has.
 	unknown bool
+	// needs are what a proxy must have acknowledged before it gets this.
+	needs []resourceKey
 	// seq orders the contents that a name had; see proxyState.
 	seq uint64
 }

@@ -100,11 +100,14 @@ func filterState(key, factory, format string, share filterstatev3.FilterStateVal
 	}
 }
 
+// keyIdentity is where a connection's identity is kept.
+const keyIdentity = "envoy.tls.certificate_mappers.on_demand_secret"
+
 // identityState makes the connection's upstream present id's certificate.
 // envoy.hashable_string puts it into the key of every connection pool;
 // envoy.string, the default, would lend one identity's connections to another.
 func identityState(id string) *filterstatev3.FilterStateValue {
-	return filterState("envoy.tls.certificate_mappers.on_demand_secret", "envoy.hashable_string", id, filterstatev3.FilterStateValue_TRANSITIVE)
+	return filterState(keyIdentity, "envoy.hashable_string", id, filterstatev3.FilterStateValue_TRANSITIVE)
 }
 
 // clusterState picks the connection's cluster, by on-demand name.
@@ -123,10 +126,14 @@ func destinationState() *filterstatev3.FilterStateValue {
 // would get a pool, and a tunnel, of its own that is never closed. Of the two
 // spellings the one of the wrong family doesn't parse and is skipped.
 func sourceState() []*filterstatev3.FilterStateValue {
+	return sourceStateFrom("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%")
+}
+
+func sourceStateFrom(address string) []*filterstatev3.FilterStateValue {
 	const key = "envoy.filters.listener.original_dst.remote_ip"
 	return []*filterstatev3.FilterStateValue{
-		filterState(key, "", "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%:0", filterstatev3.FilterStateValue_TRANSITIVE),
-		filterState(key, "", "[%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%]:0", filterstatev3.FilterStateValue_TRANSITIVE),
+		filterState(key, "", address+":0", filterstatev3.FilterStateValue_TRANSITIVE),
+		filterState(key, "", "["+address+"]:0", filterstatev3.FilterStateValue_TRANSITIVE),
 	}
 }
 

@@ -70,8 +70,12 @@ func priority(n int, eps []model.Endpoint, health corev3.HealthStatus) *endpoint
 
 // portOf is the service's port behind one of its addresses.
 func portOf(s model.Service, vip netip.AddrPort) model.ServicePort {
+	return portNumbered(s, vip.Port())
+}
+
+func portNumbered(s model.Service, port uint16) model.ServicePort {
 	for _, p := range s.Ports {
-		if p.Port == vip.Port() {
+		if p.Port == port {
 			return p
 		}
 	}

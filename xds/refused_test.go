@@ -24,7 +24,7 @@ func (s *Store) replace(t *testing.T, name string, source Source, m *clusterv3.C
 		t.Fatalf("nobody holds %s", name)
 	}
 	s.invalidate(TypeCluster, name)
-	e.built[Place{}] = &built{version: e.version, current: r}
+	e.built[variant{}] = &built{version: e.version, current: r}
 }
 
 // What validation can't find and Envoy refuses when it builds it is told with the

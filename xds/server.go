@@ -189,6 +189,7 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 		rejections: rate.NewLimiter(1, 32),
 		end:        cancel, wakeup: make(chan struct{}, 1), absent: make(chan removal),
 		types: map[string]*subscription{}, unanswered: map[string]answer{}, dirty: map[string]map[string]struct{}{},
+		blocked: map[resourceKey]map[resourceKey]struct{}{}, uses: map[resourceKey]map[resourceKey]struct{}{},
 	}
 	if !s.add(st, revocations) {
 		return errRevoked

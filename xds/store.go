@@ -44,6 +44,7 @@ type Store struct {
 
 	proxies   map[model.ProxyKey]*proxyState
 	services  map[serviceKey]model.Service
+	routings  map[serviceKey]map[scope]model.Routing
 	vips      map[netip.AddrPort]serviceKey
 	workloads map[string]model.Workload // by UID
 	addrs     map[netip.Addr][]string   // UIDs, the newest last
@@ -51,16 +52,16 @@ type Store struct {
 	builds    uint64
 }
 
-type serviceKey struct{ namespace, name string }
+type serviceKey = model.ServiceKey
 
 type resourceKey struct{ typeURL, name string }
 
-// entry is a shared resource that somebody holds.
+// entry is a shared resource that somebody holds. Whose clients have routes of
+// their own for a service holds another variant than others.
 type entry struct {
 	// version counts the times that it may have changed.
 	version uint64
-	// built are the resources, one for each place that makes a difference.
-	built   map[Place]*built
+	built   map[variant]*built
 	holders map[*stream]struct{}
 }
 
@@ -76,7 +77,7 @@ func NewStore(o StoreOptions) *Store {
 	}
 	s := &Store{
 		opts: o, static: map[string]*resource{}, changed: make(chan struct{}),
-		proxies: map[model.ProxyKey]*proxyState{}, services: map[serviceKey]model.Service{}, vips: map[netip.AddrPort]serviceKey{},
+		proxies: map[model.ProxyKey]*proxyState{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
 		workloads: map[string]model.Workload{}, addrs: map[netip.Addr][]string{}, shared: map[resourceKey]*entry{},
 	}
 	clusters, err := StaticClusters()
@@ -132,7 +133,7 @@ func (s *Store) SetService(svc model.Service) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := serviceKey{svc.Namespace, svc.Name}
+	key := serviceKey{Namespace: svc.Namespace, Name: svc.Name}
 	old, had := s.services[key]
 	if had && reflect.DeepEqual(old, svc) {
 		return nil
@@ -152,9 +153,14 @@ func (s *Store) SetService(svc model.Service) error {
 		if s.vips[vip] == key && reflect.DeepEqual(was[vip], port) {
 			continue
 		}
+		if s.vips[vip] == key {
+			s.invalidate(TypeEndpoints, VIPName(vip))
+			continue
+		}
 		s.vips[vip] = key
-		s.invalidate(TypeEndpoints, VIPName(vip))
+		s.invalidateVIP(vip)
 	}
+	s.invalidateBackends(old, svc)
 	return nil
 }
 
@@ -163,18 +169,19 @@ func (s *Store) SetService(svc model.Service) error {
 func (s *Store) DeleteService(namespace, name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := serviceKey{namespace, name}
+	key := serviceKey{Namespace: namespace, Name: name}
 	for vip := range serviceVIPs(s.services[key]) {
 		if s.vips[vip] == key {
 			s.dropVIP(vip)
 		}
 	}
+	s.invalidateBackends(s.services[key], model.Service{Namespace: namespace, Name: name})
 	delete(s.services, key)
 }
 
 func (s *Store) dropVIP(vip netip.AddrPort) {
 	delete(s.vips, vip)
-	s.invalidate(TypeEndpoints, VIPName(vip))
+	s.invalidateVIP(vip)
 	s.invalidate(TypeCluster, VIPName(vip))
 }
 
@@ -187,7 +194,7 @@ func (s *Store) ServiceOf(resource string) (namespace, name string, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	key, ok := s.vips[vip]
-	return key.namespace, key.name, ok
+	return key.Namespace, key.Name, ok
 }
 
 func serviceVIPs(svc model.Service) map[netip.AddrPort]model.ServicePort {
@@ -289,7 +296,7 @@ func (s *Store) hold(st *stream, typeURL, name string) bool {
 		key := resourceKey{typeURL, name}
 		e := s.shared[key]
 		if e == nil {
-			e = &entry{version: 1, built: map[Place]*built{}, holders: map[*stream]struct{}{}}
+			e = &entry{version: 1, built: map[variant]*built{}, holders: map[*stream]struct{}{}}
 			s.shared[key] = e
 		}
 		e.holders[st] = struct{}{}
@@ -319,7 +326,19 @@ var listenerNames = []string{listenerOutbound, listenerInbound, listenerPlain, l
 func validShared(typeURL, name string) bool {
 	_, vip := parseVIPName(name)
 	_, pod := parsePodName(name)
-	return vip && (typeURL == TypeCluster || typeURL == TypeEndpoints) || pod && typeURL == TypeCluster
+	_, http := parseHTTPName(name)
+	_, backend := parseBackendName(name)
+	switch typeURL {
+	case TypeCluster:
+		return vip || pod || backend || name == mirrorName
+	case TypeEndpoints:
+		return vip || backend
+	case TypeListener:
+		return http || name == mirrorName
+	case TypeRoutes:
+		return http
+	}
+	return false
 }
 
 // release is the opposite of hold.
@@ -347,10 +366,12 @@ func (s *Store) lookup(st *stream, typeURL, name string) *resource {
 	defer s.mu.Unlock()
 	switch typeURL {
 	case TypeListener:
-		if p := s.proxies[st.key]; p != nil {
-			return s.listeners(p)[name]
+		if slices.Contains(listenerNames, name) {
+			if p := s.proxies[st.key]; p != nil {
+				return s.listeners(p)[name]
+			}
+			return nil
 		}
-		return nil
 	case TypeCluster:
 		if r := s.static[name]; r != nil {
 			return r
@@ -360,32 +381,22 @@ func (s *Store) lookup(st *stream, typeURL, name string) *resource {
 	if e == nil {
 		return nil
 	}
-	from := s.place(st, typeURL, name)
-	b := e.built[from]
+	which := s.variant(st, typeURL, name)
+	b := e.built[which]
 	if b == nil {
 		b = &built{}
-		e.built[from] = b
+		e.built[which] = b
 	}
 	if b.version != e.version {
 		b.version = e.version
 		s.builds++
-		if r, err := s.build(typeURL, name, from); err != nil {
+		if r, err := s.build(typeURL, name, which); err != nil {
 			s.refuse(typeURL, name, err)
 		} else {
 			b.current = r
 		}
 	}
 	return b.current
-}
-
-// place is what of a stream's place makes a difference to a resource.
-func (s *Store) place(st *stream, typeURL, name string) Place {
-	p := s.proxies[st.key]
-	if typeURL != TypeEndpoints || p == nil {
-		return Place{}
-	}
-	vip, _ := parseVIPName(name)
-	return Place{Zone: p.proxy.Zone, Node: p.proxy.Node}.at(portOf(s.services[s.vips[vip]], vip))
 }
 
 // wildcard is the names that a wildcard subscription of st stands for.
@@ -399,17 +410,22 @@ func (s *Store) wildcard(typeURL string) []string {
 	return nil
 }
 
-func (s *Store) build(typeURL, name string, from Place) (*resource, error) {
+func (s *Store) build(typeURL, name string, which variant) (*resource, error) {
 	var m proto.Message
+	var needs []resourceKey
 	var err error
 	var source Source
 	if vip, ok := parseVIPName(name); ok {
 		svc := s.services[s.vips[vip]]
 		source = serviceSource(svc)
-		if typeURL == TypeEndpoints {
-			m, err = VIPEndpoints(vip, svc, from)
-		} else {
+		switch {
+		case typeURL == TypeCluster:
 			m, err = VIPCluster(vip)
+		case which.routed:
+			m = HTTPEndpoints(vip)
+			needs = []resourceKey{{TypeListener, HTTPName(vip)}, {TypeRoutes, HTTPName(vip)}}
+		default:
+			m, err = VIPEndpoints(vip, svc, which.from)
 		}
 	} else if addr, ok := parsePodName(name); ok {
 		if w, known := s.holder(addr); known {
@@ -417,6 +433,28 @@ func (s *Store) build(typeURL, name string, from Place) (*resource, error) {
 			m, err = PodCluster(addr, w)
 		} else {
 			m, err = UnknownPodCluster(addr)
+		}
+	} else if vip, ok := parseHTTPName(name); ok {
+		source = serviceSource(s.services[s.vips[vip]])
+		if typeURL == TypeListener {
+			m, err = HTTPListener(vip)
+		} else {
+			m, needs, err = s.buildRoutes(vip, which.consumer)
+		}
+	} else if b, ok := parseBackendName(name); ok {
+		svc := s.services[b.ServiceKey]
+		source = serviceSource(svc)
+		if typeURL == TypeCluster {
+			m, err = BackendCluster(b, portNumbered(svc, b.Port).Protocol)
+		} else {
+			m = BackendEndpoints(b, svc, which.from)
+		}
+	} else if name == mirrorName {
+		source = Source{Kind: "Static"}
+		if typeURL == TypeListener {
+			m, err = mirrorListener()
+		} else {
+			m, err = mirrorCluster()
 		}
 	} else {
 		err = fmt.Errorf("%q isn't a name", name)
@@ -426,7 +464,7 @@ func (s *Store) build(typeURL, name string, from Place) (*resource, error) {
 	}
 	r, err := encode(name, source, m)
 	if err == nil {
-		r.unknown = s.unknown(name)
+		r.needs, r.unknown = needs, s.unknown(name)
 	}
 	return r, err
 }

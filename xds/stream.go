@@ -25,11 +25,11 @@ const (
 	// only this proxy waits.
 	maxUnanswered = 256
 	// maxName is the length beyond which a name or version can't be ours.
-	maxName = 128
+	maxName = 160
 )
 
 // sendOrder is the order in which types are sent: what others refer to first.
-var sendOrder = []string{TypeCluster, TypeEndpoints, TypeListener}
+var sendOrder = []string{TypeCluster, TypeEndpoints, TypeListener, TypeRoutes}
 
 // stream is one delta ADS stream of one generation of a proxy. Two goroutines
 // use it: one receives, the other sends. Its state is names and versions; what is
@@ -65,6 +65,9 @@ type stream struct {
 	// there are none.
 	sweep *time.Timer
 	swept bool
+	// blocked are the resources that wait for another to be acknowledged, and uses
+	// is what those need that were sent.
+	blocked, uses map[resourceKey]map[resourceKey]struct{}
 }
 
 type removal struct {
@@ -163,17 +166,20 @@ func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequ
 		st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(r.ResourceNamesSubscribe) - n))
 		r.ResourceNamesSubscribe = slices.Clone(r.ResourceNamesSubscribe[:n])
 	}
-	st.open(r)
+	if st.open(r) {
+		st.unblock(resourceKey{typeURL: r.TypeUrl})
+	}
 	st.unsubscribe(r)
 	return st.subscribe(ctx, r)
 }
 
-// open takes in the first request of a type, which tells what the proxy has.
-func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) {
+// open takes in the first request of a type, which tells what the proxy has. It
+// reports false for later ones.
+func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.types[r.TypeUrl] != nil {
-		return
+		return false
 	}
 	sub := &subscription{names: map[string]struct{}{}, held: map[string]*held{}}
 	st.types[r.TypeUrl] = sub
@@ -182,10 +188,13 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) {
 			sub.held[name] = &held{sent: version, acked: version}
 		}
 	}
-	if r.TypeUrl != TypeEndpoints && (len(r.ResourceNamesSubscribe) == 0 || slices.Contains(r.ResourceNamesSubscribe, wildcardName)) {
+	if hasWildcard(r.TypeUrl) && (len(r.ResourceNamesSubscribe) == 0 || slices.Contains(r.ResourceNamesSubscribe, wildcardName)) {
 		sub.wildcard, sub.confirm = true, true
 	}
+	return true
 }
+
+func hasWildcard(typeURL string) bool { return typeURL == TypeCluster || typeURL == TypeListener }
 
 func (st *stream) unsubscribe(r *discoveryv3.DeltaDiscoveryRequest) {
 	for _, name := range r.ResourceNamesUnsubscribe {
@@ -199,6 +208,7 @@ func (st *stream) unsubscribe(r *discoveryv3.DeltaDiscoveryRequest) {
 		held := has(sub.names, name)
 		delete(sub.names, name)
 		delete(sub.unknown, name)
+		delete(st.uses, resourceKey{r.TypeUrl, name})
 		if held && !sub.covers(st, r.TypeUrl, name) {
 			delete(sub.held, name)
 		}
@@ -221,7 +231,7 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 		if name == wildcardName {
 			st.mu.Lock()
 			sub := st.types[r.TypeUrl]
-			sub.wildcard, sub.confirm = r.TypeUrl != TypeEndpoints, true
+			sub.wildcard, sub.confirm = hasWildcard(r.TypeUrl), true
 			st.mu.Unlock()
 			continue
 		}
@@ -321,6 +331,12 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 			st.server.store.reject(Rejection{Proxy: st.key, Type: r.TypeUrl, Resource: a.name, Source: a.source, Message: rejection})
 		}
 	}
+	if r.ErrorDetail == nil {
+		st.unblock(resourceKey{a.typeURL, a.name})
+		if a.typeURL == TypeRoutes {
+			st.mark(a.typeURL, a.name, false) // to settle it
+		}
+	}
 	if r.TypeUrl == TypeListener {
 		st.server.store.acknowledged(st, rejection)
 	}
@@ -406,7 +422,13 @@ func (st *stream) flush() error {
 			if r == nil {
 				continue
 			}
+			if !st.ready(r) {
+				continue
+			}
 			if err := st.push(r); err != nil {
+				return err
+			}
+			if err := st.settle(r); err != nil {
 				return err
 			}
 		}

@@ -1,0 +1,183 @@
+package xds
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/protobuf/proto"
+
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// follower does what Envoy does with what it gets: it acknowledges, asks for the
+// endpoints of clusters and the routes of listeners, and forgets what is removed.
+type follower struct {
+	*client
+	has map[resourceKey]*discoveryv3.Resource
+	// order is what came and went ("-").
+	order []string
+}
+
+func (m *mesh) follow(tenant model.Tenant) *follower {
+	m.t.Helper()
+	f := &follower{client: m.dial(tenant), has: map[resourceKey]*discoveryv3.Resource{}}
+	f.subscribe(TypeCluster, clusterDeliver)
+	f.subscribe(TypeListener, listenerUnwrap)
+	f.until("it is connected", func() bool { return len(f.has) == 2 })
+	return f
+}
+
+func (f *follower) until(what string, ok func() bool) {
+	f.t.Helper()
+	deadline := time.After(testTime)
+	for !ok() {
+		select {
+		case r := <-f.responses:
+			f.take(r)
+		case err := <-f.ended:
+			f.t.Fatalf("the stream ended: %v", err)
+		case <-deadline:
+			f.t.Fatalf("it never came true that %s; it got %q", what, f.order)
+		}
+	}
+}
+
+func (f *follower) take(r *discoveryv3.DeltaDiscoveryResponse) {
+	f.t.Helper()
+	f.ack(r)
+	for _, x := range r.Resources {
+		key := resourceKey{r.TypeUrl, x.Name}
+		f.order = append(f.order, shortType(r.TypeUrl)+" "+x.Name)
+		known := f.has[key] != nil
+		f.has[key] = x
+		switch {
+		case known || x.Name == clusterDeliver || x.Name == listenerUnwrap:
+		case r.TypeUrl == TypeCluster:
+			f.subscribe(TypeEndpoints, x.Name)
+		case r.TypeUrl == TypeListener:
+			f.subscribe(TypeRoutes, x.Name)
+		}
+	}
+	for _, name := range r.RemovedResources {
+		f.order = append(f.order, "-"+shortType(r.TypeUrl)+" "+name)
+		delete(f.has, resourceKey{r.TypeUrl, name})
+		if r.TypeUrl == TypeCluster {
+			delete(f.has, resourceKey{TypeEndpoints, name})
+			f.unsubscribe(TypeEndpoints, name)
+		}
+	}
+}
+
+// leadsTo is the internal listener, or the first address, behind the VIP.
+func (f *follower) leadsTo(name string) string {
+	f.t.Helper()
+	r := f.has[resourceKey{TypeEndpoints, name}]
+	if r == nil {
+		return ""
+	}
+	cla := &endpointv3.ClusterLoadAssignment{}
+	if err := proto.Unmarshal(r.Resource.Value, cla); err != nil {
+		f.t.Fatal(err)
+	}
+	return cla.Endpoints[0].LbEndpoints[0].GetEndpoint().GetAddress().GetEnvoyInternalAddress().GetServerListenerName()
+}
+
+func (f *follower) place(entry string) int { return slices.Index(f.order, entry) }
+
+// What a proxy gets for a service that is HTTP comes in an order in which nothing
+// refers to what isn't there, also when it changes, and goes when it isn't needed.
+func TestNeeds(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	other := model.Service{Namespace: "team-a", Name: "other", Ports: []model.ServicePort{{Port: 81, Endpoints: []model.Endpoint{{Addr: netip.MustParseAddrPort("10.1.0.3:81"), Identity: identity("api")}}}}}
+	m.must(m.store.SetService(other))
+	api := model.ServiceKey{Namespace: "team-a", Name: "api"}
+	const vip, l7, beAPI, beOther = "vip|10.96.0.10:80", "l7|10.96.0.10:80", "be|4|team-a/api:80", "be|4|team-a/other:81"
+	routing := func(consumer, name string, port uint16) model.Routing {
+		return model.Routing{Port: 80, Consumer: consumer, Rules: []model.Rule{prefixed("/", model.Action{Backends: []model.Backend{{To: toService(name, port), Weight: 1}}})}}
+	}
+
+	f := m.follow(teamA)
+	f.subscribe(TypeCluster, vip)
+	f.until("it has the service", func() bool { return f.leadsTo(vip) == listenerHBONE })
+	if f.has[resourceKey{TypeListener, l7}] != nil || f.place("rds "+l7) >= 0 {
+		t.Errorf("it got %q before the service was HTTP", f.order)
+	}
+
+	f.order = nil
+	m.must(m.store.SetRoutings(api, []model.Routing{routing("", "other", 81)}))
+	f.until("the service is HTTP", func() bool { return f.leadsTo(vip) == l7 })
+	want := []string{"cds " + beOther, "eds " + beOther, "rds " + l7, "eds " + vip}
+	if !slices.IsSortedFunc(want, func(a, b string) int { return f.place(a) - f.place(b) }) || f.place(want[0]) < 0 || f.place("lds "+l7) < 0 || f.place("lds "+l7) > f.place("rds "+l7) {
+		t.Errorf("it came as %q; want %q in this order, and the listener before its routes", f.order, want)
+	}
+
+	// Another backend comes before the routes to it, and the old one goes after.
+	f.order = nil
+	m.must(m.store.SetRoutings(api, []model.Routing{routing("", "api", 80)}))
+	f.until("the old backend is gone", func() bool { return f.has[resourceKey{TypeCluster, beOther}] == nil })
+	if !(f.place("eds "+beAPI) < f.place("rds "+l7) && f.place("rds "+l7) < f.place("-cds "+beOther) && f.place("eds "+beAPI) >= 0) {
+		t.Errorf("the change came as %q", f.order)
+	}
+	// And back, so that a name which was removed comes again.
+	m.must(m.store.SetRoutings(api, []model.Routing{routing("", "other", 81)}))
+	f.until("the backend is there again", func() bool {
+		return f.has[resourceKey{TypeEndpoints, beOther}] != nil && f.has[resourceKey{TypeCluster, beAPI}] == nil
+	})
+
+	// A backend's endpoints change for who routes to it.
+	f.order = nil
+	m.must(m.store.SetService(model.Service{Namespace: "team-a", Name: "other", Ports: []model.ServicePort{{Port: 81}}}))
+	f.until("the endpoints are gone", func() bool { return f.place("eds "+beOther) >= 0 })
+
+	// A consumer's routes are for its namespace; nobody else hears of them.
+	b := m.follow(teamB)
+	b.subscribe(TypeCluster, vip)
+	b.until("it has the service", func() bool { return b.leadsTo(vip) == l7 })
+	f.drain()
+	f.order, b.order = nil, nil
+	m.must(m.store.SetRoutings(api, []model.Routing{routing("", "other", 81), routing("team-b", "api", 80)}))
+	b.until("it has routes of its own", func() bool { return b.has[resourceKey{TypeCluster, beOther}] == nil })
+	f.drain()
+	if len(f.order) > 0 {
+		t.Errorf("another namespace's routes came to this one: %q", f.order)
+	}
+
+	// What is no longer HTTP keeps its listener, for the connections in it.
+	m.must(m.store.SetRoutings(api, nil))
+	for _, x := range []*follower{f, b} {
+		x.until("the service isn't HTTP", func() bool {
+			return x.leadsTo(vip) == listenerHBONE && x.has[resourceKey{TypeCluster, beAPI}] != nil && x.has[resourceKey{TypeCluster, beOther}] == nil
+		})
+		if x.has[resourceKey{TypeListener, l7}] == nil || x.has[resourceKey{TypeRoutes, l7}] == nil {
+			t.Errorf("the listener is gone: %q", x.order)
+		}
+	}
+	for _, name := range []string{"be|4|team-a/api:080", "be|5|team-a/api:80", "be|4|team-a:80", "l7|10.96.0.10", "be|4|" + strings.Repeat("x", 200) + "/a:1"} {
+		if validShared(TypeCluster, name) || validShared(TypeRoutes, name) {
+			t.Errorf("%q is a name", name)
+		}
+	}
+}
+
+// drain handles all that is under way: a fence is answered after it.
+func (f *follower) drain() {
+	f.t.Helper()
+	for range 3 { // an answer may bring more about
+		fence := "fence|" + f.t.Name()
+		f.subscribe(TypeCluster, fence)
+		f.until("the fence is answered", func() bool {
+			i := f.place("-cds " + fence)
+			if i >= 0 {
+				f.order = slices.Delete(f.order, i, i+1)
+			}
+			return i >= 0
+		})
+
+	}
+}
