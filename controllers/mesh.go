@@ -66,6 +66,7 @@ type mesh struct {
 	// planned are exclusions that were in force before this replica knew the pods,
 	// by UID: one whose annotation can't be read keeps them.
 	planned map[string][]v1alpha1.Exclusion
+	routing routeState
 }
 
 // triggers reach the controllers that do what follows from a change.
@@ -75,6 +76,7 @@ type triggers struct {
 	network    trigger[struct{}]
 	pods       trigger[types.NamespacedName]
 	services   trigger[types.NamespacedName]
+	routings   trigger[model.ServiceKey]
 
 	authority  trigger[struct{}]
 	plans      trigger[string]               // node
@@ -83,6 +85,8 @@ type triggers struct {
 	status     trigger[string]               // MeshTopology
 	served     trigger[types.NamespacedName] // Service
 	membership trigger[struct{}]
+
+	routeStatus trigger[translate.RouteKey]
 }
 
 type namespaceState struct {
@@ -112,10 +116,13 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},
 		services: map[types.NamespacedName][]translate.Ref{}, users: map[translate.Ref]map[types.NamespacedName]struct{}{},
 		problems: map[types.NamespacedName]translate.Problem{}, planned: map[string][]v1alpha1.Exclusion{},
+		routing: newRouteState(),
 	}
 	// A plan holds up a new pod, so it waits less than what people read.
 	m.triggers.plans.delay = 20 * time.Millisecond
 	m.triggers.authority.delay = time.Second
+	m.triggers.routings.delay = 20 * time.Millisecond
+	m.triggers.routeStatus.delay = 100 * time.Millisecond
 	m.triggers.membership.delay = 50 * time.Millisecond
 	m.triggers.tenants.delay = 200 * time.Millisecond
 	m.triggers.policies.delay = 200 * time.Millisecond
@@ -166,6 +173,7 @@ func (m *mesh) load(ctx context.Context) error {
 	for i := range services.Items {
 		errs = append(errs, m.syncService(ctx, client.ObjectKeyFromObject(&services.Items[i])))
 	}
+	errs = append(errs, m.loadRoutes(ctx))
 	for i := range reports.Items {
 		errs = append(errs, m.syncReport(ctx, reports.Items[i].Name))
 	}
@@ -367,12 +375,15 @@ func (m *mesh) syncService(ctx context.Context, key types.NamespacedName) error 
 	if err != nil {
 		return err
 	}
+	service := model.ServiceKey{Namespace: key.Namespace, Name: key.Name}
 	if !found {
 		m.setRefs(key, nil)
 		delete(m.problems, key)
+		m.setPorts(service, nil, false)
 		m.store.DeleteService(key.Namespace, key.Name)
 		return nil
 	}
+	m.setPorts(service, translate.ServicePorts(&s), true)
 	slicesOf, err := m.endpointSlices(ctx, key)
 	if err != nil {
 		return err

@@ -13,9 +13,11 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/managedfields"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
@@ -43,8 +45,8 @@ func newCluster(t *testing.T, objects ...client.Object) *cluster {
 		}
 	}
 	c := &cluster{t: t}
-	c.WithWatch = fake.NewClientBuilder().WithScheme(newScheme()).WithObjects(objects...).WithReturnManagedFields().WithTypeConverters(typeConverters(t)...).
-		WithStatusSubresource(&v1alpha1.NodeProxy{}, &v1alpha1.TenantProxy{}, &v1alpha1.IsolationPolicy{}, &v1alpha1.MeshTopology{}).
+	c.WithWatch = fake.NewClientBuilder().WithScheme(newScheme()).WithObjects(objects...).WithReturnManagedFields().WithTypeConverters(append(typeConverters(t), managedfields.NewDeducedTypeConverter())...).
+		WithStatusSubresource(&v1alpha1.NodeProxy{}, &v1alpha1.TenantProxy{}, &v1alpha1.IsolationPolicy{}, &v1alpha1.MeshTopology{}, &gatewayv1.HTTPRoute{}, &gatewayv1.GRPCRoute{}).
 		WithIndex(&discoveryv1.EndpointSlice{}, sliceService, indexSlice).Build()
 	c.mesh = newMesh(c.WithWatch, xds.NewStore(xds.StoreOptions{Logger: slog.New(slog.DiscardHandler)}), []string{"bulkhead-system", "kube-system"}, slog.New(slog.DiscardHandler))
 	c.event = func(p translate.Pod, _, note string) { c.refused = append(c.refused, p.Name+": "+note) }
@@ -54,6 +56,9 @@ func newCluster(t *testing.T, objects ...client.Object) *cluster {
 	start(t, &tr.network)
 	start(t, &tr.pods)
 	start(t, &tr.services)
+	start(t, &tr.routings)
+	tr.routings.delay = 0
+	c.routing.served = func(string) bool { return true }
 	if err := c.load(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +84,8 @@ func (c *cluster) drain() {
 			handle(c, &tr.namespaces, c.syncNamespace) +
 			handle(c, &tr.network, func(ctx context.Context, _ struct{}) error { return c.syncNetwork(ctx) }) +
 			handle(c, &tr.pods, func(ctx context.Context, key types.NamespacedName) error { _, err := c.syncPod(ctx, key); return err }) +
-			handle(c, &tr.services, c.syncService)
+			handle(c, &tr.services, c.syncService) +
+			handle(c, &tr.routings, c.syncRouting)
 		if n == 0 {
 			return
 		}

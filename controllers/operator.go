@@ -114,13 +114,15 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 		},
 		changed: func() { m.triggers.membership.add(struct{}{}) },
 	}
-	if err := startPublishers(mgr, m, k); err != nil {
+	late := newLateKinds(mgr.GetCache(), mgr.GetRESTMapper())
+	m.routing.served, late.gone = late.served, m.forgetKind
+	if err := startPublishers(mgr, m, k, late); err != nil {
 		return err
 	}
 	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now,
 		event: func(about *corev1.ObjectReference, reason, note string) {
 			recorder.Eventf(about, nil, corev1.EventTypeWarning, reason, "Refuse", "%.1000s", note)
-		}}); err != nil {
+		}}, late); err != nil {
 		return err
 	}
 	register, err := agentServices(mgr, m, k, jwts, store, o)
@@ -128,7 +130,7 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 		return err
 	}
 	err = errors.Join(
-		mgr.Add(loader{m, k}),
+		mgr.Add(loader{m, k, late}),
 		mgr.Add(jwts),
 		mgr.Add(&server{address: cmp.Or(o.Listen, ":15012"), keeper: k, mesh: m, log: o.Logger, register: register}),
 		mgr.AddHealthzCheck("ping", healthz.Ping),
@@ -151,6 +153,7 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 type loader struct {
 	mesh   *mesh
 	keeper *keeper
+	late   *lateKinds
 }
 
 // NeedLeaderElection implements manager.LeaderElectionRunnable.
@@ -162,6 +165,9 @@ func (l loader) Start(ctx context.Context) error {
 	// read, its own controller says so and tries again; nothing is served meanwhile.
 	if _, err := l.keeper.sync(ctx); err != nil {
 		l.mesh.log.Error("authority isn't loaded yet", "error", err)
+	}
+	if err := l.late.open(ctx); err != nil {
+		return fmt.Errorf("load the mesh: %w", err)
 	}
 	if err := l.mesh.load(ctx); err != nil {
 		return fmt.Errorf("load the mesh: %w", err)

@@ -18,6 +18,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // reconciler handles a key; a duration says when to do so again.
@@ -72,7 +74,7 @@ func once[K comparable](do func(context.Context, K) error) reconciler[K] {
 
 // startPublishers adds the controllers of every replica: each keeps the store
 // that its own agents are served from.
-func startPublishers(mgr manager.Manager, m *mesh, k *keeper) error {
+func startPublishers(mgr manager.Manager, m *mesh, k *keeper, late *lateKinds) error {
 	t := &m.triggers
 	ignoreKey := func(do func(context.Context) error) reconciler[struct{}] {
 		return func(ctx context.Context, _ struct{}) (time.Duration, error) { return 0, do(ctx) }
@@ -102,6 +104,20 @@ func startPublishers(mgr manager.Manager, m *mesh, k *keeper) error {
 		func() error {
 			return reconciles[types.NamespacedName]{name: "services", do: once(m.syncService)}.
 				start(mgr, m, watch(mgr, &corev1.Service{}, byKey), watch(mgr, &discoveryv1.EndpointSlice{}, serviceOf, predicate.NewTypedPredicateFuncs(hasService)), &t.services)
+		},
+		func() error {
+			return reconciles[string]{name: "kinds", do: late.sync}.start(mgr, m, watch(mgr, newCRD(), byName))
+		},
+		func() error {
+			return reconciles[translate.RouteKey]{name: "routes", do: once(m.syncRoute)}.
+				start(mgr, m, lateSource[translate.RouteKey]{late, []string{translate.KindHTTPRoute, translate.KindGRPCRoute}, routeKey})
+		},
+		func() error {
+			return reconciles[types.NamespacedName]{name: "grants", do: once(m.syncGrant)}.
+				start(mgr, m, lateSource[types.NamespacedName]{late, []string{kindReferenceGrant}, client.ObjectKeyFromObject})
+		},
+		func() error {
+			return reconciles[model.ServiceKey]{name: "routings", do: once(m.syncRouting)}.start(mgr, m, &t.routings)
 		},
 		func() error {
 			return reconciles[string]{name: "reports", do: once(m.syncReport)}.start(mgr, m, watch(mgr, &v1alpha1.NodeProxy{}, byName))

@@ -41,7 +41,7 @@ type membership struct {
 }
 
 // startWriters adds the leader's controllers.
-func startWriters(mgr manager.Manager, w *writer) error {
+func startWriters(mgr manager.Manager, w *writer, late *lateKinds) error {
 	t := &w.mesh.triggers
 	for _, start := range []func() error{
 		func() error {
@@ -63,6 +63,10 @@ func startWriters(mgr manager.Manager, w *writer) error {
 		func() error {
 			return reconciles[types.NamespacedName]{name: "served", leader: true, workers: 4, do: once(w.writeService)}.start(mgr, w.mesh,
 				watch(mgr, &corev1.Service{}, byKey), &t.served)
+		},
+		func() error {
+			return reconciles[translate.RouteKey]{name: "routestatus", leader: true, workers: 4, do: w.writeRoute}.start(mgr, w.mesh,
+				&t.routeStatus, lateSource[translate.RouteKey]{late, []string{translate.KindHTTPRoute, translate.KindGRPCRoute}, routeKey})
 		},
 		func() error {
 			return reconciles[struct{}]{name: "membership", leader: true, do: once(w.writeMembership)}.start(mgr, w.mesh,

@@ -1,0 +1,113 @@
+package controllers
+
+import (
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func newHTTPService(name string, port int32) *corev1.Service {
+	http := "http"
+	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: name}, Spec: corev1.ServiceSpec{
+		ClusterIPs: []string{"10.96.0.1"}, Ports: []corev1.ServicePort{{Port: port, AppProtocol: &http}},
+	}}
+}
+
+func newHTTPRoute(name, parent, backend string) *gatewayv1.HTTPRoute {
+	port := gatewayv1.PortNumber(80)
+	return &gatewayv1.HTTPRoute{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: name, Generation: 1}, Spec: gatewayv1.HTTPRouteSpec{
+		CommonRouteSpec: gatewayv1.CommonRouteSpec{ParentRefs: []gatewayv1.ParentReference{{Group: new(gatewayv1.Group("")), Kind: new(gatewayv1.Kind("Service")), Name: gatewayv1.ObjectName(parent)}}},
+		Rules: []gatewayv1.HTTPRouteRule{{BackendRefs: []gatewayv1.HTTPBackendRef{{BackendRef: gatewayv1.BackendRef{
+			BackendObjectReference: gatewayv1.BackendObjectReference{Name: gatewayv1.ObjectName(backend), Port: &port},
+		}}}}},
+	}}
+}
+
+// said is what a route's status says: the reason of Accepted and of ResolvedRefs.
+func said(t *testing.T, c *cluster, name string) (accepted, resolved string) {
+	t.Helper()
+	w := &writer{Client: c, mesh: c.mesh, now: c.now}
+	key := translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: "a", Name: name}
+	if _, err := w.writeRoute(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	var h gatewayv1.HTTPRoute
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: name}, &h); err != nil {
+		t.Fatal(err)
+	}
+	version := h.ResourceVersion
+	if _, err := w.writeRoute(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: name}, &h); err != nil || h.ResourceVersion != version {
+		t.Errorf("status was written without a change: %v", err)
+	}
+	if len(h.Status.Parents) != 1 {
+		return "", ""
+	}
+	return meta.FindStatusCondition(h.Status.Parents[0].Conditions, "Accepted").Reason, meta.FindStatusCondition(h.Status.Parents[0].Conditions, "ResolvedRefs").Reason
+}
+
+// What a route refers to comes and goes, and so does the whole Gateway API.
+func TestRoutesFollowWhatTheyReferTo(t *testing.T) {
+	c := newCluster(t, newTopology("t", "mesh"), newNamespace("a", "mesh"), newHTTPRoute("r", "web", "v2"))
+	want := func(what, accepted, resolved string, rules int) {
+		t.Helper()
+		c.drain()
+		if a, r := said(t, c, "r"); a != accepted || r != resolved {
+			t.Errorf("%s: Accepted %q, ResolvedRefs %q; want %q, %q", what, a, r, accepted, resolved)
+		}
+		got := 0
+		for _, r := range c.store.Routings(model.ServiceKey{Namespace: "a", Name: "web"}) {
+			got += len(r.Rules)
+		}
+		if got != rules {
+			t.Errorf("%s: %d rules are in force; want %d", what, got, rules)
+		}
+	}
+	service := func(s *corev1.Service, do func() error) {
+		t.Helper()
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.syncService(t.Context(), client.ObjectKeyFromObject(s)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want("no Service", "NoMatchingParent", "BackendNotFound", 0)
+	web, v2 := newHTTPService("web", 80), newHTTPService("v2", 80)
+	service(web, func() error { return c.Create(t.Context(), web) })
+	want("the parent", "Accepted", "BackendNotFound", 1)
+	service(v2, func() error { return c.Create(t.Context(), v2) })
+	want("both", "Accepted", "ResolvedRefs", 1)
+	v2.Spec.Ports[0].Port = 81
+	service(v2, func() error { return c.Update(t.Context(), v2) })
+	want("another port", "Accepted", "BackendNotFound", 1)
+	service(web, func() error { return c.Delete(t.Context(), web) })
+	want("the parent is gone", "NoMatchingParent", "BackendNotFound", 0)
+
+	web.ResourceVersion = ""
+	service(web, func() error { return c.Create(t.Context(), web) })
+	want("the parent is back", "Accepted", "BackendNotFound", 1)
+	served := false
+	c.routing.served = func(string) bool { return served }
+	if err := c.forgetKind(t.Context(), translate.KindHTTPRoute); err != nil {
+		t.Fatal(err)
+	}
+	c.drain()
+	if r := c.store.Routings(model.ServiceKey{Namespace: "a", Name: "web"}); len(r) != 0 || len(c.routing.routes)+len(c.routing.parents)+len(c.routing.backends)+len(c.routing.outcomes) != 0 {
+		t.Errorf("without the kind there are still %+v, %+v", r, c.routing)
+	}
+	served = true
+	if err := c.syncRoute(t.Context(), translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: "a", Name: "r"}); err != nil {
+		t.Fatal(err)
+	}
+	want("the kind is back", "Accepted", "BackendNotFound", 1)
+}
