@@ -33,6 +33,7 @@ test: ## Everything that CI runs: generated files, lint, unit, kernel and end-to
 .PHONY: test-all
 test-all: root setup check-generate lint test-unit test-kernel
 	@$(if $(call have,test/e2e),$(MAKE) --no-print-directory test-e2e,echo "test-e2e: there are no end-to-end tests yet")
+	$(MAKE) --no-print-directory conformance REPORT=out/conformance.yaml
 
 .PHONY: test-unit
 test-unit: ## Unit tests, without root, in less than a minute
@@ -60,6 +61,18 @@ endif
 .PHONY: test-e2e
 test-e2e: cluster ## End-to-end tests on the local cluster, or on the one of KUBECONFIG
 	$(use_cluster) $(GO) test -count=1 -p 1 -timeout 40m $(GOTESTFLAGS) ./test/e2e/...
+
+# The suite writes its own report.
+REPORT ?= docs/conformance/report.yaml
+
+.PHONY: conformance
+conformance: cluster ## The Gateway API's conformance suite for meshes, on the local cluster or the one of KUBECONFIG
+ifndef KUBECONFIG
+	$(GO) run ./hack/images echo-advanced
+	$(GO) run ./hack/cluster load out/images/echo-advanced.tar
+endif
+	@mkdir -p $(dir $(REPORT))
+	$(use_cluster) $(GO) -C test/conformance test -count=1 -timeout 30m $(GOTESTFLAGS) . -args -report-output=$(abspath $(REPORT))
 
 # Each part is a folder with a benchmark and a section of docs/benchmarks.md. What it
 # measures is never a test's business: machines differ.
@@ -118,6 +131,7 @@ lint: ## gofmt, go vet and staticcheck
 		{ [ -z "$$unformatted" ] || { echo "lint: run gofmt -w on:" $$unformatted; false; }; }
 	$(GO) vet ./...
 	$(GO) -C hack/tools vet ./...
+	$(GO) -C test/conformance vet ./...
 	"$$($(GO) -C hack/tools tool -n staticcheck)" ./...
 
 .PHONY: setup

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -24,7 +26,7 @@ const envoyDir = "/opt/bulkhead/envoy"
 
 // make1 builds one image and returns the line that tells of it.
 func make1(ctx context.Context, opts options, s spec) (string, error) {
-	tag, err := name.NewTag(opts.repository + "/" + s.name + ":" + opts.tag)
+	tag, err := name.NewTag(cmp.Or(s.reference, opts.repository+"/"+s.name+":"+opts.tag))
 	if err != nil {
 		return "", err
 	}
@@ -70,6 +72,21 @@ func assemble(ctx context.Context, opts options, s spec) (v1.Image, error) {
 		}
 		layers = append(layers, l)
 	}
+	if len(s.files) > 0 {
+		var files []file
+		for _, f := range s.files {
+			dir, err := moduleDir(ctx, filepath.Join(opts.root, f.module), f.of)
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, file{filepath.Join(dir, f.source), f.path})
+		}
+		l, err := newLayer(files)
+		if err != nil {
+			return nil, err
+		}
+		layers = append(layers, l)
+	}
 	img, err := mutate.AppendLayers(empty.Image, layers...)
 	if err != nil {
 		return nil, fmt.Errorf("append layers: %w", err)
@@ -99,18 +116,33 @@ func envoyLayer(ctx context.Context, version string) (v1.Layer, error) {
 // compile builds a static binary that depends on its sources alone: no paths of
 // this machine, no state of git, no C compiler. Go itself skips what is fresh.
 func compile(ctx context.Context, opts options, p program) (string, error) {
-	if _, err := os.Stat(filepath.Join(opts.root, p.source)); errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("compile %s: this folder does not exist in %s", p.source, opts.root)
+	pkg := p.source
+	if p.module == "" {
+		pkg = "./" + p.source
+		if _, err := os.Stat(filepath.Join(opts.root, p.source)); errors.Is(err, os.ErrNotExist) {
+			return "", fmt.Errorf("compile %s: this folder does not exist in %s", p.source, opts.root)
+		}
 	}
 	binary := filepath.Join(opts.out, "bin", path.Base(p.path))
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
-		"-ldflags=-s -w -X main.version="+opts.tag, "-o", binary, "./"+p.source)
-	cmd.Dir = opts.root
+		"-ldflags=-s -w -X main.version="+opts.tag, "-o", binary, pkg)
+	cmd.Dir = filepath.Join(opts.root, p.module)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("compile %s: %w\n%s", p.source, err, bytes.TrimSpace(out))
 	}
 	return binary, nil
+}
+
+// moduleDir is where the files of a module are that the one in dir needs.
+func moduleDir(ctx context.Context, dir, module string) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", module)
+	cmd.Dir = dir
+	out, err := cmd.Output()
+	if err != nil || strings.TrimSpace(string(out)) == "" {
+		return "", fmt.Errorf("find module %s in %s (go mod download): %w", module, dir, err)
+	}
+	return strings.TrimSpace(string(out)), nil
 }
 
 // save writes the archive, whole or not at all, unless it holds this very image.

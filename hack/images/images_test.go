@@ -39,7 +39,7 @@ func put(t *testing.T, path, text string) {
 
 var both = spec{
 	name:     "both",
-	programs: []program{{"cmd/two", "/opt/x/two"}, {"cmd/one", "/bulkhead/one"}},
+	programs: []program{{source: "cmd/two", path: "/opt/x/two"}, {source: "cmd/one", path: "/bulkhead/one"}},
 	user:     nonroot,
 	args:     []string{"serve"},
 }
@@ -203,7 +203,7 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("unknown image: %v", err)
 	}
 	opts := module(t)
-	missing := spec{name: "x", programs: []program{{"cmd/three", "/three"}}}
+	missing := spec{name: "x", programs: []program{{source: "cmd/three", path: "/three"}}}
 	if _, err := make1(t.Context(), opts, missing); err == nil || !strings.Contains(err.Error(), "cmd/three: this folder does not exist") {
 		t.Errorf("missing folder: %v", err)
 	}

@@ -18,40 +18,71 @@ type spec struct {
 	// envoy puts every pinned Envoy at /opt/bulkhead/envoy/<version>, each as a
 	// tree that can be the root of a tenant's proxy.
 	envoy bool
-	// programs are our own binaries, the entrypoint last.
+	// programs are binaries, the entrypoint last.
 	programs []program
-	user     string
-	args     []string
+	// files of other modules, as they are.
+	files []moduleFile
+	// reference is the image's whole name where others' manifests ask for it. Such
+	// an image is made only when it is asked for: it takes minutes.
+	reference string
+	user      string
+	args      []string
 }
 
 type program struct {
-	// source is the package's directory in the module.
-	source string
+	// source is the package's directory in the module, or a package of another one
+	// that is a tool of the module in the directory module.
+	source, module string
 	// path is where the binary is in the image.
 	path string
 }
 
+// moduleFile is a file of a Go module that the one in the directory module needs.
+type moduleFile struct {
+	module, of, source string
+	path               string
+}
+
+const (
+	gatewayEcho = "test/conformance/echo"
+	istio       = "istio.io/istio"
+)
+
 var specs = []spec{
 	{
 		name:     "operator",
-		programs: []program{{"cmd/operator", "/bulkhead/operator"}},
+		programs: []program{{source: "cmd/operator", path: "/bulkhead/operator"}},
 		user:     nonroot,
 	},
 	{
 		name:  "agent",
 		envoy: true,
 		programs: []program{
-			{"cmd/cni", "/opt/bulkhead/bin/bulkhead-cni"},
-			{"cmd/agent", "/bulkhead/agent"},
+			{source: "cmd/cni", path: "/opt/bulkhead/bin/bulkhead-cni"},
+			{source: "cmd/agent", path: "/bulkhead/agent"},
 		},
 		// The agent makes namespaces, cgroups and BPF programs.
 		user: "0:0",
 	},
 	{
 		name:     "echo",
-		programs: []program{{"test/echo", "/bulkhead/echo"}},
+		programs: []program{{source: "test/echo", path: "/bulkhead/echo"}},
 		user:     nonroot,
 		args:     []string{"serve"},
+	},
+	{
+		// What the Gateway API's conformance suite runs as client and server.
+		name:      "echo-advanced",
+		reference: "registry.k8s.io/gateway-api/echo-advanced:v1.5.1",
+		programs: []program{
+			{source: istio + "/pkg/test/echo/cmd/client", module: gatewayEcho, path: "/bulkhead/client"},
+			{source: istio + "/pkg/test/echo/cmd/server", module: gatewayEcho, path: "/bulkhead/server"},
+		},
+		files: []moduleFile{
+			{gatewayEcho, istio, "tests/testdata/certs/dns/cert-chain.pem", "/cert.crt"},
+			{gatewayEcho, istio, "tests/testdata/certs/dns/key.pem", "/cert.key"},
+		},
+		user: nonroot,
 	},
 }
 
@@ -63,10 +94,10 @@ func names() []string {
 	return all
 }
 
-// choose returns the specs with the wanted names, or all.
+// choose returns the specs with the wanted names, or all of the product.
 func choose(wanted []string) ([]spec, error) {
 	if len(wanted) == 0 {
-		return specs, nil
+		return slices.DeleteFunc(slices.Clone(specs), func(s spec) bool { return s.reference != "" }), nil
 	}
 	var chosen []spec
 	for _, name := range wanted {
