@@ -56,6 +56,8 @@ type Datapath struct {
 
 	mu   sync.Mutex
 	snap *snapshot
+	// written are the chains whose rules are this process's.
+	written map[string]bool
 	// node's addresses, as SetNodeAddresses said.
 	node []netip.Addr
 	// Of tenants that UpdateTenant was called for: what is in their namespaces.
@@ -75,7 +77,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}}
+	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, written: map[string]bool{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}

@@ -22,7 +22,8 @@ func join(parts ...rule) (r rule) {
 }
 
 // Registers: the key (an IPv6 flow takes ten), and what is found. What a map gave
-// is never a part of a key: the program nft couldn't list such a rule.
+// is never a key, nor compared: the program nft would fail to list such a rule. It
+// goes through the packet's mark instead, which nobody else has use for there.
 const (
 	regKey   = unix.NFT_REG32_00
 	regFound = unix.NFT_REG32_11
@@ -110,6 +111,9 @@ const (
 	payloadPseudo = 1
 )
 
+// onlyMark replaces the packet's mark.
+func onlyMark(v uint32) rule { return join(immediate(regFound, native(v)...), markFound()) }
+
 // setMark changes bits of the packet's mark.
 func setMark(mask, bits uint32) rule {
 	return join(meta(expr.MetaKeyMARK, regTemp), masked(regTemp, native(^mask), native(bits)),
@@ -144,10 +148,19 @@ func attr32(kind uint16, v uint32) netlink.Attribute {
 	return netlink.Attribute{Type: kind, Data: binary.BigEndian.AppendUint32(nil, v)}
 }
 
-// forward sends the packet to the other end of the veth that was found.
+// forward sends the packet to the tenant that the mark names.
 func forward() rule {
-	return join(find(setMACs, regFound, regMAC), toMAC(), out())
+	return join(theMark(regTemp), find(setTenantMACs, regTemp, regMAC), toMAC(), theMark(regTemp), find(setTenants, regTemp, regFound), out())
 }
+
+func theMark(to uint32) rule { return meta(expr.MetaKeyMARK, to) }
+
+// markFound makes what was found the mark.
+func markFound() rule {
+	return rule{&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: regFound}}
+}
+
+func markIs(v uint32) rule { return join(theMark(regTemp), equal(regTemp, native(v)...)) }
 
 // out sends the packet out at the interface that was found.
 func out() rule {

@@ -116,8 +116,8 @@ func (d *Datapath) updatePod(p Pod, learn bool) error {
 	}
 	for a := range wanted {
 		ch.putAddress(veth, a, p.Tenant, learn)
+		ch.put(setMACs+familyOf(a).version, addressKey(a), p.MAC, "")
 	}
-	ch.put(setMACs, native(veth), p.MAC, "")
 	if ch.delete(setStrict, native(veth)); p.Strict {
 		ch.put(setStrict, native(veth), nil, "")
 	}
@@ -148,6 +148,7 @@ func eachOf(veth uint32, a netip.Addr, f func(set string, key []byte)) {
 	f(setSent+v, key(native(veth), address))
 	f(setReceived+v, key(native(veth), address))
 	f(setAddresses+v, address)
+	f(setMACs+v, address)
 	f(setOwners+v, address)
 	f(setLearn+v, address)
 	f(setSelf+v, key(address, address))
@@ -162,6 +163,10 @@ func (c *change) putAddress(veth uint32, a netip.Addr, tenant uint16, learn bool
 		switch set {
 		case setAddresses + v:
 			c.put(set, k, native(veth), "")
+		case setMACs + v:
+			if e, ok := c.snap.sets[set][string(k)]; ok {
+				c.put(set, k, e.value, "") // the caller's to replace
+			}
 		case setOwners + v:
 			c.put(set, k, native(uint32(tenant)), "")
 		case setLearn + v:
@@ -176,7 +181,6 @@ func (c *change) putAddress(veth uint32, a netip.Addr, tenant uint16, learn bool
 
 func (c *change) forgetVeth(veth uint32) {
 	c.delete(setPods, native(veth))
-	c.delete(setMACs, native(veth))
 	c.delete(setStrict, native(veth))
 	in, out := podChains(veth)
 	c.unhook(in)

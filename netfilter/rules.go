@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"strconv"
 	"time"
 
 	"github.com/google/nftables/expr"
@@ -57,7 +58,9 @@ func hostChains(pass uint32) []chain {
 		chain{chainToPod, byProtocol(chainToPod, accept())},
 		chain{chainFromTenant, append([]rule{join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(unix.ETH_P_ARP)...), accept())},
 			byProtocol(chainFromTenant, goTo(dropChain(dropMalformed, false)))...)},
-		chain{chainBack, []rule{join(iif(regFound), forward()), goTo(dropChain(dropNoTenant, false))}},
+		chain{chainBack, []rule{
+			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(forward()), goTo(dropChain(dropNoTenant, false)),
+		}},
 	)
 	for _, f := range families {
 		chains = append(chains, f.fromPod()...)
@@ -140,8 +143,8 @@ func (f family) fromPod() []chain {
 			goTo("out" + v),
 		}},
 		{self, []rule{
-			join(iif(regKey), find(setPods, regKey, regFound), find(setTenants, regFound, regFound),
-				network(f.source, f.length, regKey), readdress(f, f.destination, regKey), forward()),
+			join(iif(regKey), find(setPods, regKey, regFound), markFound()),
+			join(network(f.source, f.length, regKey), readdress(f, f.destination, regKey), forward()),
 			goTo(dropChain(dropNoTenant, false)),
 		}},
 	}
@@ -170,10 +173,12 @@ func (f family) toPod(pass uint32) []chain {
 		{icmp, []rule{
 			join(hasMark(pass), transport(8+f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
 			join(address, isNotIn(setReceived+v, regKey), goTo(dropChain(dropNotThePod, true))),
-			join(f.quoted(), find(setFlows+v, regKey, regFound), equal(regFound, native(0)...), accept()),
-			join(f.quoted(), find(setFlows+v, regKey, regFound), find(setTenants, regFound, regFound), forward()),
-			join(oif(regKey), find(setPods, regKey, regFound), equal(regFound, native(0)...), accept()),
-			join(oif(regKey), find(setPods, regKey, regFound), find(setTenants, regFound, regFound), forward()),
+			// The flow's tenant, or else the pod's.
+			onlyMark(0),
+			join(f.quoted(), isNotIn(setFlows+v, regKey), oif(regKey), find(setPods, regKey, regFound), markFound()),
+			join(f.quoted(), find(setFlows+v, regKey, regFound), markFound()),
+			join(markIs(0), accept()),
+			forward(),
 			goTo(dropChain(dropNoTenant, true)),
 		}},
 	}
@@ -204,30 +209,33 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	if !podIsSource {
 		pod = network(f.destination, f.length, regKey)
 	}
-	tenant := func(to uint32) rule { return join(device(regFound), find(setPods, regFound, to)) }
+	tenant := join(device(regKey), find(setPods, regKey, regFound), markFound())
 	held, goes := way+"_held"+v, way+"_goes"+v
-	found := join(flow, find(setFlows+v, regKey, regFound))
+	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	return []chain{
-		{way + "_opens" + v, append(append(f.forget(flow),
+		{way + "_opens" + v, append(f.forget(flow),
 			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
+			onlyMark(0), tenant,
 			// A pod that isn't in the mesh (any more): what it opens is written down.
-			join(tenant(regFound), equal(regFound, native(0)...), flow, put(setFlows+v, regKey, regFound, openedLinger), goTo(way+"_direct"+v)),
-			join(tenant(regFound), equal(regFound, native(0)...), goTo(dropChain(dropFlowsFull, out))),
-			join(pod, isIn(setLearn+v, regKey), tenant(regFound), flow, put(setFlows+v, regKey, regFound, openedLinger)),
-		), goTo(way+"_tenant"+v))},
+			join(markIs(0), written, goTo(way+"_direct"+v)),
+			join(markIs(0), goTo(dropChain(dropFlowsFull, out))),
+			join(pod, isIn(setLearn+v, regKey), written),
+			forward(),
+			goTo(dropChain(dropNoTenant, out)),
+		)},
 		{way + v, []rule{
 			join(flow, isIn(setFlows+v, regKey), goTo(held)),
-			goTo(way + "_tenant" + v),
-		}},
-		{way + "_tenant" + v, []rule{
-			join(tenant(regFound), find(setTenants, regFound, regFound), forward()),
-			join(tenant(regFound), equal(regFound, native(0)...), goTo(dropChain(dropMidstream, out))),
+			onlyMark(0), tenant,
+			forward(),
+			join(markIs(0), goTo(dropChain(dropMidstream, out))),
 			goTo(dropChain(dropNoTenant, out)),
 		}},
-		{held, append(f.touch(flow), goTo(goes))},
+		{held, append(append([]rule{onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound())},
+			f.touch(flow, theMark(regFound))...), goTo(goes))},
 		{goes, []rule{
-			join(found, equal(regFound, native(0)...), goTo(way+"_direct"+v)),
-			join(found, find(setTenants, regFound, regFound), forward()),
+			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),
+			join(markIs(0), goTo(way+"_direct"+v)),
+			forward(),
 			goTo(dropChain(dropNoTenant, out)),
 		}},
 		{way + "_direct" + v, direct},
@@ -239,16 +247,17 @@ func (f family) forget(flow rule) []rule {
 	v := f.version
 	ended := join(flow, isIn(setEnded+v, regKey))
 	return []rule{
-		join(ended, find(setFlows+v, regKey, regFound), remove(setFlows+v, regKey, regFound)),
+		join(ended, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound)),
 		join(ended, remove(setEnded+v, regKey, 0)),
 	}
 }
 
-// touch keeps a flow that is written down, for as long as it goes on.
-func (f family) touch(flow rule) []rule {
+// touch keeps a flow that is written down, for as long as it goes on. tenant loads
+// who has it.
+func (f family) touch(flow, tenant rule) []rule {
 	v := f.version
 	keep := func(when rule, lasts time.Duration) rule {
-		return join(flow, when, find(setFlows+v, regKey, regFound), put(setFlows+v, regKey, regFound, lasts))
+		return join(flow, when, tenant, put(setFlows+v, regKey, regFound, lasts))
 	}
 	return []rule{
 		join(ends(), flow, put(setEnded+v, regKey, 0, endedLinger)),
@@ -268,23 +277,50 @@ type end struct {
 	mark        uint32
 }
 
-// whose are the rules of the veth of a tenant: for which ends of a packet it may
-// speak. What is behind it is hostile: any address can be bound in there. Of a pod
-// that isn't its own any more it has the flows that stayed, of one that is its own
-// not those that stayed with another.
-func whose(tenant uint16) (rules []rule) {
-	index := native(uint32(tenant))
-	for _, f := range families {
-		is := join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(f.etherType)...), isTCP(nil))
-		for _, e := range f.ends() {
-			flow := f.flow(e.podIsSource)
-			rules = append(rules,
-				join(is, flow, find(setFlows+f.version, regKey, regFound), equal(regFound, index...), setMark(e.mark, e.mark)),
-				join(is, flow, isNotIn(setFlows+f.version, regKey), network(e.address, f.length, regKey),
-					find(setOwners+f.version, regKey, regFound), equal(regFound, index...), setMark(e.mark, e.mark)))
+// whose are the chains of the veth of a tenant, the first of which is for its hook:
+// for which ends of a packet it may speak, which the mark says afterwards. What is
+// behind it is hostile: any address can be bound in there. Of a pod that isn't its
+// own any more it has the flows that stayed, of one that is its own not those that
+// stayed with another.
+func whose(tenant uint16, name string) []chain {
+	index := immediate(regFound, native(uint32(tenant))...)
+	chains := []chain{{name: name}, {name: whoseChain(tenant, "none")}, {name: whoseChain(tenant, "from")}}
+	for i := range chains {
+		end := min(i, 1)
+		touch := chain{name: whoseChain(tenant, []string{"held_from", "held_to"}[end])}
+		for _, f := range families {
+			e := f.ends()[end]
+			yes, no := goTo(chains[2].name), goTo(chains[1].name)
+			if i > 0 {
+				mark := []uint32{0, 0, markFrom}[i]
+				yes, no = join(onlyMark(mark|markTo), goTo(chainFromTenant)), join(onlyMark(mark), goTo(chainFromTenant))
+			}
+			is := join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(f.etherType)...), isTCP(nil))
+			address, flow := network(e.address, f.length, regKey), f.flow(e.podIsSource)
+			chains[i].rules = append(chains[i].rules,
+				join(is, onlyMark(0)),
+				join(is, address, find(setOwners+f.version, regKey, regFound), markFound()),
+				join(is, flow, find(setFlows+f.version, regKey, regFound), markFound()),
+				join(is, markIs(uint32(tenant)), flow, isIn(setFlows+f.version, regKey), jump(touch.name)),
+				// What it opens for a pod that is about to move.
+				join(is, markIs(uint32(tenant)), opens(), address, isIn(setLearn+f.version, regKey), flow, isNotIn(setFlows+f.version, regKey),
+					index, put(setFlows+f.version, regKey, regFound, openedLinger)),
+				join(is, markIs(uint32(tenant)), yes),
+				join(is, no))
+			for _, r := range f.touch(flow, index) {
+				touch.rules = append(touch.rules, join(is, r))
+			}
+		}
+		chains[i].rules = append(chains[i].rules, goTo(chainFromTenant))
+		if i < 2 {
+			chains = append(chains, touch)
 		}
 	}
-	return append(rules, goTo(chainFromTenant))
+	return chains
+}
+
+func whoseChain(tenant uint16, what string) string {
+	return "whose_" + strconv.Itoa(int(tenant)) + "_" + what
 }
 
 // fromTenant: ingress of the node's end of a tenant's veth, when it is known for
@@ -300,15 +336,6 @@ func (f family) fromTenant(pass uint32) []chain {
 	}
 	rules := []rule{f.isFragment(goTo(dropChain(dropFragment, false)))}
 	add := func(r ...rule) { rules = append(rules, join(r...)) }
-	var chains []chain
-	for i, e := range f.ends() {
-		flow, held := f.flow(e.podIsSource), "from_tenant_held_"+[]string{"from", "to"}[i]+v
-		add(hasMark(e.mark), flow, isIn(setFlows+v, regKey), jump(held))
-		// What it opens for a pod that is about to move.
-		add(hasMark(e.mark), opens(), network(e.address, f.length, regKey), isIn(setLearn+v, regKey), flow, isNotIn(setFlows+v, regKey),
-			iif(regFound), find(setTenantOf, regFound, regFound), put(setFlows+v, regKey, regFound, openedLinger))
-		chains = append(chains, chain{held, f.touch(flow)})
-	}
 	add(network(f.source, f.length, regKey), equal(regKey, f.deliver.AsSlice()...), lacksMark(markTo), goTo(dropChain(dropDeliver, false)))
 	// A tunnel between two of its own pods has both ends in there.
 	for _, port := range []uint32{0, 2} {
@@ -316,11 +343,13 @@ func (f family) fromTenant(pass uint32) []chain {
 	}
 	add(hasMark(markTo), network(f.source, f.length, regKey), network(f.destination, f.length, regKey+f.words()), isIn(setSelf+v, regKey),
 		immediate(regKey, f.self.AsSlice()...), readdress(f, f.source, regKey))
-	add(hasMark(markTo), network(f.destination, f.length, regKey), find(setAddresses+v, regKey, regFound), setMark(^uint32(0), pass), forward())
+	pod := network(f.destination, f.length, regKey)
+	add(hasMark(markTo), pod, find(setMACs+v, regKey, regMAC), toMAC(), onlyMark(pass), pod, find(setAddresses+v, regKey, regFound), out())
 	// Into the node's stack, from the tenant's veth: with the pod's address.
-	add(hasMark(markFrom), lacksMark(markTo), setMark(^uint32(0), 0), accept())
+	add(hasMark(markFrom), lacksMark(markTo), onlyMark(0), accept())
 	add(goTo(dropChain(dropForeign, false)))
-	return append(chains,
-		chain{chainFromTenant + v, append(first, isOther(goTo(dropChain(dropProtocol, false))), goTo(dropChain(dropMalformed, false)))},
-		chain{tcp, rules})
+	return []chain{
+		{chainFromTenant + v, append(first, isOther(goTo(dropChain(dropProtocol, false))), goTo(dropChain(dropMalformed, false)))},
+		{tcp, rules},
+	}
 }

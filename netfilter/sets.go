@@ -56,8 +56,8 @@ const (
 	setPods = "pods"
 	// setTenants: a tenant to the node's end of its veth.
 	setTenants = "tenants"
-	// setMACs: the node's end of a veth to the MAC address of the other end.
-	setMACs = "macs"
+	// setTenantMACs: a tenant to the MAC address of its end.
+	setTenantMACs = "tenant_macs"
 	// setTenantOf: the node's end of a tenant's veth to the tenant.
 	setTenantOf = "tenant_of"
 	// setDrops counts what was dropped, by interface and reason.
@@ -67,8 +67,9 @@ const (
 	setSent, setReceived = "sent", "received"
 	// setStrict: veths of pods that take no plain text.
 	setStrict = "strict"
-	// setAddresses and setOwners: a pod's address to its veth, and to its tenant.
-	setAddresses, setOwners = "addresses", "owners"
+	// setAddresses, setMACs and setOwners: a pod's address to its veth, to the MAC
+	// address of the pod's end, and to its tenant.
+	setAddresses, setMACs, setOwners = "addresses", "macs", "owners"
 	// setSelf: twice the same address of a pod.
 	setSelf = "self"
 	// setLearn: an address of a pod that moves, whose new flows are written down.
@@ -97,7 +98,7 @@ func hostSets() map[string]*nftables.Set {
 	ifindex, tenant, port := nftables.TypeIFIndex, nftables.TypeMark, nftables.TypeInetService
 	add(setPods, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, ifindex)
 	add(setTenants, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, tenant)
-	add(setMACs, nftables.Set{IsMap: true, DataType: nftables.TypeEtherAddr, Size: maxVeths}, ifindex)
+	add(setTenantMACs, nftables.Set{IsMap: true, DataType: nftables.TypeEtherAddr, Size: maxVeths}, tenant)
 	add(setTenantOf, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, ifindex)
 	add(setStrict, nftables.Set{Size: maxVeths}, ifindex)
 	add(setDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, ifindex, nftables.TypeMark)
@@ -106,6 +107,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setSent+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setReceived+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setAddresses+v, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, address)
+		add(setMACs+v, nftables.Set{IsMap: true, DataType: nftables.TypeEtherAddr, Size: maxVeths}, address)
 		add(setOwners+v, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, address)
 		add(setSelf+v, nftables.Set{Size: maxVeths}, address, address)
 		add(setLearn+v, nftables.Set{Size: maxVeths}, address)

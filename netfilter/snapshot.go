@@ -24,7 +24,7 @@ type element struct {
 type snapshot struct {
 	generation uint32
 	sets       map[string]map[string]element
-	// chains of veths that there are, by name.
+	// chains that there are, by name.
 	chains map[string]bool
 }
 
@@ -75,7 +75,7 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
 	for _, ch := range chains {
-		if ch.Table != nil && ch.Table.Name == TableName && ch.Hooknum != nil {
+		if ch.Table != nil && ch.Table.Name == TableName {
 			s.chains[ch.Name] = true
 		}
 	}
@@ -156,6 +156,11 @@ func (c *change) hook(name string, hook *nftables.ChainHook, device string, rule
 	c.rules[name] = rules
 }
 
+// branch makes a chain that a veth's leads to.
+func (c *change) branch(of chain) {
+	c.chains[of.name], c.rules[of.name] = &nftables.Chain{Name: of.name, Table: steering}, of.rules
+}
+
 // chainPriority is before that of flow tables and of what others have there.
 const chainPriority = -300
 
@@ -203,21 +208,34 @@ func (c *change) commit() error {
 			return err
 		}
 	}
+	// A rule may lead to a chain that comes later.
+	var missing, gone []*nftables.Chain
 	for _, name := range slices.Sorted(maps.Keys(c.chains)) {
-		if !c.snap.chains[name] {
-			changed = true
-			of := conn.AddChain(c.chains[name])
-			for _, r := range c.rules[name] {
-				conn.AddRule(&nftables.Rule{Table: steering, Chain: of, Exprs: r})
-			}
+		switch {
+		case !c.snap.chains[name]:
+			missing = append(missing, conn.AddChain(c.chains[name]))
+		case !c.d.written[name]: // by a former process, which may have been another version
+			missing = append(missing, c.chains[name])
+			conn.FlushChain(c.chains[name])
+		}
+	}
+	for _, of := range missing {
+		for _, r := range c.rules[of.Name] {
+			conn.AddRule(&nftables.Rule{Table: steering, Chain: of, Exprs: r})
 		}
 	}
 	for name := range c.gone {
 		if c.snap.chains[name] && c.chains[name] == nil {
-			changed = true
-			conn.DelChain(&nftables.Chain{Name: name, Table: steering})
+			gone = append(gone, &nftables.Chain{Name: name, Table: steering})
 		}
 	}
+	for _, of := range gone {
+		conn.FlushChain(of)
+	}
+	for _, of := range gone {
+		conn.DelChain(of)
+	}
+	changed = changed || len(missing)+len(gone) > 0
 	if !changed {
 		return nil
 	}
@@ -227,6 +245,9 @@ func (c *change) commit() error {
 			return fmt.Errorf("a set of the table %s is full; move pods to other nodes: %w", TableName, err)
 		}
 		return err
+	}
+	for _, of := range missing {
+		c.d.written[of.Name] = true
 	}
 	return nil
 }

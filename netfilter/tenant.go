@@ -87,8 +87,12 @@ func (d *Datapath) updateTenant(t Tenant) error {
 	ch.forgetTenant(t.Index)
 	ch.put(setTenantOf, native(veth), tenant, "")
 	ch.put(setTenants, tenant, native(veth), "")
-	ch.put(setMACs, native(veth), t.TenantMAC, "")
-	ch.hook(tenantChain(veth), nftables.ChainHookIngress, link.Attrs().Name, whose(t.Index)...)
+	ch.put(setTenantMACs, tenant, t.TenantMAC, "")
+	chains := whose(t.Index, tenantChain(veth))
+	ch.hook(chains[0].name, nftables.ChainHookIngress, link.Attrs().Name, chains[0].rules...)
+	for _, of := range chains[1:] {
+		ch.branch(of)
+	}
 	return ch.commit()
 }
 
@@ -99,11 +103,14 @@ func (c *change) forgetTenant(index uint16) {
 	for k, e := range c.snap.sets[setTenantOf] {
 		if string(e.value) == string(tenant) {
 			c.delete(setTenantOf, []byte(k))
-			c.delete(setMACs, []byte(k))
 			c.unhook(tenantChain(binaryutil.NativeEndian.Uint32([]byte(k))))
 		}
 	}
+	for _, of := range whose(index, "")[1:] {
+		c.unhook(of.name)
+	}
 	c.delete(setTenants, tenant)
+	c.delete(setTenantMACs, tenant)
 }
 
 // vethAddress is on the node's end of every tenant's veth: rp_filter is never loose
