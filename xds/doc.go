@@ -10,6 +10,8 @@
 // a proxy holds beyond the few static clusters it asked for by name:
 //
 //	vip|10.96.0.10:80   a service's address: an EDS cluster
+//	l7|10.96.0.10:80    its listener and routes, where it is spoken to as HTTP
+//	be|4|ns/name:80     a service's port as a backend of routes
 //	pod|10.1.0.2        a pod dialled directly
 //
 // Envoy asks for such a name once and never again, so a name that isn't known
