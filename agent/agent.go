@@ -60,6 +60,11 @@ type Agent struct {
 	// released pods have left the mesh and may have connections to finish, since
 	// then.
 	released map[string]time.Time
+	// swept is when connections that have ended were last looked for.
+	swept time.Time
+	// capacityProblem is what will be full soon, as of capacityAt.
+	capacityProblem string
+	capacityAt      time.Time
 	// former is another way of redirecting, until its pods have the new one.
 	former steering
 

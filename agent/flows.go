@@ -18,6 +18,8 @@ const (
 	// heldLimit is how long a tenant that has no pods any more, or a pod that isn't
 	// in the mesh any more, waits for connections to end.
 	heldLimit = 10 * time.Minute
+	// sweepPeriod is the least time between two looks for connections that ended.
+	sweepPeriod = time.Second
 )
 
 // steer gives a pod its way. A pod that ran before it was steered, or was another
@@ -67,13 +69,22 @@ func (a *Agent) tenantOf(index uint16) (isolation.State, bool) {
 	return isolation.State{}, false
 }
 
+// sweep forgets connections that have ended. Each time it looks at all of them, so
+// a round that comes back soon doesn't.
+func (a *Agent) sweep() {
+	if time.Since(a.swept) < sweepPeriod {
+		return
+	}
+	a.swept = time.Now()
+	if err := a.datapath.SweepFlows(flowIdle); err != nil {
+		a.log.Error("connections that have ended can't be forgotten", "error", err)
+	}
+}
+
 // held counts the connections that stayed with a tenant whose pods' new ones go
 // elsewhere: by pod, and by tenant index.
 func (a *Agent) held() (pods map[string]int, tenants map[uint16]int) {
 	pods, tenants = map[string]int{}, map[uint16]int{}
-	if err := a.datapath.SweepFlows(flowIdle); err != nil {
-		a.log.Error("connections that have ended can't be forgotten", "error", err)
-	}
 	flows, err := a.datapath.HeldFlows()
 	if err != nil {
 		a.log.Error("connections that stayed where they were can't be read", "error", err)

@@ -99,7 +99,7 @@ var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
 // inspect reads everything anew.
 func (a *Agent) inspect() (Inspection, error) {
 	o := a.observe()
-	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem), Tenants: []InspectedTenant{},
+	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem, o.round.capacityProblem), Tenants: []InspectedTenant{},
 		TrustBundle: o.trustBundle, Identities: identityCondition(o.identities).Message}
 	var err error
 	if i.HostNamespaces, err = namespacesOf(a.nodeProc); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
@@ -36,6 +37,8 @@ type round struct {
 	steered map[string]bpf.Pod
 	// redirectionProblem is why pods aren't redirected as planned.
 	redirectionProblem string
+	// capacityProblem is what of the kernel's will be full soon.
+	capacityProblem string
 	// weights that are in force.
 	weights map[model.Tenant]int
 }
@@ -89,9 +92,11 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 			next = min(next, again)
 		}
 	}
-	heldByPod, heldByTenant := a.held()
-	next = min(next, a.ensurePods(p, indexes, heldByPod, &r))
-	next = min(next, a.removeTenants(ctx, p, heldByTenant), a.removeFormer(&r))
+	a.sweep()
+	r.capacityProblem = a.checkCapacity()
+	held := sync.OnceValues(a.held) // counted only if something is to go
+	next = min(next, a.ensurePods(p, indexes, held, &r))
+	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r))
 	a.finishRound(r)
 	return next
 }
@@ -114,8 +119,11 @@ func (a *Agent) mtu(t model.Tenant, p plan) int {
 	return mtu
 }
 
+// heldCounts are held's counts, as of the first time that they are asked for.
+type heldCounts func() (pods map[string]int, tenants map[uint16]int)
+
 // ensurePods steers the planned pods and lets go of all others.
-func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[string]int, r *round) time.Duration {
+func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCounts, r *round) time.Duration {
 	next := resync
 	steered, err := a.datapath.Pods()
 	if err != nil {
@@ -158,7 +166,8 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held map[str
 		if _, ok := p.pod(uid); ok {
 			continue
 		}
-		again, err := a.release(uid, held[uid])
+		byPod, _ := held()
+		again, err := a.release(uid, byPod[uid])
 		if err != nil {
 			a.log.Error("pod is still steered", "uid", uid, "error", err)
 			again = time.Second
@@ -203,7 +212,7 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan, held map[uint16]int) time.Duration {
+func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time.Duration {
 	next := resync
 	for _, t := range a.bulkheads.Tenants() {
 		if p.has(t) {
@@ -218,7 +227,7 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held map[uint16]int) 
 			next = min(next, left)
 			continue
 		}
-		if a.waitsForFlows(t, held, since) {
+		if _, byTenant := held(); a.waitsForFlows(t, byTenant, since) {
 			next = min(next, time.Second)
 			continue
 		}

@@ -121,6 +121,9 @@ func identityCondition(h identity.Health) metav1.Condition {
 // redirectedCondition says whether pods are redirected as planned.
 func redirectedCondition(o observation) metav1.Condition {
 	c := metav1.Condition{Type: v1alpha1.ConditionRedirected, Status: metav1.ConditionTrue, Reason: "AsPlanned", Message: "pods are redirected by " + string(o.redirection)}
+	if full := o.round.capacityProblem; full != "" {
+		c.Reason, c.Message = "NearlyFull", c.Message+"; "+full
+	}
 	if want := o.round.plan.redirection; want != o.redirection {
 		c.Status, c.Reason = metav1.ConditionFalse, "Unsupported"
 		c.Message = fmt.Sprintf("%s; pods stay with %s", cmp.Or(o.round.redirectionProblem, "the redirection isn't known to this agent"), cmp.Or(o.redirection, "none, and closed"))
