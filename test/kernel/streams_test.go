@@ -48,7 +48,9 @@ func testBulk(t *testing.T, l *lab.Lab) {
 }
 
 // With SYN cookies, the kernel forgets a connection until its ACK comes, which is
-// steered anew, here while two generations listen.
+// steered anew: a listener takes it only if cookies were sent for it lately, and
+// the generations' are no group that would share that knowledge. So the ACK must
+// find the generation that its SYN found, here while two generations listen.
 func TestSYNCookies(t *testing.T) { eachRedirection(t, testSYNCookies) }
 
 func testSYNCookies(t *testing.T, l *lab.Lab) {
