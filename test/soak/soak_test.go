@@ -204,3 +204,11 @@ func TestUnifiedCgroups(t *testing.T) {
 		t.Error("version 2 hasn't all controllers there")
 	}
 }
+
+// systemd, as process 1 and with version 2 alone, leaves the bulkheads as they are.
+func TestSystemd(t *testing.T) {
+	m := newMachine(t)
+	said := m.run(t, order{Systemd: true, Dir: filepath.Join(m.root, "isolation"), Env: m.environment(t),
+		Command: []string{m.compile(t, "./isolation"), "-test.v", "-test.timeout=5m", "-test.run=^TestSystemdLeavesTenantsAlone$"}})
+	wantPassed(t, said, "TestSystemdLeavesTenantsAlone")
+}
