@@ -1,0 +1,243 @@
+package netfilter
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// inNode runs f in a network namespace of its own, which ends with it.
+func inNode(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs root: make test-kernel")
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		check(t, unix.Unshare(unix.CLONE_NEWNET))
+		f(t)
+	}()
+	<-done
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// veth makes one, with the other end beside it or in a namespace.
+func veth(t *testing.T, name string, netns *os.File) netlink.Link {
+	t.Helper()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	v := &netlink.Veth{LinkAttrs: attrs, PeerName: name + "x"}
+	if netns != nil {
+		v.PeerNamespace = netlink.NsFd(int(netns.Fd()))
+	}
+	check(t, netlink.LinkAdd(v))
+	host, err := netlink.LinkByName(name)
+	check(t, err)
+	return host
+}
+
+// tenant makes a namespace for a tenant.
+func tenant(t *testing.T, index uint16) Tenant {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "netns")
+	check(t, os.WriteFile(path, nil, 0o600))
+	made := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+		}
+		made <- err
+	}()
+	check(t, <-made)
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	ns, err := os.Open(path)
+	check(t, err)
+	defer ns.Close()
+	host := veth(t, "tenant"+string(rune('0'+index)), ns)
+	return Tenant{Index: index, Netns: path, HostIfindex: host.Attrs().Index, TenantIfindex: host.Attrs().ParentIndex, TenantMAC: host.Attrs().HardwareAddr}
+}
+
+func pod(t *testing.T, uid string, tenant uint16, addresses ...string) Pod {
+	t.Helper()
+	host := veth(t, "pod"+uid, nil)
+	p := Pod{UID: uid, Tenant: tenant, Ifindex: host.Attrs().Index, MAC: host.Attrs().HardwareAddr}
+	for _, a := range addresses {
+		p.IPs = append(p.IPs, netip.MustParseAddr(a))
+	}
+	return p
+}
+
+func want(t *testing.T, d *Datapath, pods []string, tenants []uint16) {
+	t.Helper()
+	gotPods, err := d.Pods()
+	check(t, err)
+	gotTenants, err := d.Tenants()
+	check(t, err)
+	if !slices.Equal(gotPods, pods) || !slices.Equal(gotTenants, tenants) {
+		t.Errorf("pods %v and tenants %v, want %v and %v", gotPods, gotTenants, pods, tenants)
+	}
+}
+
+// A process adopts what another made, follows a pod from veth to veth and from
+// tenant to tenant, and leaves nothing.
+func TestLifecycle(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		check(t, Probe())
+		d, err := Open(Options{})
+		check(t, err)
+		one, two := tenant(t, 1), tenant(t, 2)
+		a, b := pod(t, "a", 1, "10.0.0.1", "fd00::1"), pod(t, "b", 2, "10.0.0.2")
+		if err := d.SetWeight(1, 10); !errors.Is(err, ErrUnknownTenant) {
+			t.Errorf("weight of a tenant that isn't known: %v", err)
+		}
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two), d.UpdatePod(a), d.UpdatePod(b), d.SetWeight(1, 30)))
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(a))) // again
+		want(t, d, []string{"a", "b"}, []uint16{1, 2})
+		elements := func(set string) int {
+			c, err := open(0)
+			check(t, err)
+			list, err := c.GetSetElements(d.sets[set])
+			check(t, err)
+			return len(list)
+		}
+		before := elements(setSent + "4")
+
+		d, err = Open(Options{})
+		check(t, err)
+		want(t, d, []string{"a", "b"}, []uint16{1, 2})
+		check(t, d.UpdateTenant(one))
+		if w := d.tenants[1].have.weight; w != 30 {
+			t.Errorf("after another process came the weight is %d", w)
+		}
+		// A pod comes back with another veth, takes over another's address, and goes to
+		// another tenant.
+		check(t, netlink.LinkDel(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "poda"}}))
+		if err := d.UpdatePod(a); err == nil {
+			t.Error("a veth that is gone was taken")
+		}
+		again := pod(t, "a", 2, "10.0.0.1", "10.0.0.2")
+		check(t, errors.Join(d.UpdateTenant(two), d.UpdatePod(again)))
+		if n := elements(setSent + "4"); n != before {
+			t.Errorf("%d addresses of pods, had %d", n, before)
+		}
+		if n := elements(setSent + "6"); n != 0 {
+			t.Errorf("%d addresses that nobody has any more", n)
+		}
+		in := d.tenants[2].have.pods
+		if len(in) != 2 || len(d.tenants[1].have.pods) != 0 {
+			t.Errorf("the tenants' namespaces have %v and %v", d.tenants[1].have.pods, in)
+		}
+		check(t, errors.Join(d.DeletePod("a"), d.DeletePod("b"), d.DeletePod("c"), d.DeleteTenant(1), d.DeleteTenant(2), d.DeleteTenant(3)))
+		want(t, d, nil, nil)
+		for name, set := range d.sets {
+			if n := elements(set.Name); n != 0 && set.Table == steering {
+				t.Errorf("%d elements of %s are left", n, name)
+			}
+		}
+		check(t, d.UpdateTenant(one))
+		check(t, Uninstall(one.Netns, two.Netns, "/nowhere"))
+		tables, err := (&nftables.Conn{}).ListTables()
+		check(t, err)
+		addresses, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+		check(t, err)
+		if there, err := Installed(); there || err != nil || len(tables) > 0 || len(addresses) > 0 {
+			t.Errorf("left: %v, %d tables, %v, %v", there, len(tables), addresses, err)
+		}
+	})
+}
+
+// Connections that stay are written down, counted, and forgotten with their pod or
+// tenant.
+func TestHeldFlows(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		check(t, errors.Join(d.UpdateTenant(tenant(t, 1)), d.UpdateTenant(tenant(t, 2))))
+		a := pod(t, "a", 1, "10.0.0.1", "fd00::1")
+		at := netip.MustParseAddrPort
+		reads := map[uint16]int{}
+		flows := func(from uint16) ([]Flow, error) {
+			reads[from]++
+			return []Flow{{at("10.0.0.1:80"), at("1.2.3.4:5000")}, {at("[fd00::1]:80"), at("[fd01::1]:5000")}, {at("[::ffff:10.0.0.1]:80"), at("[::ffff:1.2.3.4]:5000")}}, nil
+		}
+		refuse := errors.New("no")
+		if err := d.MovePod(a, func(uint16) ([]Flow, error) { return nil, refuse }); !errors.Is(err, refuse) {
+			t.Errorf("a pod whose connections can't be read moved: %v", err)
+		}
+		want(t, d, nil, []uint16{1, 2})
+		held := func(tenant uint16, n int) {
+			t.Helper()
+			got, err := d.HeldFlows()
+			check(t, err)
+			if got["a"][tenant] != n {
+				t.Errorf("held: %v, want %d of tenant %d", got, n, tenant)
+			}
+		}
+		check(t, d.MovePod(a, flows))
+		held(0, 2)
+		if reads[0] != 2 {
+			t.Errorf("connections of a pod that joins were read %d times", reads[0])
+		}
+		// To another tenant: what it had in the clear stays there, what it has now stays
+		// with the first.
+		a.Tenant = 2
+		check(t, d.MovePod(a, func(from uint16) ([]Flow, error) { return []Flow{{at("10.0.0.1:81"), at("1.2.3.4:5001")}}, nil }))
+		held(0, 2)
+		held(1, 1)
+		check(t, d.ReleasePod("a", func(from uint16) ([]Flow, error) { return []Flow{{at("10.0.0.1:82"), at("1.2.3.4:5002")}}, nil }))
+		held(2, 1)
+		check(t, d.DeleteTenant(1))
+		held(1, 0)
+		held(2, 1)
+		check(t, d.DeletePod("a"))
+		all, err := d.flows(false)
+		if err != nil || len(all) > 0 {
+			t.Errorf("%v are left, %v", all, err)
+		}
+	})
+}
+
+func TestBadInput(t *testing.T) {
+	for _, mark := range []uint32{1, 2, 3, 0x3000} {
+		if _, err := Open(Options{Mark: mark}); err == nil || !strings.Contains(err.Error(), "bit") {
+			t.Errorf("mark %#x: %v", mark, err)
+		}
+	}
+	d := &Datapath{}
+	good := Pod{UID: "a", Tenant: 1, Ifindex: 1, IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, MAC: []byte{0, 1, 2, 3, 4, 5}}
+	for name, change := range map[string]func(*Pod){
+		"UID": func(p *Pod) { p.UID = "" }, "tenant": func(p *Pod) { p.Tenant = MaxTenantIndex + 1 }, "veth": func(p *Pod) { p.Ifindex = 0 },
+		"address": func(p *Pod) { p.IPs = nil }, "MAC": func(p *Pod) { p.MAC = nil }, "zone": func(p *Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("fe80::1%x")} },
+	} {
+		p := good
+		change(&p)
+		if err := d.UpdatePod(p); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := d.SetWeight(1, 101); err == nil {
+		t.Error("a weight of 101 was taken")
+	}
+	if err := d.SetListeners(1, 2, 1); err == nil {
+		t.Error("a third generation was taken")
+	}
+}
