@@ -55,9 +55,12 @@ func (a *Agent) Add(ctx context.Context, s cni.Sandbox) (bool, error) {
 	// Each step is named in the error, for it is what the pod's events show.
 	if err := a.waitFor(ctx, "the operator to plan it on this node", func() bool {
 		_, ok := a.planned(s.PodUID)
-		return ok
+		return ok || a.isOutside(s.PodUID)
 	}); err != nil {
 		return false, err
+	}
+	if a.isOutside(s.PodUID) {
+		return false, nil
 	}
 	if a.isBypassed(s.PodUID) {
 		// The mesh may be what is broken: it needs nobody's answer.

@@ -27,6 +27,8 @@ type plan struct {
 	pods        []identity.Pod
 	// traffic by UID, of pods for which there is more to say.
 	traffic map[string]traffic
+	// outside are pods, by UID, that aren't in the mesh although their namespace is.
+	outside map[string]bool
 }
 
 // traffic is what of a pod's connections doesn't go the mesh's way.
@@ -49,7 +51,7 @@ type tenantPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{uid: np.UID, generation: np.Generation, traffic: map[string]traffic{}}
+	p := plan{uid: np.UID, generation: np.Generation, traffic: map[string]traffic{}, outside: map[string]bool{}}
 	var errs []error
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:
@@ -80,6 +82,9 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			tp.weight = int(c.Weight)
 		}
 		p.tenants = append(p.tenants, tp)
+	}
+	for _, o := range np.Spec.Outside {
+		p.outside[o.UID] = true
 	}
 	namespaces := map[string]traffic{}
 	for _, n := range np.Spec.Namespaces {

@@ -96,7 +96,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	r.capacityProblem = a.checkCapacity()
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(p, indexes, held, &r))
-	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r))
+	next = min(next, a.removeTenants(ctx, p, held, r.steered), a.removeFormer(&r))
 	a.finishRound(r)
 	return next
 }
@@ -142,6 +142,12 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCou
 		// its namespace joined: its traffic must have somewhere to go.
 		t := p.traffic[pod.UID]
 		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !slices.Contains(former, pod.UID) && !serving && !t.bypass {
+			continue
+		}
+		if was, ok := a.last.steered[pod.UID]; ok && was.Tenant != index && r.serving[pod.Tenant] == (process{}) && a.servesPod(was, record) {
+			// Its new tenant's proxy doesn't take connections yet: they go on where they went.
+			r.steered[pod.UID] = was
+			next = min(next, soon)
 			continue
 		}
 		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
@@ -212,10 +218,18 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time.Duration {
+func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, steered map[string]bpf.Pod) time.Duration {
 	next := resync
+	used := map[uint16]bool{}
+	for _, pod := range steered {
+		used[pod.Tenant] = true
+	}
 	for _, t := range a.bulkheads.Tenants() {
 		if p.has(t) {
+			continue
+		}
+		if s, ok := a.bulkheads.State(t); ok && used[s.Index] {
+			delete(a.idleSince, t) // pods wait there for the proxy of their new tenant
 			continue
 		}
 		since, ok := a.idleSince[t]
@@ -335,10 +349,23 @@ func (a *Agent) isSteered(record sandboxRecord) bool {
 	return ok && pod.Ifindex == record.Ifindex
 }
 
+// isOutside reports whether the plan says that the pod isn't in the mesh.
+func (a *Agent) isOutside(uid string) bool {
+	p, _ := a.currentPlan()
+	return p.outside[uid]
+}
+
 // isBypassed reports whether the pod's new connections are to pass in the clear.
 func (a *Agent) isBypassed(uid string) bool {
 	p, _ := a.currentPlan()
 	return p.traffic[uid].bypass
+}
+
+// servesPod reports whether a pod still is where it was steered, and that tenant
+// is still there.
+func (a *Agent) servesPod(was bpf.Pod, record sandboxRecord) bool {
+	_, there := a.tenantOf(was.Tenant)
+	return there && was.Ifindex == record.Ifindex
 }
 
 func (a *Agent) isServing(t model.Tenant) bool {

@@ -77,6 +77,9 @@ func stripPod(o any) (any, error) {
 		Spec:       corev1.PodSpec{NodeName: p.Spec.NodeName, ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork},
 		Status:     corev1.PodStatus{Phase: p.Status.Phase, PodIPs: p.Status.PodIPs},
 	}
+	if v := p.Labels[v1alpha1.LabelOptOut]; v != "" {
+		out.Labels = map[string]string{v1alpha1.LabelOptOut: v}
+	}
 	for _, name := range []string{corev1.MirrorPodAnnotationKey, v1alpha1.AnnotationExcludeOutbound, v1alpha1.AnnotationExcludeInbound} {
 		if v, ok := p.Annotations[name]; ok {
 			if out.Annotations == nil {

@@ -287,15 +287,14 @@ func (m *mesh) syncNamespace(ctx context.Context, name string) error {
 	for _, p := range m.namespacePods[name] {
 		m.triggers.pods.add(p.key)
 	}
-	tenant := model.NamespaceTenant(name)
 	if had.Bypass != now.Bypass {
 		m.log.Warn("emergency bypass", "namespace", name, "on", now.Bypass, "meshTopology", cmp.Or(now.Topology, had.Topology))
 	}
 	var errs []error
-	for node := range m.proxies[tenant] {
-		m.triggers.plans.add(node) // the version, the bypass
+	for key := range m.proxiesOf(name) {
+		m.triggers.plans.add(key.Node) // the version, the bypass
 		if found {
-			errs = append(errs, m.publishProxy(model.ProxyKey{Node: node, Tenant: tenant})) // the access log
+			errs = append(errs, m.publishProxy(key)) // the access log
 		}
 	}
 	for key := range m.problems {
@@ -479,11 +478,24 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		if sameTenantStatus(had.tenants, now.tenants, name) && slices.Equal(had.versions, now.versions) {
 			continue
 		}
-		if t, err := model.ParseTenant(name); err == nil && t.Namespace != "" {
-			m.triggers.tenants.add(t.Namespace)
-			m.triggers.policies.add(t.Namespace)
-			m.triggers.served.add(m.refusedServices(had.tenants[name], now.tenants[name])...)
-			if topology := m.namespaces[t.Namespace].Topology; topology != "" {
+		t, err := model.ParseTenant(name)
+		if err != nil {
+			continue
+		}
+		concerned := map[string]bool{t.Namespace: true}
+		if t.Scope == model.ScopeNode {
+			concerned = map[string]bool{}
+			for _, p := range m.nodePods[node] {
+				if p.Tenant == t {
+					concerned[p.Namespace] = true
+				}
+			}
+		}
+		m.triggers.served.add(m.refusedServices(had.tenants[name], now.tenants[name])...)
+		for namespace := range concerned {
+			m.triggers.tenants.add(namespace)
+			m.triggers.policies.add(namespace)
+			if topology := m.namespaces[namespace].Topology; topology != "" {
 				m.triggers.status.add(topology)
 			}
 		}

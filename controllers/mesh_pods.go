@@ -39,6 +39,8 @@ type podState struct {
 	held []netip.Addr
 	// refused says why others aren't; "" if there are none.
 	refused string
+	// formers are the pod as it was at proxies that its connections may still be at.
+	formers []podState
 }
 
 // syncPod brings a pod up to date. after isn't zero if it has to be called again
@@ -121,6 +123,9 @@ func (m *mesh) removePod(st *podState) {
 	if err := m.settle(st, before); err != nil {
 		m.log.Error("forget pod", "pod", st.key, "error", err)
 	}
+	if err := m.forgetFormers(st); err != nil {
+		m.log.Error("forget pod at its former proxies", "pod", st.key, "error", err)
+	}
 	delete(m.pods, st.UID)
 	if m.podUIDs[st.key] == st.UID {
 		delete(m.podUIDs, st.key)
@@ -154,8 +159,11 @@ func (m *mesh) settle(st *podState, before podState) error {
 	sameAddrs := slices.Equal(before.held, st.held)
 	sameIdentity := before.Standing == st.Standing && before.Identity == st.Identity && before.Bypassed == st.Bypassed
 	if !samePlace || !sameAddrs || !sameIdentity {
+		if !sameAddrs {
+			errs = append(errs, m.forgetFormers(st)) // another pod may get the addresses
+		}
 		if !samePlace && !before.Tenant.IsZero() {
-			errs = append(errs, m.leaveProxy(before))
+			errs = append(errs, m.retire(st, before))
 		}
 		if !st.Tenant.IsZero() {
 			errs = append(errs, m.joinProxy(st))
@@ -165,15 +173,15 @@ func (m *mesh) settle(st *podState, before podState) error {
 		for _, p := range []podState{before, *st} {
 			if !p.Tenant.IsZero() {
 				m.triggers.plans.add(p.Node)
-				m.triggers.tenants.add(p.Tenant.Namespace)
-				m.triggers.policies.add(p.Tenant.Namespace)
+				m.triggers.tenants.add(p.Namespace)
+				m.triggers.policies.add(p.Namespace)
 			}
 		}
 		if t := m.namespaces[st.Namespace].Topology; t != "" {
 			m.triggers.status.add(t)
 		}
 	}
-	if !slices.Equal(before.Exclusions, st.Exclusions) {
+	if !slices.Equal(before.Exclusions, st.Exclusions) || before.OptedOut != st.OptedOut {
 		m.triggers.plans.add(st.Node)
 	}
 	if !sameAddrs || !sameIdentity {
@@ -281,8 +289,32 @@ func (m *mesh) joinProxy(st *podState) error {
 		nodes = map[string]map[string]*podState{}
 		m.proxies[st.Tenant] = nodes
 	}
+	st.formers = slices.DeleteFunc(st.formers, func(f podState) bool { return f.Tenant == st.Tenant })
 	add(nodes, st.Node, st.UID, st)
 	return m.publishProxy(model.ProxyKey{Node: st.Node, Tenant: st.Tenant})
+}
+
+// retire leaves a pod that lives on at the proxy that it was at: without its
+// chains there, that would end the connections that began there. New ones don't
+// get there. It goes with the pod.
+func (m *mesh) retire(st *podState, was podState) error {
+	if st.Standing == translate.Absent || st.Node != was.Node {
+		return m.leaveProxy(was)
+	}
+	was.formers = nil
+	st.formers = append(st.formers, was)
+	add(m.proxies[was.Tenant], was.Node, was.UID, &was)
+	return m.publishProxy(model.ProxyKey{Node: was.Node, Tenant: was.Tenant})
+}
+
+// forgetFormers takes a pod from the proxies that it was at.
+func (m *mesh) forgetFormers(st *podState) error {
+	var errs []error
+	for _, former := range st.formers {
+		errs = append(errs, m.leaveProxy(former))
+	}
+	st.formers = nil
+	return errors.Join(errs...)
 }
 
 // leaveProxy takes a pod, as it was, from its proxy.
@@ -308,7 +340,35 @@ func (m *mesh) publishProxy(key model.ProxyKey) error {
 			workloads = append(workloads, p.Workload(p.held))
 		}
 	}
-	return m.store.SetProxy(translate.Proxy(key, m.nodes[key.Node].Zone(), m.namespaces[key.Tenant.Namespace].Membership, workloads))
+	return m.store.SetProxy(translate.Proxy(key, m.nodes[key.Node].Zone(), m.membershipOf(key.Tenant, pods), workloads))
+}
+
+// membershipOf is what decides how a tenant's proxy is: of one for a whole node,
+// that of the oldest topology which has pods there.
+func (m *mesh) membershipOf(t model.Tenant, pods map[string]*podState) (out translate.Membership) {
+	if t.Scope != model.ScopeNode {
+		return m.namespaces[t.Namespace].Membership
+	}
+	names := m.topologies.Names()
+	oldest := len(names)
+	for _, p := range pods {
+		ns := m.namespaces[p.Namespace].Membership
+		if i := slices.Index(names, ns.Topology); i >= 0 && (i < oldest || out == (translate.Membership{})) {
+			oldest, out = i, ns
+		}
+	}
+	return out
+}
+
+// optedOut are pods of a node that could be members and aren't.
+func (m *mesh) optedOut(node string) []translate.Pod {
+	var out []translate.Pod
+	for p := range maps.Values(m.nodePods[node]) {
+		if p.OptedOut {
+			out = append(out, p.Pod)
+		}
+	}
+	return out
 }
 
 // add puts v into a map of maps.

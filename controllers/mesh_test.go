@@ -281,7 +281,7 @@ func TestMembershipFollowsLabels(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.drain()
-	if p := c.pod("web"); p.Standing != translate.Outside || len(c.proxies) != 0 {
+	if p := c.pod("web"); p.Standing != translate.Outside || len(c.proxiesOf("a")) != 0 {
 		t.Errorf("without the topology: %+v, proxies %v", p, c.proxies)
 	}
 }

@@ -113,6 +113,8 @@ type nodePlan struct {
 	trustDomain string
 	redirection v1alpha1.Redirection
 	members     []translate.Pod
+	optedOut    []translate.Pod
+	shared      translate.NamespacePlan
 	namespaces  map[string]translate.NamespacePlan // without what policies say
 }
 
@@ -122,6 +124,9 @@ func (m *mesh) plan(node string) nodePlan {
 	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), namespaces: map[string]translate.NamespacePlan{}}
 	p.node, p.known = m.nodes[node]
 	p.redirection, _ = m.topologies.Redirection(p.node.Labels)
+	p.optedOut = m.optedOut(node)
+	shared := model.Tenant{Scope: model.ScopeNode}
+	p.shared.Version = m.membershipOf(shared, m.proxies[shared][node]).Version
 	for _, pod := range p.members {
 		if _, ok := p.namespaces[pod.Namespace]; !ok {
 			ns := m.namespaces[pod.Namespace]
@@ -131,23 +136,34 @@ func (m *mesh) plan(node string) nodePlan {
 	return p
 }
 
-// views are the proxies of a namespace's tenant, in no order.
-func (m *mesh) views(namespace string) (translate.Membership, []translate.NodeView) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.namespaces[namespace].Membership, m.viewsLocked(namespace)
+// proxiesOf are the proxies that serve a namespace's members, with how many of them.
+func (m *mesh) proxiesOf(namespace string) map[model.ProxyKey]int {
+	keys := map[model.ProxyKey]int{}
+	for _, p := range m.namespacePods[namespace] {
+		if !p.Tenant.IsZero() {
+			keys[model.ProxyKey{Node: p.Node, Tenant: p.Tenant}]++
+		}
+	}
+	return keys
 }
 
-func (m *mesh) viewsLocked(namespace string) []translate.NodeView {
-	tenant := model.NamespaceTenant(namespace)
-	var views []translate.NodeView
-	for node, pods := range m.proxies[tenant] {
-		report := m.reports[node]
-		v := translate.NodeView{Node: node, Pods: len(pods), ProxyVersions: report.versions}
-		v.Status, v.Reported = report.tenants[tenant.String()]
-		views = append(views, v)
+// views are the proxies that serve a namespace's members, by tenant and in no order.
+func (m *mesh) views(namespace string) (translate.Membership, map[model.Tenant][]translate.NodeView) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	views := map[model.Tenant][]translate.NodeView{}
+	for key, pods := range m.proxiesOf(namespace) {
+		views[key.Tenant] = append(views[key.Tenant], m.view(key, pods))
 	}
-	return views
+	return m.namespaces[namespace].Membership, views
+}
+
+// view is a proxy with some of its pods.
+func (m *mesh) view(key model.ProxyKey, pods int) translate.NodeView {
+	report := m.reports[key.Node]
+	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, ProxyVersions: report.versions}
+	v.Status, v.Reported = report.tenants[key.Tenant.String()]
+	return v
 }
 
 // topologyInput walks all namespaces and the proxies of one topology.
@@ -155,14 +171,20 @@ func (m *mesh) topologyInput(name string) (translate.Topologies, translate.Topol
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	in := translate.TopologyInput{TrustDomain: m.topologies.TrustDomain(), Lost: map[string]string{}, NotRenewed: map[string]string{}}
+	proxies := map[model.ProxyKey]int{}
 	for namespace, ns := range m.namespaces {
 		if ns.Topology == name {
 			in.Namespaces++
-			in.Proxies = append(in.Proxies, m.viewsLocked(namespace)...)
+			for key, pods := range m.proxiesOf(namespace) {
+				proxies[key] += pods // namespaces may share one
+			}
 		}
 		if slices.Contains(ns.lost, name) {
 			in.Lost[namespace] = ns.Topology
 		}
+	}
+	for key, pods := range proxies {
+		in.Proxies = append(in.Proxies, m.view(key, pods))
 	}
 	in.Bypasses = m.bypasses(name)
 	for name, n := range m.nodes {
@@ -224,7 +246,11 @@ func (m *mesh) membership() (trustDomain string, namespaces []string) {
 func (m *mesh) tenantNodes(namespace string) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return slices.Collect(maps.Keys(m.proxies[model.NamespaceTenant(namespace)]))
+	nodes := map[string]bool{}
+	for key := range m.proxiesOf(namespace) {
+		nodes[key.Node] = true
+	}
+	return slices.Collect(maps.Keys(nodes))
 }
 
 // bypasses are a topology's emergency bypasses, as they are asked for and as nodes
@@ -235,9 +261,9 @@ func (m *mesh) bypasses(topology string) []translate.BypassView {
 		v := translate.BypassView{EmergencyBypass: b}
 		if ns := m.namespaces[b.Namespace]; ns.Topology == topology {
 			v.Member = true
-			for _, n := range m.viewsLocked(b.Namespace) {
-				v.Pods += n.Pods
-				v.Bypassed += int(n.Status.BypassedPods)
+			for key, pods := range m.proxiesOf(b.Namespace) {
+				v.Pods += pods
+				v.Bypassed += min(pods, int(m.view(key, pods).Status.BypassedPods))
 			}
 		}
 		views = append(views, v)

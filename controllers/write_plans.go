@@ -33,6 +33,9 @@ type writer struct {
 	event func(about *corev1.ObjectReference, reason, note string)
 }
 
+// reasonCrowded is of events about a node with hardly any room for tenants.
+const reasonCrowded = "Crowded"
+
 // writePlan brings a node's NodeProxy up to date.
 func (w *writer) writePlan(ctx context.Context, node string) error {
 	var have v1alpha1.NodeProxy
@@ -59,9 +62,17 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		p.Limits, p.Strict = translate.Limits(policies), p.Strict || translate.IsStrict(policies)
 		plan.namespaces[namespace] = p
 	}
+	had := map[string]bool{}
+	for _, t := range have.Spec.Tenants {
+		had[t.Name] = true
+	}
+	if crowded := translate.Crowded(plan.members); crowded != "" && exists {
+		w.tell(&have, "NodeProxy", reasonCrowded, crowded)
+	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},
-		Spec:       translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members, Namespaces: plan.namespaces}),
+		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members,
+			OptedOut: plan.optedOut, Shared: plan.shared, Had: had, Namespaces: plan.namespaces}),
 	}
 	if exists && ownedBy(have.OwnerReferences, plan.node.UID) && translate.SamePlan(have.Spec, want.Spec) {
 		return nil

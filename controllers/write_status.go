@@ -3,7 +3,10 @@ package controllers
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -81,39 +84,48 @@ func startWriters(mgr manager.Manager, w *writer, late *lateKinds) error {
 	return nil
 }
 
-// writeTenant shows a namespace its tenant's proxies, or takes that away.
+// writeTenant shows a namespace the proxies that serve it, or takes that away.
 func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	m, views := w.mesh.views(namespace)
-	name := ""
 	if m.IsMember() {
 		if active, err := w.isActive(ctx, namespace); err != nil || !active {
 			return err // a namespace that goes takes its objects with it
 		}
-		name = model.NamespaceTenant(namespace).String()
+		if m.Scope == model.ScopeNamespace && len(views) == 0 {
+			views[model.NamespaceTenant(namespace)] = nil // it has a tenant, without pods
+		}
 	}
 	var list v1alpha1.TenantProxyList
 	if err := w.List(ctx, &list, client.InNamespace(namespace)); err != nil {
 		return fmt.Errorf("list TenantProxies of %s: %w", namespace, err)
 	}
-	var have *v1alpha1.TenantProxy
+	have := map[string]*v1alpha1.TenantProxy{}
 	for i := range list.Items {
-		if t := &list.Items[i]; t.Name == name {
-			have = t
-		} else if err := w.Delete(ctx, t); client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("delete TenantProxy %s/%s: %w", namespace, t.Name, err)
+		have[list.Items[i].Name] = &list.Items[i]
+	}
+	var errs []error
+	for tenant, nodes := range views {
+		name := translate.TenantProxyName(tenant)
+		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name]))
+		delete(have, name)
+	}
+	for _, t := range have {
+		if err := w.Delete(ctx, t); client.IgnoreNotFound(err) != nil {
+			errs = append(errs, fmt.Errorf("delete TenantProxy %s/%s: %w", namespace, t.Name, err))
 		}
 	}
-	if name == "" {
-		return nil
-	}
-	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
+	return errors.Join(errs...)
+}
+
+func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy) error {
+	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: translate.TenantProxyName(tenant)}}
 	if have == nil {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
 			return err
 		}
 		have = want.DeepCopy()
 	}
-	want.Status = translate.TenantProxyStatus(name, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
+	want.Status = translate.TenantProxyStatus(tenant, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
 	}
@@ -142,7 +154,8 @@ func (w *writer) writePolicies(ctx context.Context, namespace string) error {
 	if err != nil || len(policies) == 0 {
 		return err
 	}
-	m, views := w.mesh.views(namespace)
+	m, byTenant := w.mesh.views(namespace)
+	views := slices.Concat(slices.Collect(maps.Values(byTenant))...)
 	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies), Strict: m.Strict || translate.IsStrict(policies), Nodes: views}
 	for i := range policies {
 		p := &policies[i]

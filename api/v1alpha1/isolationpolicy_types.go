@@ -70,7 +70,7 @@ type IsolationPolicyStatus struct {
 	// ObservedGeneration of the spec that this status is about.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
-	// Conditions: Accepted (reasons Accepted, NotInMesh), Ready (reasons Enforced,
+	// Conditions: Accepted (reasons Accepted, NotInMesh, SharedProxy), Ready (reasons Enforced,
 	// Progressing, NoProxies).
 	// +listType=map
 	// +listMapKey=type

@@ -5,11 +5,24 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // Isolation is what a tenant, the unit that gets a proxy of its own on each
 // node, is made of.
 //
-// +kubebuilder:validation:Enum=Namespace
+// +kubebuilder:validation:Enum=Node;Namespace;ServiceAccount;Pod
 type Isolation string
 
-// IsolationNamespace makes each namespace a tenant.
-const IsolationNamespace Isolation = "Namespace"
+// The values of Isolation.
+const (
+	// IsolationNode makes all pods of a node one tenant: they share its proxy.
+	IsolationNode Isolation = "Node"
+	// IsolationNamespace makes each namespace a tenant.
+	IsolationNamespace Isolation = "Namespace"
+	// IsolationServiceAccount makes each service account of a namespace a tenant.
+	IsolationServiceAccount Isolation = "ServiceAccount"
+	// IsolationPod makes each pod a tenant, as a sidecar would.
+	IsolationPod Isolation = "Pod"
+)
+
+// LabelOptOut keeps a single pod of a namespace out of the mesh, with the value
+// "true"; it can be set and removed while the pod runs.
+const LabelOptOut = "mesh.bulkhead.dev/opt-out"
 
 // AccessLog says which connections a tenant proxy writes to its log.
 //
@@ -134,7 +147,9 @@ type TenancyRule struct {
 	// all of them.
 	NamespaceSelector metav1.LabelSelector `json:"namespaceSelector"`
 
-	// Isolation is what a tenant is made of.
+	// Isolation is what a tenant is made of. It can be changed while pods run: their
+	// connections go on in the former proxies to their end. A node has room for 500
+	// tenants.
 	// +kubebuilder:default=Namespace
 	// +optional
 	Isolation Isolation `json:"isolation,omitempty"`

@@ -37,6 +37,12 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=1000
 	// +optional
 	Namespaces []NodeNamespace `json:"namespaces,omitempty"`
+	// Outside are pods that opted out: they start without the mesh.
+	// +listType=map
+	// +listMapKey=uid
+	// +kubebuilder:validation:MaxItems=1000
+	// +optional
+	Outside []OutsidePod `json:"outside,omitempty"`
 	// Pods of the mesh that are bound to the node, by UID. Their addresses aren't
 	// here: the node knows them first.
 	// +listType=map
@@ -44,6 +50,15 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=1000
 	// +optional
 	Pods []NodePod `json:"pods,omitempty"`
+}
+
+// OutsidePod is a pod of a namespace in the mesh that isn't in the mesh itself.
+type OutsidePod struct {
+	// UID of the pod.
+	UID string `json:"uid"`
+	// Name of the pod and its namespace, for people.
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
 }
 
 // NodeNamespace is what holds for all pods of a namespace on a node.

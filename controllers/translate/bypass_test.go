@@ -7,6 +7,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 func TestBypassStatus(t *testing.T) {
@@ -47,8 +48,8 @@ func TestBypassStatus(t *testing.T) {
 		})
 	}
 	nodes := []NodeView{{Node: "n1", Pods: 2, Reported: true, Status: v1alpha1.NodeTenantStatus{Ready: true, BypassedPods: 1}}}
-	on := TenantProxyStatus("shop", Membership{Topology: "t", Bypass: true}, nodes, nil, now)
+	on := TenantProxyStatus(model.NamespaceTenant("shop"), Membership{Topology: "t", Bypass: true}, nodes, nil, now)
 	wantCondition(t, on.Conditions, v1alpha1.ConditionEmergencyBypass, metav1.ConditionTrue, ReasonInForce, "1 of 2 pods bypass the mesh")
-	off := TenantProxyStatus("shop", Membership{Topology: "t"}, nodes, nil, now)
+	off := TenantProxyStatus(model.NamespaceTenant("shop"), Membership{Topology: "t"}, nodes, nil, now)
 	wantCondition(t, off.Conditions, v1alpha1.ConditionEmergencyBypass, metav1.ConditionFalse, ReasonOff, "")
 }

@@ -1,12 +1,15 @@
 package translate
 
 import (
+	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/equality"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // DefaultPids is how many threads and processes a proxy may have where no
@@ -99,6 +102,13 @@ type NodePlan struct {
 	TrustDomain string
 	Redirection v1alpha1.Redirection
 	Members     []Pod
+	// OptedOut pods of the node.
+	OptedOut []Pod
+	// Had are tenants that the node has: they are the last to go where there is no
+	// room for all.
+	Had map[string]bool
+	// Shared is what a proxy for all pods of a node runs.
+	Shared NamespacePlan
 	// Namespaces has all namespaces of the members.
 	Namespaces map[string]NamespacePlan
 }
@@ -107,9 +117,13 @@ type NodePlan struct {
 // has a canary: that field is a rollout's.
 func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection}
-	tenants, namespaces := map[string]bool{}, map[string]bool{}
+	tenants, namespaces := n.tenants(), map[string]bool{}
+	planned := map[string]bool{}
 	for _, p := range n.Members {
 		name, ns := p.Tenant.String(), n.Namespaces[p.Namespace]
+		if !tenants[name] {
+			continue
+		}
 		pod := v1alpha1.NodePod{UID: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Tenant: name}
 		for _, e := range p.Exclusions {
 			// A pod can't let in what its namespace is closed to.
@@ -118,9 +132,14 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 			}
 		}
 		spec.Pods = append(spec.Pods, pod)
-		if !tenants[name] {
-			tenants[name] = true
-			spec.Tenants = append(spec.Tenants, v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits})
+		if !planned[name] {
+			planned[name] = true
+			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits}
+			if p.Tenant.Scope == model.ScopeNode {
+				// No namespace's policy bounds what others use as well.
+				t.Version, t.Limits = n.Shared.Version, Limits(nil)
+			}
+			spec.Tenants = append(spec.Tenants, t)
 		}
 		if !namespaces[p.Namespace] {
 			namespaces[p.Namespace] = true
@@ -129,10 +148,58 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 			}
 		}
 	}
+	for _, p := range n.OptedOut {
+		spec.Outside = append(spec.Outside, v1alpha1.OutsidePod{UID: p.UID, Namespace: p.Namespace, Name: p.Name})
+	}
+	slices.SortFunc(spec.Outside, func(a, b v1alpha1.OutsidePod) int { return strings.Compare(a.UID, b.UID) })
 	slices.SortFunc(spec.Namespaces, func(a, b v1alpha1.NodeNamespace) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(spec.Pods, func(a, b v1alpha1.NodePod) int { return strings.Compare(a.UID, b.UID) })
 	slices.SortFunc(spec.Tenants, func(a, b v1alpha1.NodeTenant) int { return strings.Compare(a.Name, b.Name) })
 	return spec
+}
+
+// MaxTenants is how many tenants a node has room for, as NodeProxy and the kernel's
+// maps do.
+const MaxTenants = 500
+
+// tenants are those that there is room for: first those that the node has.
+func (n NodePlan) tenants() map[string]bool {
+	all := map[string]bool{}
+	for _, p := range n.Members {
+		all[p.Tenant.String()] = true
+	}
+	if len(all) <= MaxTenants {
+		return all
+	}
+	names := slices.SortedFunc(maps.Keys(all), func(a, b string) int {
+		if n.Had[a] != n.Had[b] {
+			if n.Had[a] {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a, b)
+	})
+	for _, name := range names[MaxTenants:] {
+		delete(all, name)
+	}
+	return all
+}
+
+// Crowded says that a node has no room for more tenants, or soon hasn't; "" if it
+// has. want are all of them.
+func Crowded(members []Pod) string {
+	all := map[string]bool{}
+	for _, p := range members {
+		all[p.Tenant.String()] = true
+	}
+	switch n := len(all); {
+	case n > MaxTenants:
+		return fmt.Sprintf("%d of %d tenants find no room, at most %d: their pods don't start; move pods to other nodes, or have fewer and larger tenants", n-MaxTenants, n, MaxTenants)
+	case n*10 > MaxTenants*9:
+		return fmt.Sprintf("there are %d tenants, and room for %d", n, MaxTenants)
+	}
+	return ""
 }
 
 // SamePlan reports whether have is want, which is sorted, whatever canaries it has
@@ -144,6 +211,7 @@ func SamePlan(have, want v1alpha1.NodeProxySpec) bool {
 	}
 	slices.SortFunc(have.Tenants, func(a, b v1alpha1.NodeTenant) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(have.Namespaces, func(a, b v1alpha1.NodeNamespace) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(have.Outside, func(a, b v1alpha1.OutsidePod) int { return strings.Compare(a.UID, b.UID) })
 	slices.SortFunc(have.Pods, func(a, b v1alpha1.NodePod) int { return strings.Compare(a.UID, b.UID) })
 	return equality.Semantic.DeepEqual(have, want)
 }

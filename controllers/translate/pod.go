@@ -34,6 +34,8 @@ type Pod struct {
 	// Identity and Tenant of members.
 	Identity model.Identity
 	Tenant   model.Tenant
+	// OptedOut pods of a namespace in the mesh aren't members.
+	OptedOut bool
 	// Bypassed members pass the mesh by for now; others reach them in plain text.
 	Bypassed bool
 	// Exclusions of its own.
@@ -53,10 +55,12 @@ func NewPod(p *corev1.Pod, m Membership) Pod {
 	case !m.IsMember() || p.Annotations[corev1.MirrorPodAnnotationKey] != "":
 		// A mirror pod's fields are its kubelet's word: no identity comes of them.
 		pod.Standing = Outside
+	case p.Labels[v1alpha1.LabelOptOut] == "true":
+		pod.Standing, pod.OptedOut = Outside, true
 	default:
 		pod.Standing = Member
 		pod.Identity = model.Identity{TrustDomain: m.TrustDomain, Namespace: p.Namespace, ServiceAccount: pod.ServiceAccount}
-		pod.Tenant = m.Tenant(p.Namespace)
+		pod.Tenant = m.Tenant(p.Namespace, pod.ServiceAccount, p.Name)
 		pod.Bypassed = m.Bypass
 		pod.readExclusions(p, m)
 	}

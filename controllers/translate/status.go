@@ -2,6 +2,8 @@ package translate
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -10,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // Reasons of conditions, as the API types list them. TrustDomainMismatch is a
@@ -29,6 +32,7 @@ const (
 	ReasonEnforced            = "Enforced"
 	ReasonNoProxies           = "NoProxies"
 	ReasonAsSpecified         = "AsSpecified"
+	ReasonSharedProxy         = "SharedProxy"
 	ReasonNodesDiffer         = "NodesDiffer"
 	ReasonOlderDecides        = "OlderDecides"
 )
@@ -42,7 +46,8 @@ const (
 // NodeView is a tenant's proxy on a node: wanted for pods of ours, and what the
 // node's agent says of it.
 type NodeView struct {
-	Node string
+	Node   string
+	Tenant model.Tenant
 	// Pods of the tenant that are bound to the node.
 	Pods int
 	// Reported says whether the agent knows of the tenant; Status is its word.
@@ -54,9 +59,12 @@ type NodeView struct {
 
 // TenantProxyStatus is what the owner of a tenant sees. Conditions keep the
 // transition times of had.
-func TenantProxyStatus(tenant string, m Membership, nodes []NodeView, had []metav1.Condition, now metav1.Time) v1alpha1.TenantProxyStatus {
-	s := v1alpha1.TenantProxyStatus{Tenant: tenant, Version: m.Version, Proxies: int32(len(nodes))}
+func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had []metav1.Condition, now metav1.Time) v1alpha1.TenantProxyStatus {
+	s := v1alpha1.TenantProxyStatus{Tenant: tenant.String(), Version: m.Version, Proxies: int32(len(nodes))}
 	nodes = byNode(nodes)
+	if tenant.Scope == model.ScopeNode {
+		withoutOthers(nodes)
+	}
 	var unreported, notReady []string
 	for _, n := range nodes {
 		s.Pods += int32(n.Pods)
@@ -90,6 +98,41 @@ func TenantProxyStatus(tenant string, m Membership, nodes []NodeView, had []meta
 	return s
 }
 
+// sharedName is the TenantProxy of a proxy that a namespace shares with others: no
+// tenant of a namespace is called so.
+const sharedName = "shared.node"
+
+// TenantProxyName is what the object is called in a namespace that the tenant
+// serves.
+func TenantProxyName(t model.Tenant) string {
+	const longest = 253
+	name := t.String()
+	switch {
+	case t.Scope == model.ScopeNode:
+		return sharedName
+	case len(name) > longest:
+		sum := sha256.Sum256([]byte(name))
+		return strings.TrimRight(name[:longest-17], "-.") + "-" + hex.EncodeToString(sum[:8])
+	}
+	return name
+}
+
+// withoutOthers takes from what is said of a shared proxy what may be about the
+// pods of other namespaces.
+func withoutOthers(nodes []NodeView) {
+	for i := range nodes {
+		s := &nodes[i].Status
+		if s.Reason != "" {
+			s.Reason = "see NodeProxy " + nodes[i].Node + ": the proxy is shared with other namespaces"
+		}
+		s.Rejected = nil
+		s.Generations = slices.Clone(s.Generations)
+		for g := range s.Generations {
+			s.Generations[g].LastExit = ""
+		}
+	}
+}
+
 // PolicyInput is what an IsolationPolicy's status depends on.
 type PolicyInput struct {
 	// Member says whether the namespace is in the mesh.
@@ -105,8 +148,18 @@ type PolicyInput struct {
 func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now metav1.Time) v1alpha1.IsolationPolicyStatus {
 	s := v1alpha1.IsolationPolicyStatus{ObservedGeneration: p.Generation}
 	var waiting, noHigh []string
+	shared := false
 	for _, n := range byNode(in.Nodes) {
-		if n.Reported && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
+		if n.Tenant.Scope == model.ScopeNode {
+			shared = true
+			// Its counts are of other namespaces' pods, too.
+			if in.Strict && (!n.Reported || n.Status.StrictPods < n.Status.Pods) {
+				waiting = append(waiting, n.Node)
+			}
+			continue
+		}
+		again := len(s.Nodes) > 0 && s.Nodes[len(s.Nodes)-1].Node == n.Node // another tenant of the namespace
+		if n.Reported && !again && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
 			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Limits: n.Status.Limits})
 		}
 		enforced, high := enforces(n.Status.Limits, in.Want)
@@ -118,6 +171,11 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 	}
 	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: ReasonAccepted, Message: "the policy is in force", ObservedGeneration: p.Generation}
 	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: p.Generation}
+	bounds := p.Spec.CPU != nil || p.Spec.Memory != nil || p.Spec.Pids != nil
+	if shared && bounds {
+		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonSharedProxy
+		accepted.Message = "pods of the namespace share a proxy with others on each node (isolation: Node), which no namespace's policy bounds"
+	}
 	switch {
 	case !in.Member:
 		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonNotInMesh

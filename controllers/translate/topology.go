@@ -40,7 +40,7 @@ type topology struct {
 	ttl         time.Duration
 	issuer      string
 	noEgress    bool
-	rules       []labels.Selector // nil for a rule whose selector is invalid
+	rules       []rule
 	redirection v1alpha1.Redirection
 	nodes       []nodeRedirection
 	exclusions  []v1alpha1.Exclusion
@@ -48,6 +48,16 @@ type topology struct {
 	ofPods      bool // exclusions by annotation
 	bypass      map[string]v1alpha1.EmergencyBypass
 	problem     string // of selectors
+}
+
+type rule struct {
+	selector labels.Selector // nil if it is invalid
+	scope    model.Scope
+}
+
+var scopes = map[v1alpha1.Isolation]model.Scope{
+	v1alpha1.IsolationNode: model.ScopeNode, v1alpha1.IsolationNamespace: model.ScopeNamespace, "": model.ScopeNamespace,
+	v1alpha1.IsolationServiceAccount: model.ScopeServiceAccount, v1alpha1.IsolationPod: model.ScopePod,
 }
 
 type nodeRedirection struct {
@@ -68,6 +78,8 @@ type Membership struct {
 	CertificateTTL time.Duration
 	// RejectOutside closes what leaves the cluster.
 	RejectOutside bool
+	// Scope of its tenants.
+	Scope model.Scope
 	// Strict pods take no plain text, whatever the namespace's policies say.
 	Strict bool
 	// PodExclusions says whether pods may exclude connections of their own.
@@ -114,7 +126,7 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 				s = nil
 				item.problem = fmt.Sprintf("spec.rules[%d].namespaceSelector: %v; the rule selects nothing", n, err)
 			}
-			item.rules = append(item.rules, s)
+			item.rules = append(item.rules, rule{s, scopes[o.Spec.Rules[n].Isolation]})
 		}
 		for n := range o.Spec.NodeRedirections {
 			s, err := metav1.LabelSelectorAsSelector(&o.Spec.NodeRedirections[n].NodeSelector)
@@ -229,7 +241,8 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 		return m, nil
 	}
 	for _, i := range t.items {
-		if i.trustDomain != t.trustDomain || !i.selects(ns) {
+		scope := i.selects(ns)
+		if i.trustDomain != t.trustDomain || scope == model.ScopeNone {
 			continue
 		}
 		if m.IsMember() {
@@ -238,19 +251,32 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 		}
 		_, bypass := i.bypass[ns.Name]
 		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl, RejectOutside: i.noEgress,
-			Strict: i.strict, PodExclusions: i.ofPods, Bypass: bypass}
+			Scope: scope, Strict: i.strict, PodExclusions: i.ofPods, Bypass: bypass}
 	}
 	return m, overlapped
 }
 
-func (i topology) selects(ns *corev1.Namespace) bool {
-	return slices.ContainsFunc(i.rules, func(s labels.Selector) bool { return s != nil && s.Matches(labels.Set(ns.Labels)) })
+// selects is the scope of the first rule that selects a namespace.
+func (i topology) selects(ns *corev1.Namespace) model.Scope {
+	for _, r := range i.rules {
+		if r.selector != nil && r.selector.Matches(labels.Set(ns.Labels)) {
+			return r.scope
+		}
+	}
+	return model.ScopeNone
 }
 
 // Tenant that a pod of the namespace belongs to.
-func (m Membership) Tenant(namespace string) model.Tenant {
-	if !m.IsMember() {
-		return model.Tenant{}
+func (m Membership) Tenant(namespace, serviceAccount, pod string) model.Tenant {
+	switch m.Scope {
+	case model.ScopeNode:
+		return model.Tenant{Scope: model.ScopeNode}
+	case model.ScopeServiceAccount:
+		return model.Tenant{Scope: m.Scope, Namespace: namespace, Name: serviceAccount}
+	case model.ScopePod:
+		return model.Tenant{Scope: m.Scope, Namespace: namespace, Name: pod}
+	case model.ScopeNamespace:
+		return model.NamespaceTenant(namespace)
 	}
-	return model.NamespaceTenant(namespace)
+	return model.Tenant{}
 }

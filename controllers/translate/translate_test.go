@@ -69,7 +69,7 @@ func TestMatch(t *testing.T) {
 }
 
 func TestPodStanding(t *testing.T) {
-	member := Membership{Topology: "t", TrustDomain: "td"}
+	member := Membership{Topology: "t", Scope: model.ScopeNamespace, TrustDomain: "td"}
 	tests := []struct {
 		name   string
 		change func(*corev1.Pod)
@@ -133,7 +133,7 @@ func TestLimits(t *testing.T) {
 }
 
 func TestNodeProxySpec(t *testing.T) {
-	m := Membership{Topology: "t", TrustDomain: "td", Version: "1.40.0"}
+	m := Membership{Topology: "t", Scope: model.ScopeNamespace, TrustDomain: "td", Version: "1.40.0"}
 	var pods []Pod
 	for _, n := range [][2]string{{"b", "2"}, {"a", "3"}, {"a", "1"}} {
 		pods = append(pods, NewPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: n[0], Name: "p" + n[1], UID: "u" + "-" + "x"}, Spec: corev1.PodSpec{NodeName: "n"}}, m))
@@ -209,7 +209,7 @@ func TestStatus(t *testing.T) {
 	} {
 		t.Run("tenant/"+test.name, func(t *testing.T) {
 			had := []metav1.Condition{{Type: "Ready", Status: metav1.ConditionTrue, LastTransitionTime: before}}
-			s := TenantProxyStatus("a", Membership{Version: "1.40.0"}, test.nodes, had, now)
+			s := TenantProxyStatus(model.NamespaceTenant("a"), Membership{Version: "1.40.0"}, test.nodes, had, now)
 			wantCondition(t, s.Conditions, "Ready", test.status, test.reason, test.message)
 			if kept := s.Conditions[0].LastTransitionTime.Equal(&before); kept != (test.status == metav1.ConditionTrue) {
 				t.Errorf("transition time kept: %t", kept)

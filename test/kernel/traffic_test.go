@@ -59,8 +59,9 @@ func apply(t *testing.T, n *lab.Node, so func(agent.InspectedPod) bool) {
 	})
 }
 
-func TestPlainText(t *testing.T) {
-	l := lab.New(t)
+func TestPlainText(t *testing.T) { eachRedirection(t, testPlainText) }
+
+func testPlainText(t *testing.T, l *lab.Lab) {
 	n := l.Node1
 	openNodePort(t, n, l.A1)
 	byNodePort := func(family int) app.CallResult {

@@ -137,7 +137,7 @@ func NewWith(t testing.TB, o Options) *Lab {
 	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, served...) {
 		l.serve(h)
 	}
-	l.publish()
+	l.Publish()
 	for _, n := range []*Node{l.Node1, l.Node2} {
 		n.serveConfiguration()
 		n.Start()
@@ -234,8 +234,9 @@ func (l *Lab) AddPod(n *Node, name string, number int) *Host {
 	return p
 }
 
-// publish tells the configuration's server of the mesh.
-func (l *Lab) publish() {
+// Publish tells the configuration's server of the mesh, again after a pod has another
+// tenant; its former proxy keeps what it had.
+func (l *Lab) Publish() {
 	t := l.t
 	t.Helper()
 	prefixes := func(p ...string) (out []netip.Prefix) {

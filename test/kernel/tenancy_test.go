@@ -1,0 +1,79 @@
+package kernel
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// The pods of a node get other tenants while they talk: what has begun goes on in
+// the former proxies to its end, and what begins finds a proxy at any time.
+// With Netfilter, new ones aren't taken for a moment.
+func TestTenantsChange(t *testing.T) {
+	l := lab.New(t)
+	const connections = 300
+	n := l.Node1
+	type result struct {
+		what string
+		wait func(any)
+	}
+	var held []result
+	hold := func(what string, from *lab.Host, to lab.Pair) {
+		held = append(held, result{what, from.Begin(t, "hold", "--connections", fmt.Sprint(connections), "--interval", "500ms", "--duration", "15s", lab.At(to.V4, app.GreetPort).String())})
+	}
+	hold("to a pod of the node", l.A1, l.B1.Pair)
+	hold("from another node", l.B2, l.A1.Pair)
+	hold("from outside", l.Outside, l.A2.Pair)
+	lab.Eventually(t, "the connections", func() error {
+		if steered := n.Tenant("team-a").Steered[0]; steered < 2*connections {
+			return fmt.Errorf("%d", steered)
+		}
+		return nil
+	})
+	shared := model.Tenant{Scope: model.ScopeNode}
+	for _, p := range n.Pods {
+		p.Tenant = shared
+	}
+	l.Publish()
+	n.WritePlan()
+	deadline := time.Now().Add(20 * time.Second)
+	for attempts, done := 0, false; !done; attempts++ {
+		if r := l.A1.Call(t, "tcp", "--timeout", "3s", lab.At(l.B1.V4, app.GreetPort).String()); !r.OK {
+			t.Errorf("attempt %d of a new connection: %+v", attempts, r.Failure)
+		}
+		i, err := n.Inspect()
+		lab.Check(t, err)
+		for _, tenant := range i.Tenants {
+			done = done || tenant.Name == "_node" && tenant.Ready && len(tenant.Pods) == len(n.Pods)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the pods don't move: %+v", i.Tenants)
+		}
+	}
+	eachFamily(t, func(t *testing.T, family int) {
+		for _, f := range flows(l) {
+			t.Run(f.name, func(t *testing.T) { f.check(t, family) })
+			// Two namespaces share a proxy: each keeps its own identity.
+			if f.mesh {
+				wantIdentities(t, f, family)
+			}
+		}
+	})
+	for _, h := range held {
+		var r app.RunResult
+		if h.wait(&r); r.Failures.Total > 0 || r.Held != connections {
+			t.Errorf("%s: %d of %d connections held, %d failures, first %+v", h.what, r.Held, connections, r.Failures.Total, r.Failures.First)
+		}
+	}
+	lab.Eventually(t, "the end of the former tenants", func() error {
+		i, err := n.Inspect()
+		if err == nil && len(i.Tenants) != 1 {
+			err = fmt.Errorf("%d tenants", len(i.Tenants))
+		}
+		return err
+	})
+}
