@@ -40,6 +40,12 @@ var (
 )
 
 // newMesh serves testProxy, one of team-b, and testService.
+// authorizeAll believes what a stream says.
+func authorizeAll(ctx context.Context) (StreamIdentity, error) {
+	tenant, generation, err := ParseStreamMetadata(ctx)
+	return StreamIdentity{Node: "node-1", Tenant: tenant, Generation: generation}, err
+}
+
 func newMesh(t *testing.T, o ServerOptions) *mesh {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
@@ -51,9 +57,8 @@ func newMesh(t *testing.T, o ServerOptions) *mesh {
 	m.must(m.store.SetService(testService))
 	m.store.MarkSynced()
 	o.Logger = quiet
-	o.Authorize = func(ctx context.Context) (StreamIdentity, error) {
-		tenant, generation, err := ParseStreamMetadata(ctx)
-		return StreamIdentity{Node: "node-1", Tenant: tenant, Generation: generation}, err
+	if o.Authorize == nil {
+		o.Authorize = authorizeAll
 	}
 	m.server = NewServer(m.store, o)
 	g := grpc.NewServer(GRPCOptions()...)

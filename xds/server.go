@@ -3,6 +3,7 @@ package xds
 import (
 	"context"
 	"errors"
+	"hash/fnv"
 	"io"
 	"log/slog"
 	"math"
@@ -36,10 +37,15 @@ type StreamIdentity struct {
 
 // ServerOptions configure a Server.
 type ServerOptions struct {
-	// Authorize says whose stream it is; required. It is called once a stream, with
-	// the stream's context. A gRPC status is passed on, other errors become
+	// Authorize says whose stream it is; required. It is called with the stream's
+	// context. A gRPC status is passed on, other errors become
 	// Unauthenticated.
 	Authorize func(context.Context) (StreamIdentity, error)
+	// Reauthorize is how often Authorize is called again for a stream that goes on,
+	// for tokens end and are revoked; all streams of a node at one time. A stream
+	// that isn't as it was ends, and its agent comes back with its token of then;
+	// Unavailable changes nothing. Default 30 min.
+	Reauthorize time.Duration
 	// MaxNames is how many names of each type a stream may hold. Default 16384.
 	MaxNames int
 	// MaxUnknown is how many of them nobody has: addresses that were dialled for
@@ -101,6 +107,9 @@ func (s *Server) remove(st *stream) {
 func NewServer(store *Store, o ServerOptions) *Server {
 	if o.Authorize == nil {
 		panic("xds: ServerOptions.Authorize is required")
+	}
+	if o.Reauthorize <= 0 {
+		o.Reauthorize = 30 * time.Minute
 	}
 	if o.MaxNames <= 0 {
 		o.MaxNames = 16384
@@ -219,6 +228,7 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 	// any more then.
 	go func() { cancel(st.receive(ctx)) }()
 	go func() { cancel(st.send(ctx)) }()
+	go s.reauthorize(ctx, st)
 	<-ctx.Done()
 	err = context.Cause(ctx)
 	st.log.Debug("stream ended", "reason", err)
@@ -229,6 +239,30 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 		return err
 	}
 	return status.Error(codes.Unavailable, err.Error())
+}
+
+// reauthorize ends a stream whose caller may not have it any more.
+func (s *Server) reauthorize(ctx context.Context, st *stream) {
+	for {
+		// The review of one stream is the answer for the node's others.
+		h := fnv.New64a()
+		h.Write([]byte(st.identity.Node))
+		period := uint64(s.opts.Reauthorize)
+		wait := time.Duration(period - (uint64(time.Now().UnixNano())+h.Sum64()%period)%period)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		id, err := s.opts.Authorize(st.grpc.Context())
+		switch {
+		case err == nil && id == st.identity, status.Code(err) == codes.Unavailable:
+		default:
+			st.log.Info("stream has to authorise again", "error", err)
+			st.end(errRevoked)
+			return
+		}
+	}
 }
 
 // WaitServed returns once every open stream of a proxy, one at least, has
