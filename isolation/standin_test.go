@@ -78,10 +78,18 @@ func (n *node) useStandin(orders map[int]string, targets standinTargets) string 
 	return filepath.Join(tree, "envoy")
 }
 
+// patience is more where the processor is software.
+func patience() time.Duration {
+	if os.Getenv("BULKHEAD_TEST_STANDIN") != "" {
+		return 2 * time.Minute
+	}
+	return 30 * time.Second
+}
+
 // await waits until the state of a tenant is as it should be.
 func (n *node) await(m *Manager, name model.Tenant, what string, ok func(State) bool) State {
 	n.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; {
+	for deadline := time.Now().Add(patience()); ; {
 		s, _ := m.State(name)
 		if ok(s) {
 			return s

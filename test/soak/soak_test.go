@@ -194,7 +194,7 @@ func TestUnifiedCgroups(t *testing.T) {
 	// Without those that want a proxy back in milliseconds, or start it with a tenth of
 	// a processor, of which this one has too little.
 	tests := []string{
-		"TestSandbox", "TestSandboxHoldsAProbe", "TestUnifiedOnly", "TestLimitsChangeInPlace", "TestOutOfMemory", "TestOOMKillIsPutDownToOneProcess",
+		"TestSandbox", "TestSandboxHoldsAProbe", "TestUnifiedOnly", "TestLimitsChangeInPlace", "TestOutOfMemory",
 		"TestCloseAndOpenAdopts", "TestDrain", "TestUninstallAfterCrash",
 	}
 	said := m.run(t, order{Dir: filepath.Join(m.root, "isolation"), Env: m.environment(t),
