@@ -1,0 +1,143 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+const workloadName = "workload"
+
+// workloadPod is a pod that has the Workload API's directory mounted.
+func workloadPod(namespace, node string) string {
+	return strings.NewReplacer("NAMESPACE", namespace, "NAME", workloadName, "NODE", node, "IMAGE", harness.EchoImage).Replace(`---
+apiVersion: v1
+kind: Pod
+metadata: {name: NAME, namespace: NAMESPACE, labels: {app: NAME}}
+spec:
+  nodeName: NODE
+  serviceAccountName: web
+  terminationGracePeriodSeconds: 1
+  securityContext: {runAsUser: 65532, runAsGroup: 65532, runAsNonRoot: true}
+  containers:
+  - name: echo
+    image: IMAGE
+    imagePullPolicy: IfNotPresent
+    args: [serve]
+    env:
+    - {name: SPIFFE_ENDPOINT_SOCKET, value: "unix:///run/workload-api/socket"}
+    volumeMounts:
+    - {name: workload-api, mountPath: /run/workload-api, readOnly: true}
+  volumes:
+  - name: workload-api
+    hostPath: {path: /run/bulkhead/workload-api, type: Directory}
+`)
+}
+
+// fetchSVIDs runs the client, which is go-spiffe's, in a pod.
+func fetchSVIDs(ctx context.Context, namespace string) (app.WorkloadResult, error) {
+	var r app.WorkloadResult
+	err := e.ExecJSON(ctx, &r, namespace, workloadName, "echo", "workload", "--audience", "e2e")
+	if r.Failure != "" || r.OK {
+		return r, nil
+	}
+	return r, err
+}
+
+// TestWorkloadAPI is an application that fetches its SVIDs on a real node: real
+// cgroups of a real kubelet, and a mount that outlives the agent.
+func TestWorkloadAPI(t *testing.T) {
+	node := e.nodes[0]
+	namespaces := []string{webA.Namespace, webB.Namespace, webO.Namespace}
+	t.Cleanup(func() {
+		for _, namespace := range namespaces {
+			p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: workloadName}}
+			if err := client.IgnoreNotFound(e.Client.Delete(context.Background(), p)); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	for _, namespace := range namespaces {
+		if err := e.Apply(t.Context(), workloadPod(namespace, node)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, namespace := range namespaces {
+		if err := harness.Wait(t.Context(), time.Minute, 500*time.Millisecond, "pod of "+namespace, func(ctx context.Context) error {
+			pods, err := e.Pods(ctx, namespace, "app="+workloadName)
+			if err == nil && (len(pods) != 1 || len(pods[0].Status.ContainerStatuses) != 1 || !pods[0].Status.ContainerStatuses[0].Ready) {
+				err = fmt.Errorf("%d pods", len(pods))
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustFetch := func(echo harness.Echo) app.WorkloadResult {
+		t.Helper()
+		r, err := fetchSVIDs(t.Context(), echo.Namespace)
+		want := harness.Pod{Echo: echo}.Identity(trustDomain)
+		if err != nil || !r.OK || r.ID != want || r.Subject != want {
+			t.Errorf("a pod of %s got %+v, %v; want %s", echo.Namespace, r, err, want)
+		}
+		return r
+	}
+	got := mustFetch(webA)
+	mustFetch(webB)
+	// Whoever reads the published bundle verifies the token.
+	var m corev1.ConfigMap
+	if err := e.Client.Get(t.Context(), client.ObjectKey{Namespace: "bulkhead-system", Name: "bulkhead-trust-bundle"}, &m); err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := spiffebundle.Parse(spiffeid.RequireTrustDomainFromString(trustDomain), []byte(m.Data["bundle.json"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if svid, err := jwtsvid.ParseAndValidate(got.Token, bundle, []string{"e2e"}); err != nil {
+		t.Errorf("the token isn't what the bundle verifies: %v", err)
+	} else if life := time.Until(svid.Expiry); life > 5*time.Minute || life < time.Minute {
+		t.Errorf("it lives %s", life)
+	}
+	if _, err := jwtsvid.ParseAndValidate(got.Token, bundle, []string{"other"}); err == nil {
+		t.Error("another audience takes it")
+	}
+	if r, err := fetchSVIDs(t.Context(), webO.Namespace); err != nil || r.OK || r.ID != "" || !strings.Contains(r.Failure, "PermissionDenied") {
+		t.Errorf("a pod outside of the mesh got %+v, %v", r, err)
+	}
+	// The next agent's socket is in the same directory.
+	agents, err := e.Pods(t.Context(), "bulkhead-system", "app.kubernetes.io/name=bulkhead-agent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range agents {
+		if agents[i].Spec.NodeName == node {
+			if err := e.Client.Delete(t.Context(), &agents[i]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := harness.Wait(t.Context(), 2*time.Minute, time.Second, "the next agent", func(ctx context.Context) error {
+		r, err := fetchSVIDs(ctx, webA.Namespace)
+		if err == nil && !r.OK {
+			err = fmt.Errorf("%s", r.Failure)
+		}
+		if err == nil && r.Serial != got.Serial {
+			t.Errorf("the certificate %s is another than %s: the next agent didn't find it", r.Serial, got.Serial)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
