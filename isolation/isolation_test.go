@@ -224,7 +224,7 @@ func (n *node) run(m *Manager, name model.Tenant, l Limits) Process {
 // waitLive waits for a live process of generation 1 with another pid.
 func (n *node) waitLive(m *Manager, name model.Tenant, other int) Process {
 	n.t.Helper()
-	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience())
 	defer cancel()
 	for {
 		s, _ := m.State(name)
