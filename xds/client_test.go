@@ -39,13 +39,13 @@ var (
 	teamB = model.NamespaceTenant("team-b")
 )
 
-// newMesh serves testProxy, one of team-b, and testService.
 // authorizeAll believes what a stream says.
 func authorizeAll(ctx context.Context) (StreamIdentity, error) {
 	tenant, generation, err := ParseStreamMetadata(ctx)
 	return StreamIdentity{Node: "node-1", Tenant: tenant, Generation: generation}, err
 }
 
+// newMesh serves testProxy, one of team-b, and testService.
 func newMesh(t *testing.T, o ServerOptions) *mesh {
 	t.Helper()
 	quiet := slog.New(slog.DiscardHandler)
