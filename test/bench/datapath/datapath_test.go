@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,7 +19,10 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
-var only = flag.String("only", "", "regular expression: the tables to measure, by title")
+var (
+	only = flag.String("only", "", "regular expression of what to measure: title/load/way")
+	perf = flag.String("perf", "", "folder: record there with perf what the CPUs do in the last round")
+)
 
 // way is what is between the two ends of the load.
 type way struct {
@@ -79,32 +85,42 @@ func BenchmarkDatapath(b *testing.B) {
 			{"mesh, two tenants", l.A1, l.B1.V4, proxies(l.A1, l.B1)},
 		}},
 	}
-	wanted, err := regexp.Compile(*only)
-	lab.Check(b, err)
-	comparisons = slices.DeleteFunc(comparisons, func(c comparison) bool { return !wanted.MatchString(c.title) })
 	var tables []report.Table
 	for _, c := range comparisons {
-		tables = append(tables, ld.compare(c))
+		if t := ld.compare(c); len(t.Rows) > 0 {
+			tables = append(tables, t)
+		}
 	}
 	report.Publish(b, "datapath", tables...)
 }
 
 // compare measures all ways in alternation.
 func (l *loader) compare(c comparison) report.Table {
-	outcomes := make([][]outcome, len(kinds))
-	for i := range outcomes {
-		outcomes[i] = make([]outcome, len(c.ways))
-	}
-	for i := range c.ways { // what is found or made on demand
-		for _, k := range kinds {
-			l.run(c.ways[i], k, 100*time.Millisecond)
+	b := l.b
+	wanted, err := regexp.Compile(*only)
+	lab.Check(b, err)
+	type measurement struct{ kind, way int }
+	outcomes := map[measurement]*outcome{}
+	for i, k := range kinds {
+		for j, w := range c.ways {
+			if wanted.MatchString(c.title + "/" + k.name + "/" + w.name) {
+				outcomes[measurement{i, j}] = &outcome{}
+				l.run(w, k, 100*time.Millisecond) // what is found or made on demand
+			}
 		}
 	}
 	for round := range *report.Rounds {
 		for i, k := range kinds {
 			for j := range c.ways {
-				j = (j + round) % len(c.ways) // nobody is always the first
-				outcomes[i][j].add(k, l.run(c.ways[j], k, *report.Duration))
+				m := measurement{i, (j + round) % len(c.ways)} // nobody is always the first
+				if o := outcomes[m]; o != nil {
+					stop := func() {}
+					if round == *report.Rounds-1 && *perf != "" {
+						stop = record(b, c.title+" "+k.name+" "+c.ways[m.way].name)
+					}
+					o.add(k, l.run(c.ways[m.way], k, *report.Duration))
+					stop()
+				}
 			}
 		}
 		fmt.Fprintf(os.Stderr, "%s: round %d of %d\n", c.title, round+1, *report.Rounds)
@@ -113,10 +129,25 @@ func (l *loader) compare(c comparison) report.Table {
 		"CPU µs a request or ms a Gbit", "of it kernel", "to the first", "proxies"}}
 	for i, k := range kinds {
 		for j, w := range c.ways {
-			t.Rows = append(t.Rows, outcomes[i][j].row(k, w.name, &outcomes[i][0]))
+			if o := outcomes[measurement{i, j}]; o != nil {
+				t.Rows = append(t.Rows, o.row(k, w.name, outcomes[measurement{i, 0}]))
+			}
 		}
 	}
 	return t
+}
+
+// record has perf look at all CPUs until stop is called.
+func record(b *testing.B, name string) (stop func()) {
+	b.Helper()
+	lab.Check(b, os.MkdirAll(*perf, 0o755))
+	file := filepath.Join(*perf, strings.NewReplacer(" ", "-", ",", "").Replace(name)+".data")
+	cmd := exec.Command("perf", "record", "--quiet", "--all-cpus", "-e", "cpu-clock", "-F", "1999", "-g", "-o", file)
+	lab.Check(b, cmd.Start())
+	return func() {
+		cmd.Process.Signal(os.Interrupt)
+		cmd.Wait()
+	}
 }
 
 // publishService gives a pod's service the load's ports.

@@ -9,6 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -23,20 +26,48 @@ import (
 type kind struct {
 	name    string
 	options load.Options
+	// oneCPU has both ends and the proxies share one. A single request is never
+	// under way in two places at once, and what waking another CPU costs depends on
+	// the machine: this leaves the length of the way.
+	oneCPU bool
 }
 
 var kinds = []kind{
-	{"1 connection", load.Options{Connections: 1}},
-	{"16 connections", load.Options{Connections: 16}},
-	{"64 connections", load.Options{Connections: 64}},
-	{"a connection each, 16 at a time", load.Options{Connections: 16, New: true}},
-	{"one stream", load.Options{Bulk: true}},
+	{"1 connection", load.Options{Connections: 1}, false},
+	{"1 connection, one CPU", load.Options{Connections: 1}, true},
+	{"16 connections", load.Options{Connections: 16}, false},
+	{"64 connections", load.Options{Connections: 64}, false},
+	{"a connection each, 16 at a time", load.Options{Connections: 16, New: true}, false},
+	{"one stream", load.Options{Bulk: true}, false},
+}
+
+// pin has processes run on the first CPU, or on any again.
+func pin(b *testing.B, one bool, pids []int) {
+	b.Helper()
+	var cpus unix.CPUSet
+	for i := range runtime.NumCPU() {
+		cpus.Set(i)
+		if one {
+			break
+		}
+	}
+	for _, pid := range pids {
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		lab.Check(b, err)
+		for _, t := range threads {
+			tid, err := strconv.Atoi(t.Name())
+			lab.Check(b, err)
+			lab.Check(b, unix.SchedSetaffinity(tid, &cpus))
+		}
+	}
 }
 
 // loader runs the program of package load on hosts.
 type loader struct {
 	b      *testing.B
 	binary string
+	// servers are all of them, by PID.
+	servers []int
 }
 
 func newLoader(b *testing.B) *loader {
@@ -65,6 +96,8 @@ func (l *loader) serve(h *lab.Host) {
 	out, err := cmd.StdoutPipe()
 	lab.Check(b, err)
 	h.Do(b, func() { lab.Check(b, cmd.Start()) })
+	l.servers = append(l.servers, cmd.Process.Pid)
+	inContainer(b, h.Name, cmd.Process.Pid)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -96,7 +129,12 @@ func (l *loader) run(w *way, k kind, duration time.Duration) load.Result {
 	cmd := l.command("run", string(text))
 	var out, messages bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &messages
-	w.from.Do(b, func() { lab.Check(b, cmd.Start()) })
+	pin(b, k.oneCPU, slices.Concat(l.servers, o.Processes))
+	w.from.Do(b, func() {
+		lab.Check(b, cmd.Start())
+		inContainer(b, "client", cmd.Process.Pid)
+		pin(b, k.oneCPU, []int{cmd.Process.Pid})
+	})
 	if err := cmd.Wait(); err != nil {
 		b.Fatalf("%s, %s: %v: %s", w.name, k.name, err, messages.String())
 	}
@@ -130,12 +168,15 @@ func (o *outcome) add(k kind, r load.Result) {
 	o.proxies = append(o.proxies, float64(r.CPU.Processes)/unit/n)
 }
 
-// row of a table, with the rate beside the baseline's.
+// row of a table, with rate and kernel time beside the baseline's, if there is one.
 func (o *outcome) row(k kind, name string, baseline *outcome) []string {
 	latency := []string{o.p50.String(), o.p99.String()}
 	if k.options.Bulk {
 		latency = []string{"", ""}
 	}
-	return append(append([]string{k.name, name, o.rate.Spread(), fmt.Sprintf("%.2f", o.rate.Per(baseline.rate).Median())}, latency...),
-		o.all.String(), o.kernel.String(), fmt.Sprintf("%.2f", o.kernel.Per(baseline.kernel).Median()), o.proxies.String())
+	if baseline == nil {
+		baseline = o
+	}
+	return append(append([]string{k.name, name, o.rate.Spread(), o.rate.Per(baseline.rate).String()}, latency...),
+		o.all.String(), o.kernel.String(), o.kernel.Per(baseline.kernel).String(), o.proxies.String())
 }

@@ -100,6 +100,7 @@ func startSidecar(b *testing.B, h *lab.Host) int {
 		}
 		lab.Check(b, cmd.Start())
 	})
+	inContainer(b, "sidecar", cmd.Process.Pid)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
