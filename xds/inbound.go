@@ -16,6 +16,7 @@ import (
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	earlymutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
+	customheaderv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/original_ip_detection/custom_header/v3"
 	typematcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	exprv1alpha1 "google.golang.org/genproto/googleapis/api/expr/v1alpha1"
 	"google.golang.org/protobuf/proto"
@@ -79,6 +80,18 @@ func (p *packer) unwrap() *listenerv3.Listener {
 		p.connectManager(listenerUnwrap, 0, nil, nil))
 }
 
+// headerSource tells unwrap the client's address: a tunnel is shared by clients. It
+// is on CONNECTs to other proxies too, which see that address as the tunnel's own;
+// no other listener reads it.
+const headerSource = "x-bulkhead-source"
+
+func sourceHeader() []*corev3.HeaderValueOption {
+	return []*corev3.HeaderValueOption{{
+		Header:       &corev3.HeaderValue{Key: headerSource, Value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
+		AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+	}}
+}
+
 // connectManager takes CONNECTs and delivers them to their authority, from the
 // client's address. A connection that is older than age, if there is one, gets no
 // new streams: Envoy doesn't look at a peer's certificate again.
@@ -88,7 +101,7 @@ func (p *packer) connectManager(name string, age time.Duration, logs []*accesslo
 	if age > 0 {
 		common = &corev3.HttpProtocolOptions{MaxConnectionDuration: durationpb.New(age)}
 	}
-	return p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
+	manager := &hcmv3.HttpConnectionManager{
 		StatPrefix:                name,
 		CommonHttpProtocolOptions: common,
 		CodecType:                 hcmv3.HttpConnectionManager_HTTP2,
@@ -113,7 +126,13 @@ func (p *packer) connectManager(name string, age time.Duration, logs []*accesslo
 		// Applications keep connections idle for longer than Envoy's five minutes.
 		StreamIdleTimeout: durationpb.New(0),
 		AccessLog:         logs,
-	})
+	}
+	if name == listenerUnwrap {
+		manager.OriginalIpDetectionExtensions = []*corev3.TypedExtensionConfig{
+			p.ext("envoy.http.original_ip_detection.custom_header", &customheaderv3.CustomHeaderConfig{HeaderName: headerSource}),
+		}
+	}
+	return p.filter("envoy.filters.network.http_connection_manager", manager)
 }
 
 func (p *packer) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {

@@ -139,8 +139,12 @@ func (p *packer) outbound(n model.Network, identities []served, reject, log bool
 		}})
 		// A pod's address: one tunnel, straight to it.
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: "pod/" + path, Filters: []*listenerv3.Filter{
-			p.setFilterState(append(sourceState(), identityState(id), clusterState(podPrefix+"%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%"))...),
-			p.tcpOnDemand(tunnel(), logs()),
+			p.setFilterState(identityState(id), clusterState(podPrefix+"%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%")),
+			p.tcpOnDemand(func() *tcpproxyv3.TcpProxy {
+				t := tunnel()
+				t.TunnelingConfig.HeadersToAdd = sourceHeader()
+				return t
+			}(), logs()),
 		}})
 		rules = append(rules, rule{s.prefixes, &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
 			Matcher: p.byDestination([]rule{
@@ -204,9 +208,10 @@ func (p *packer) hbone(log bool) *listenerv3.Listener {
 		[]*listenerv3.ListenerFilter{p.originalDestination(), p.originalSource()},
 		p.setFilterState(
 			destinationState(),
+			sourceUsed(),
 			// An endpoint that says nothing of its identity has none, rather than any.
-			filterState(key, "", noIdentity, filterstatev3.FilterStateValue_ONCE),
-			filterState(key, "", "%DYNAMIC_METADATA(bulkhead:san)%", filterstatev3.FilterStateValue_ONCE),
+			filterState(key, "", noIdentity, filterstatev3.FilterStateValue_NONE),
+			filterState(key, "", "%DYNAMIC_METADATA(bulkhead:san)%", filterstatev3.FilterStateValue_NONE),
 		),
 		p.tcpProxy(func() *tcpproxyv3.TcpProxy {
 			t := tunnel()

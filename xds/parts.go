@@ -118,23 +118,34 @@ func clusterState(format string) *filterstatev3.FilterStateValue {
 // destinationState tells ORIGINAL_DST clusters where the connection was going:
 // sk_lookup leaves nothing that SO_ORIGINAL_DST could restore.
 func destinationState() *filterstatev3.FilterStateValue {
-	return filterState("envoy.network.transport_socket.original_dst_address", "", "%DOWNSTREAM_LOCAL_ADDRESS%", filterstatev3.FilterStateValue_ONCE)
+	return filterState("envoy.network.transport_socket.original_dst_address", "", "%DOWNSTREAM_LOCAL_ADDRESS%", filterstatev3.FilterStateValue_NONE)
 }
 
-// sourceState carries the client's address through internal listeners. It is in
-// the key of every pool, so its port is 0: with the client's port each connection
-// would get a pool, and a tunnel, of its own that is never closed. Of the two
+// What is shared with upstreams is in the keys of their pools, one after the other
+// in the order in which a hash table has it: with two values there are two pools,
+// and tunnels, for the same thing, with four there are 24. So the connection that a
+// tunnel is made for has one such value, its identity.
+
+// sourceKey is where internal listeners find the client's address.
+const sourceKey = "envoy.filters.listener.original_dst.remote_ip"
+
+// sourceState carries the client's address through internal listeners. Its port is
+// 0: with the client's port each connection would get a pool of its own. Of the two
 // spellings the one of the wrong family doesn't parse and is skipped.
 func sourceState() []*filterstatev3.FilterStateValue {
 	return sourceStateFrom("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%")
 }
 
 func sourceStateFrom(address string) []*filterstatev3.FilterStateValue {
-	const key = "envoy.filters.listener.original_dst.remote_ip"
 	return []*filterstatev3.FilterStateValue{
-		filterState(key, "", address+":0", filterstatev3.FilterStateValue_TRANSITIVE),
-		filterState(key, "", "["+address+"]:0", filterstatev3.FilterStateValue_TRANSITIVE),
+		filterState(sourceKey, "", address+":0", filterstatev3.FilterStateValue_TRANSITIVE),
+		filterState(sourceKey, "", "["+address+"]:0", filterstatev3.FilterStateValue_TRANSITIVE),
 	}
+}
+
+// sourceUsed ends what sourceState began: the address goes no further.
+func sourceUsed() *filterstatev3.FilterStateValue {
+	return filterState(sourceKey, "", "%DOWNSTREAM_REMOTE_ADDRESS%", filterstatev3.FilterStateValue_NONE)
 }
 
 func (p *packer) filter(name string, m proto.Message) *listenerv3.Filter {
