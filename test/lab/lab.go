@@ -135,7 +135,7 @@ func NewWith(t testing.TB, o Options) *Lab {
 		l.pod(l.Node2, fmt.Sprint("s", i), "team-b", fmt.Sprint("server-", i), 20+i)
 	}
 	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, served...) {
-		l.serve(h)
+		l.Serve(h)
 	}
 	l.Publish()
 	for _, n := range []*Node{l.Node1, l.Node2} {
@@ -284,8 +284,8 @@ func (h *Host) start(t testing.TB, cmd *exec.Cmd) {
 	h.Do(t, func() { Check(t, cmd.Start()) })
 }
 
-// serve runs the application's server.
-func (l *Lab) serve(h *Host) {
+// Serve runs the application's server.
+func (l *Lab) Serve(h *Host) {
 	cmd := h.command(l.t, "serve")
 	messages := &bytes.Buffer{}
 	cmd.Stderr = messages
