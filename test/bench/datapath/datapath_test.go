@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"cmp"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
@@ -31,6 +33,8 @@ type way struct {
 	to   netip.Addr
 	// processes are the proxies on it.
 	processes func() []int
+	// redirection of from's node; the zero value is EBPF.
+	redirection v1alpha1.Redirection
 }
 
 // comparison is one table: ways that differ in one thing. The first is what the
@@ -70,19 +74,20 @@ func BenchmarkDatapath(b *testing.B) {
 	}
 	comparisons := []comparison{
 		{"Steering", "From a pod to a host outside, through one Envoy that forwards TCP as it comes: only how the connection gets there differs.", []*way{
-			{"iptables REDIRECT to a sidecar", side, l.Outside.V4, func() []int { return []int{sidecar} }},
-			{"eBPF to the tenant's Envoy", l.A1, l.Outside.V4, proxies(l.A1)},
-			{"no proxy", plain1, l.Outside.V4, none},
+			{name: "iptables REDIRECT to a sidecar", from: side, to: l.Outside.V4, processes: func() []int { return []int{sidecar} }},
+			{name: "eBPF to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1)},
+			{name: "Netfilter to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1), redirection: v1alpha1.RedirectionNetfilter},
+			{name: "no proxy", from: plain1, to: l.Outside.V4, processes: none},
 		}},
 		{"The whole way between nodes", "From pod to pod of another node: eBPF, Envoy, HBONE with mutual TLS, Envoy.", []*way{
-			{"no mesh", plain1, plain3.V4, none},
-			{"mesh, pod address", l.A1, l.B2.V4, proxies(l.A1, l.B2)},
-			{"mesh, service address", l.A1, l.B2.VIP.V4, proxies(l.A1, l.B2)},
+			{name: "no mesh", from: plain1, to: plain3.V4, processes: none},
+			{name: "mesh, pod address", from: l.A1, to: l.B2.V4, processes: proxies(l.A1, l.B2)},
+			{name: "mesh, service address", from: l.A1, to: l.B2.VIP.V4, processes: proxies(l.A1, l.B2)},
 		}},
 		{"The whole way on one node", "", []*way{
-			{"no mesh", plain1, plain2.V4, none},
-			{"mesh, same tenant", l.A1, l.A2.V4, proxies(l.A1)},
-			{"mesh, two tenants", l.A1, l.B1.V4, proxies(l.A1, l.B1)},
+			{name: "no mesh", from: plain1, to: plain2.V4, processes: none},
+			{name: "mesh, same tenant", from: l.A1, to: l.A2.V4, processes: proxies(l.A1)},
+			{name: "mesh, two tenants", from: l.A1, to: l.B1.V4, processes: proxies(l.A1, l.B1)},
 		}},
 	}
 	var tables []report.Table
@@ -105,6 +110,7 @@ func (l *loader) compare(c comparison) report.Table {
 		for j, w := range c.ways {
 			if wanted.MatchString(c.title + "/" + k.name + "/" + w.name) {
 				outcomes[measurement{i, j}] = &outcome{}
+				steer(b, w)
 				l.run(w, k, 100*time.Millisecond) // what is found or made on demand
 			}
 		}
@@ -114,6 +120,7 @@ func (l *loader) compare(c comparison) report.Table {
 			for j := range c.ways {
 				m := measurement{i, (j + round) % len(c.ways)} // nobody is always the first
 				if o := outcomes[m]; o != nil {
+					steer(b, c.ways[m.way])
 					stop := func() {}
 					if round == *report.Rounds-1 && *perf != "" {
 						stop = record(b, c.title+" "+k.name+" "+c.ways[m.way].name)
@@ -135,6 +142,24 @@ func (l *loader) compare(c comparison) report.Table {
 		}
 	}
 	return t
+}
+
+// steer makes the node of the way's pod use its redirection.
+func steer(b *testing.B, w *way) {
+	b.Helper()
+	n, r := w.from.Node, cmp.Or(w.redirection, v1alpha1.RedirectionEBPF)
+	if n.Redirection == r {
+		return
+	}
+	n.Redirection = r
+	n.WritePlan()
+	lab.Eventually(b, "the redirection by "+string(r), func() error {
+		if i, err := n.Inspect(); err != nil || i.Redirection != string(r) || i.Problem != "" {
+			return fmt.Errorf("it is by %s: %s, %w", i.Redirection, i.Problem, err)
+		}
+		return nil
+	})
+	n.WaitReady()
 }
 
 // record has perf look at all CPUs until stop is called.
