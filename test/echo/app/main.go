@@ -176,6 +176,7 @@ func (c *command) run(protocol string, do func(context.Context, string, runOptio
 	} else {
 		opts.interval = time.Second
 		c.flags.Float64Var(&opts.rate, "rate", 0, "exchanges a second over all connections, 0 for no limit")
+		c.flags.BoolVar(&opts.reconnect, "reconnect", false, "make a kept connection that the server closed again, as HTTP clients do, and don't count that as a failure")
 		c.flags.Float64Var(&opts.newConnections, "new-connection-ratio", 0, "share of exchanges that get a new connection, 0 to 1")
 	}
 	addr, err := c.parse("HOST:PORT")

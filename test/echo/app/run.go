@@ -31,6 +31,9 @@ type runOptions struct {
 	// newConnections is the share of load's exchanges that get a connection of
 	// their own, from 0 to 1.
 	newConnections float64
+	// reconnect repeats, once and on a new connection, what got no answer on a kept
+	// one that the server closed, as HTTP clients do.
+	reconnect bool
 }
 
 // Event is a line that hold and load print while they run.
@@ -57,6 +60,8 @@ type RunResult struct {
 	// at the end are Held.
 	Connections int `json:"connections"`
 	Held        int `json:"held,omitempty"`
+	// Reconnects are kept connections that the server closed and load made again.
+	Reconnects int `json:"reconnects,omitempty"`
 	// Exchanges are the good ones.
 	Exchanges int      `json:"exchanges"`
 	Failures  Failures `json:"failures"`
@@ -137,6 +142,12 @@ func (r *recorder) opened() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.result.Connections++
+}
+
+func (r *recorder) reconnected() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.result.Reconnects++
 }
 
 func (r *recorder) finish() *RunResult {
@@ -275,6 +286,7 @@ func loadOne(ctx context.Context, addr string, worker int, period time.Duration,
 	}()
 	next := time.Now()
 	share := 0.0
+	kept := false
 	for n := 0; ctx.Err() == nil; n++ {
 		if s == nil {
 			var err error
@@ -285,8 +297,23 @@ func loadOne(ctx context.Context, addr string, worker int, period time.Duration,
 				continue
 			}
 			r.opened()
+			kept = false
 		}
-		good := once(context.WithoutCancel(ctx), s, r, fmt.Sprintf("%s %d %d", opts.data, worker, n), opts.timeout)
+		start := time.Now()
+		a, err := s.do(context.WithoutCancel(ctx), fmt.Sprintf("%s %d %d", opts.data, worker, n), opts.timeout)
+		if kind := kindOf(err); err != nil && kept && opts.reconnect && (kind == "eof" || kind == "reset") {
+			s.close()
+			s = nil
+			r.reconnected()
+			continue
+		}
+		good := err == nil
+		if good {
+			r.ok(a, time.Since(start))
+		} else {
+			r.failed("exchange", err)
+		}
+		kept = true
 		share += opts.newConnections
 		if !good || share >= 1 {
 			s.close()

@@ -1,0 +1,267 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+// rolling is a Deployment as its owner should write it: a pod that is told to end
+// goes on for some seconds, while everybody hears of it.
+const rolling = `
+apiVersion: v1
+kind: Service
+metadata: {name: rolling, namespace: e2e-a}
+spec:
+  selector: {app: rolling}
+  ports: [{name: http, port: 80, targetPort: HTTP}]
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: rolling, namespace: e2e-a}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: rolling}}
+  strategy: {rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}
+  template:
+    metadata: {labels: {app: rolling}}
+    spec:
+      serviceAccountName: web
+      terminationGracePeriodSeconds: 15
+      containers:
+      - name: echo
+        image: IMAGE
+        imagePullPolicy: IfNotPresent
+        args: [serve]
+        env:
+        - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        lifecycle: {preStop: {sleep: {seconds: 3}}}
+        readinessProbe: {tcpSocket: {port: HTTP}, periodSeconds: 1}
+        resources: {requests: {cpu: 5m, memory: 16Mi}}
+`
+
+// deployRolling returns the address of its service.
+func deployRolling(t *testing.T) string {
+	t.Helper()
+	t.Cleanup(func() {
+		if _, err := e.Kubectl(context.Background(), "", "delete", "deployment/rolling", "service/rolling", "--namespace=e2e-a", "--ignore-not-found", "--wait=true"); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := e.Apply(t.Context(), strings.NewReplacer("IMAGE", harness.EchoImage, "HTTP", fmt.Sprint(app.HTTPPort)).Replace(rolling)); err != nil {
+		t.Fatal(err)
+	}
+	rolledOut(t)
+	s, err := e.Kube.CoreV1().Services("e2e-a").Get(t.Context(), "rolling", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hostPort(s.Spec.ClusterIP, 80)
+}
+
+func rolledOut(t *testing.T) {
+	t.Helper()
+	if _, err := e.Kubectl(t.Context(), "", "rollout", "status", "deployment/rolling", "--namespace=e2e-a", "--timeout=90s"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+type loaded struct {
+	what   string
+	result app.RunResult
+	err    error
+}
+
+// startLoad calls 25 times a second from a pod.
+func startLoad(t *testing.T, results chan<- loaded, what string, from harness.Pod, duration time.Duration, args ...string) {
+	t.Helper()
+	started := make(chan struct{})
+	go func() {
+		all := append([]string{"load", "--rate", "25", "--timeout", "5s", "--duration", duration.String()}, args...)
+		r, err := e.Load(t.Context(), from, started, all...)
+		results <- loaded{what, r, err}
+	}()
+	select {
+	case <-started:
+	case <-t.Context().Done():
+		t.Fatal(t.Context().Err())
+	}
+}
+
+// TestRollingUpdate replaces all pods of a Deployment while another tenant calls it
+// 50 times a second, half of that on kept connections: no call is lost.
+func TestRollingUpdate(t *testing.T) {
+	service := deployRolling(t)
+	const keeps = 5
+	results := make(chan loaded, 2)
+	startLoad(t, results, "new connections", e.pod(webB, 0), 40*time.Second, "--connections", "10", "--new-connection-ratio", "1", service)
+	startLoad(t, results, "kept connections", e.pod(webB, 1), 40*time.Second, "--connections", fmt.Sprint(keeps), "--reconnect", service)
+	before, err := e.Pods(t.Context(), "e2e-a", "app=rolling")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Kubectl(t.Context(), "", "rollout", "restart", "deployment/rolling", "--namespace=e2e-a"); err != nil {
+		t.Fatal(err)
+	}
+	rolledOut(t)
+	over := time.Now()
+	for range 2 {
+		l := <-results
+		if l.err != nil && l.result.Exchanges == 0 {
+			t.Errorf("%s: %v", l.what, l.err)
+			continue
+		}
+		r := l.result
+		t.Logf("%s: %d exchanges, %d reconnects, p99 %.1f ms, max %.1f ms, pods %v", l.what, r.Exchanges, r.Reconnects, r.Latency.P99, r.Latency.Max, r.Pods)
+		if r.Failures.Total > 0 || r.Exchanges < 25*35 {
+			t.Errorf("%s: %d exchanges, %d failures %v, first %+v, last %+v", l.what, r.Exchanges, r.Failures.Total, r.Failures.ByKind, r.Failures.First, r.Failures.Last)
+		}
+		if r.Ended.Before(over) {
+			t.Errorf("%s: the load ended %s before the rollout", l.what, over.Sub(r.Ended))
+		}
+		// A kept connection may end with its pod, three times in a rollout at most.
+		if r.Reconnects > 3*keeps {
+			t.Errorf("%s: %d reconnects", l.what, r.Reconnects)
+		}
+		for _, p := range before {
+			if l.what == "new connections" && r.Pods[p.Name] == 0 {
+				t.Errorf("%s: nothing reached %s", l.what, p.Name)
+			}
+		}
+		if len(r.Pods) < 4 {
+			t.Errorf("%s: reached %v", l.what, r.Pods)
+		}
+	}
+}
+
+// TestLeaderKilled kills the operator's leader under load. Nobody notices; what
+// proxies ask for anew is served by the other replica at once, and new pods come up
+// when there is a new leader.
+func TestLeaderKilled(t *testing.T) {
+	service := deployRolling(t)
+	results := make(chan loaded, 1)
+	startLoad(t, results, "load", e.pod(webB, 0), 45*time.Second, "--connections", "10", "--new-connection-ratio", "0.5", service)
+	leader := func(ctx context.Context) (string, error) {
+		lease, err := e.Kube.CoordinationV1().Leases(harness.SystemNamespace).Get(ctx, "bulkhead-operator", metav1.GetOptions{})
+		if err != nil || lease.Spec.HolderIdentity == nil {
+			return "", fmt.Errorf("read lease: %w", err)
+		}
+		pod, _, _ := strings.Cut(*lease.Spec.HolderIdentity, "_")
+		return pod, nil
+	}
+	old, err := leader(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := int64(0) // kill -9
+	if err := e.Kube.CoreV1().Pods(harness.SystemNamespace).Delete(t.Context(), old, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+		t.Fatal(err)
+	}
+	killed := time.Now()
+	// A service that no proxy has heard of.
+	fresh := strings.NewReplacer("name: rolling, namespace", "name: fresh, namespace", "HTTP", fmt.Sprint(app.HTTPPort)).Replace(rolling[:strings.Index(rolling, "---")])
+	e.removeIn(t, "e2e-a", "service", "fresh")
+	if err := e.Apply(t.Context(), fresh); err != nil {
+		t.Fatal(err)
+	}
+	s, err := e.Kube.CoreV1().Services("e2e-a").Get(t.Context(), "fresh", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, from := range []harness.Pod{e.pod(webB, 0), e.pod(webB, 1), e.pod(jobA, 0)} {
+		err := harness.Wait(t.Context(), 12*time.Second, 100*time.Millisecond, from.String()+" to reach a new service", func(ctx context.Context) error {
+			r, err := e.Call(ctx, from, "get", "http://"+hostPort(s.Spec.ClusterIP, 80)+"/")
+			if err == nil && !r.OK {
+				err = fmt.Errorf("%+v", r.Failure)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	t.Logf("a new service was reached from all nodes %s after the leader was killed", time.Since(killed).Round(time.Millisecond))
+	if _, err := e.Kubectl(t.Context(), "", "scale", "deployment/rolling", "--namespace=e2e-a", "--replicas=5"); err != nil {
+		t.Fatal(err)
+	}
+	rolledOut(t)
+	t.Logf("new pods were ready %s after", time.Since(killed).Round(time.Millisecond))
+	if next, err := leader(t.Context()); err != nil || next == old {
+		t.Errorf("the leader is %s, %v; it was killed", next, err)
+	}
+	l := <-results
+	if r := l.result; r.Failures.Total > 0 || r.Exchanges < 25*40 {
+		t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
+	}
+	if err := e.WaitInstalled(t.Context(), time.Minute); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestServiceIsTold: what is wrong with a Service stands in the Service.
+func TestServiceIsTold(t *testing.T) {
+	e.goesOn(t)
+	long := strings.Repeat("x", 63)
+	for name, reason := range map[string]string{"typo": "PortMismatch", long: "NoEndpoints"} {
+		selector := "web"
+		if reason == "NoEndpoints" {
+			selector = "nobody"
+		}
+		e.removeIn(t, "e2e-a", "service", name)
+		if err := e.Apply(t.Context(), fmt.Sprintf(`
+apiVersion: v1
+kind: Service
+metadata: {name: %s, namespace: e2e-a}
+spec: {selector: {app: %s}, ports: [{name: http, port: 80, targetPort: no-such-port}]}
+`, name, selector)); err != nil {
+			t.Fatal(err)
+		}
+		err := harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, name+" to be told "+reason, func(ctx context.Context) error {
+			s, err := e.Kube.CoreV1().Services("e2e-a").Get(ctx, name, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			for _, c := range s.Status.Conditions {
+				if c.Type == "mesh.bulkhead.dev/Served" && c.Reason == reason {
+					return nil
+				}
+			}
+			return fmt.Errorf("conditions are %+v", s.Status.Conditions)
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	err := harness.Wait(t.Context(), 10*time.Second, 100*time.Millisecond, "an event", func(ctx context.Context) error {
+		events, err := e.Kube.CoreV1().Events("e2e-a").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.name=typo"})
+		if err != nil {
+			return err
+		}
+		for _, ev := range events.Items {
+			if ev.Reason == "PortMismatch" && ev.Type == corev1.EventTypeWarning {
+				return nil
+			}
+		}
+		return fmt.Errorf("events are %+v", events.Items)
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func (e *env) removeIn(t *testing.T, namespace, kind, name string) {
+	t.Helper()
+	t.Cleanup(func() {
+		if _, err := e.Kubectl(context.Background(), "", "delete", kind, name, "--namespace="+namespace, "--ignore-not-found"); err != nil {
+			t.Error(err)
+		}
+	})
+}
