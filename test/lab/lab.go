@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -231,6 +233,33 @@ func (l *Lab) AddPod(n *Node, name string, number int) *Host {
 		route(t, "eth0", "0.0.0.0/0", gateway.V4)
 		route(t, "eth0", "::/0", gateway.V6)
 	})
+	return p
+}
+
+// ReplacePod has a pod's network end, and another pod of its tenant come at once with
+// its addresses: one of another name, UID and service account, with nothing on it. As
+// with the CNI plugin, its network begins when its proxy has what serves it; steered it
+// is a moment later.
+func (l *Lab) ReplacePod(old *Host, name, account string) *Host {
+	t, n := l.t, old.Node
+	t.Helper()
+	n.Do(t, func() {
+		veth, err := netlink.LinkByName("pod" + old.Name)
+		Check(t, err)
+		Check(t, netlink.LinkDel(veth))
+	})
+	for _, pods := range []*[]*Host{&l.Pods, &n.Pods, &n.Planned} {
+		*pods = slices.DeleteFunc(slices.Clone(*pods), func(p *Host) bool { return p == old })
+	}
+	l.Store.DeleteService(old.Identity.Namespace, old.Name)
+	l.Store.DeleteWorkload(old.Name)
+	p := l.pod(n, name, old.Identity.Namespace, account, int(old.V4.As4()[3]))
+	p.Tenant = old.Tenant
+	l.Publish()
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	Check(t, n.configuration.WaitServed(ctx, model.ProxyKey{Node: n.Name, Tenant: p.Tenant}, p.Name))
+	n.WritePlan()
 	return p
 }
 

@@ -68,6 +68,8 @@ type Node struct {
 	// StopOperator ends the operator as this node sees it.
 	StopOperator func()
 
+	configuration *xds.Server
+
 	agent *exec.Cmd
 	log   *os.File
 }
@@ -324,13 +326,14 @@ func (n *Node) serveConfiguration() {
 			c, err := n.l.signing.Load().ServerCertificate([]string{"localhost"}, time.Hour, time.Now())
 			return &c, err
 		}})))...)
-	xds.NewServer(n.l.Store, xds.ServerOptions{
+	n.configuration = xds.NewServer(n.l.Store, xds.ServerOptions{
 		Logger: slog.New(slog.DiscardHandler),
 		Authorize: func(ctx context.Context) (xds.StreamIdentity, error) {
 			tenant, generation, err := xds.ParseStreamMetadata(ctx)
 			return xds.StreamIdentity{Node: n.Name, Tenant: tenant, Generation: generation}, err
 		},
-	}).Register(g)
+	})
+	n.configuration.Register(g)
 	nodev1alpha1.RegisterNodeServiceServer(g, &signer{node: n})
 	go g.Serve(listener)
 	n.StopOperator = g.Stop
