@@ -80,6 +80,8 @@ type Agent struct {
 	roundEnd chan struct{}
 	// The agents' DaemonSet, or its namespace, is on its way out.
 	daemonSetGone, namespaceGone bool
+	// uninstallTold is closed, and replaced, when they are set.
+	uninstallTold chan struct{}
 }
 
 // newAgent returns an agent that has nothing open yet.
@@ -90,7 +92,7 @@ func newAgent(o Options) (*Agent, error) {
 	}
 	return &Agent{
 		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
-		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}),
+		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}),
 		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, released: map[string]time.Time{},
 	}, nil
 }

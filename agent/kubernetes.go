@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -52,6 +53,12 @@ func Run(ctx context.Context, config *rest.Config, o Options) error {
 	if err != nil {
 		return errors.Join(err, a.close())
 	}
+	// They outlive ctx: what they have to say may come with the word to end.
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	var watches sync.WaitGroup
+	watches.Go(func() { a.watchUninstall(watching) })
+	defer watches.Wait()
+	defer stopWatching()
 	runErr := a.run(ctx,
 		task{"watch objects", a.watch},
 		task{"status", func(ctx context.Context) error { a.status.run(ctx); return nil }},

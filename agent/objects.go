@@ -50,8 +50,15 @@ func (a *Agent) watch(ctx context.Context) error {
 	wg.Go(func() {
 		watchOne(ctx, a.kube, &corev1.ConfigMapList{}, &corev1.ConfigMap{ObjectMeta: in(trustBundleConfigMap)}, a.setTrustBundle)
 	})
+	wg.Wait()
+	return ctx.Err()
+}
+
+// watchUninstall follows what says whether the agent's end is for good.
+func (a *Agent) watchUninstall(ctx context.Context) {
+	var wg sync.WaitGroup
 	wg.Go(func() {
-		watchOne(ctx, a.kube, &appsv1.DaemonSetList{}, &appsv1.DaemonSet{ObjectMeta: in(daemonSet)}, func(d *appsv1.DaemonSet, deleted bool) {
+		watchOne(ctx, a.kube, &appsv1.DaemonSetList{}, &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: a.o.Namespace, Name: daemonSet}}, func(d *appsv1.DaemonSet, deleted bool) {
 			// With its pods orphaned, it may come back.
 			a.setUninstall(func() { a.daemonSetGone = deleted || d.DeletionTimestamp != nil })
 		})
@@ -62,7 +69,6 @@ func (a *Agent) watch(ctx context.Context) error {
 		})
 	})
 	wg.Wait()
-	return ctx.Err()
 }
 
 // setNodeProxy takes a new plan. One that is deleted changes nothing: what runs
@@ -139,22 +145,45 @@ func (a *Agent) setUninstall(set func()) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	set()
+	close(a.uninstallTold)
+	a.uninstallTold = make(chan struct{})
 }
+
+// lastWord is how long an agent that is told to end, and has no rights any more,
+// waits for what its watches have under way. It is less than its grace period.
+const lastWord = 5 * time.Second
 
 // isUninstalled reports, when the agent is told to end, whether it is for good.
 func (a *Agent) isUninstalled() bool {
-	a.mu.Lock()
-	flag := a.daemonSetGone || a.namespaceGone
-	a.mu.Unlock()
-	if flag {
+	told := func() (bool, <-chan struct{}) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.daemonSetGone || a.namespaceGone, a.uninstallTold
+	}
+	if gone, _ := told(); gone {
 		return true
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
 	var d appsv1.DaemonSet
 	err := a.kube.Get(ctx, client.ObjectKey{Namespace: a.o.Namespace, Name: daemonSet}, &d)
-	// Any other error, a lack of rights too, tells nothing: then all of it stays.
-	return apierrors.IsNotFound(err) || (err == nil && d.DeletionTimestamp != nil)
+	if !apierrors.IsUnauthorized(err) && !apierrors.IsForbidden(err) {
+		// Any other error tells nothing: then all of it stays.
+		return apierrors.IsNotFound(err) || (err == nil && d.DeletionTimestamp != nil)
+	}
+	// The account has gone before the agent, as when all is deleted at once. That
+	// alone tells nothing, but watches that are open go on.
+	for end := time.After(lastWord); ; {
+		gone, changed := told()
+		if gone {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-end:
+			return false
+		}
+	}
 }
 
 // removeNodeDir removes an empty directory of the node; here it may be a mount.
