@@ -34,8 +34,8 @@ func (a *Agent) steer(want bpf.Pod, record sandboxRecord, known, former bool) er
 
 // connections reads those of a pod where they are: in a tenant's namespace, or in
 // its own.
-func (a *Agent) connections(record sandboxRecord) bpf.FlowReader {
-	return func(from uint16) ([]bpf.Flow, error) {
+func (a *Agent) connections(record sandboxRecord) model.FlowReader {
+	return func(from uint16) ([]model.Flow, error) {
 		if from != 0 {
 			if s, ok := a.tenantOf(from); ok {
 				return bpf.EstablishedFlows(s.Netns, record.IPs...)

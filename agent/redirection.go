@@ -12,6 +12,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/netfilter"
 )
 
@@ -27,8 +28,8 @@ type datapath interface {
 	SetWeight(index uint16, canaryPercent int) error
 
 	UpdatePod(bpf.Pod) error
-	MovePod(bpf.Pod, bpf.FlowReader) error
-	ReleasePod(uid string, established bpf.FlowReader) error
+	MovePod(bpf.Pod, model.FlowReader) error
+	ReleasePod(uid string, established model.FlowReader) error
 	DeletePod(uid string) error
 	Pods() ([]string, error)
 	HeldFlows() (map[string]map[uint16]int, error)
@@ -67,30 +68,12 @@ func (d byNetfilter) UpdatePod(p bpf.Pod) error {
 	return d.Datapath.UpdatePod(pod)
 }
 
-func (d byNetfilter) MovePod(p bpf.Pod, established bpf.FlowReader) error {
+func (d byNetfilter) MovePod(p bpf.Pod, established model.FlowReader) error {
 	pod, err := netfilterPod(p)
 	if err != nil {
 		return err
 	}
-	return d.Datapath.MovePod(pod, netfilterFlows(established))
-}
-
-func (d byNetfilter) ReleasePod(uid string, established bpf.FlowReader) error {
-	return d.Datapath.ReleasePod(uid, netfilterFlows(established))
-}
-
-func netfilterFlows(established bpf.FlowReader) netfilter.FlowReader {
-	if established == nil {
-		return nil
-	}
-	return func(from uint16) ([]netfilter.Flow, error) {
-		list, err := established(from)
-		flows := make([]netfilter.Flow, len(list))
-		for i, f := range list {
-			flows[i] = netfilter.Flow(f)
-		}
-		return flows, err
-	}
+	return d.Datapath.MovePod(pod, established)
 }
 
 func (d byNetfilter) Counters() (map[uint16]bpf.Counters, error) {

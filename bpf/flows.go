@@ -10,18 +10,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
-
-// Flow is a TCP connection of a pod, with the addresses that are seen on the
-// pod's veth: either end may have opened it.
-type Flow struct {
-	Pod, Peer netip.AddrPort
-}
-
-// FlowReader returns the connections that a pod has where it was until now: in
-// the network namespace of that tenant, or in the pod's own if from is 0. See
-// EstablishedFlows. It is called with the Datapath locked and must not use it.
-type FlowReader func(from uint16) ([]Flow, error)
 
 // hbonePort is HBONE_PORT of maps.h.
 const hbonePort = 15008
@@ -43,7 +34,7 @@ const (
 // network namespace: at the pod's address, or connected to it, as a tenant's
 // are. Those that only wait for late packets aren't among them. netns is the
 // path of the namespace; one that is gone has none.
-func EstablishedFlows(path string, pods ...netip.Addr) ([]Flow, error) {
+func EstablishedFlows(path string, pods ...netip.Addr) ([]model.Flow, error) {
 	ns, err := netns.GetFromPath(path)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
@@ -61,7 +52,7 @@ func EstablishedFlows(path string, pods ...netip.Addr) ([]Flow, error) {
 	for _, ip := range pods {
 		is[ip.Unmap()] = true
 	}
-	var flows []Flow
+	var flows []model.Flow
 	// A socket of IPv6 may have a connection of IPv4.
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		sockets, err := sockets(handle, family)
@@ -75,10 +66,10 @@ func EstablishedFlows(path string, pods ...netip.Addr) ([]Flow, error) {
 			}
 			local, remote := addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)
 			if is[local.Addr()] {
-				flows = append(flows, Flow{Pod: local, Peer: remote})
+				flows = append(flows, model.Flow{Pod: local, Peer: remote})
 			}
 			if is[remote.Addr()] {
-				flows = append(flows, Flow{Pod: remote, Peer: local})
+				flows = append(flows, model.Flow{Pod: remote, Peer: local})
 			}
 		}
 	}
@@ -108,7 +99,7 @@ func addrPort(ip []byte, port uint16) netip.AddrPort {
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
 // can be repeated. Connections of a pod are read twice if it is new to the mesh.
-func (d *Datapath) MovePod(p Pod, established FlowReader) error {
+func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
 	if err := p.validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
 	}
@@ -120,7 +111,7 @@ func (d *Datapath) MovePod(p Pod, established FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) movePod(p Pod, established FlowReader) error {
+func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
 	from, known, err := d.learnFlows(p.UID)
 	if err != nil {
 		return err
@@ -150,7 +141,7 @@ func (d *Datapath) movePod(p Pod, established FlowReader) error {
 // programs stay attached; call SweepFlows from time to time, and DeletePod when
 // HeldFlows has none of it. Packets of connections that are neither held nor
 // opened since are dropped. A pod that isn't known is no error.
-func (d *Datapath) ReleasePod(uid string, established FlowReader) error {
+func (d *Datapath) ReleasePod(uid string, established model.FlowReader) error {
 	if err := validateUID(uid); err != nil {
 		return fmt.Errorf("release pod %q: %w", uid, err)
 	}
@@ -162,7 +153,7 @@ func (d *Datapath) ReleasePod(uid string, established FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) releasePod(uid string, established FlowReader) error {
+func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	from, known, err := d.learnFlows(uid)
 	if err != nil || !known || from == 0 {
 		return err
@@ -214,7 +205,7 @@ func (d *Datapath) changePodEntries(uid string, change func(*datapathPod)) error
 }
 
 // keepFlows writes down where the connections of a pod go until they end.
-func (d *Datapath) keepFlows(p Pod, from uint16, established FlowReader) error {
+func (d *Datapath) keepFlows(p Pod, from uint16, established model.FlowReader) error {
 	if established == nil {
 		return nil
 	}

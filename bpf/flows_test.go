@@ -11,11 +11,13 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // reader reads the flows of a pod in the namespace where it was.
-func (m *mesh) reader(p *testPod) FlowReader {
-	return func(from uint16) ([]Flow, error) {
+func (m *mesh) reader(p *testPod) model.FlowReader {
+	return func(from uint16) ([]model.Flow, error) {
 		path := map[uint16]string{0: p.path(), 1: m.one.path(), 2: m.two.path()}[from]
 		return EstablishedFlows(path, p.both()...)
 	}
@@ -84,7 +86,7 @@ func TestFlowsStayOnJoin(t *testing.T) {
 
 	// Killed halfway: nothing is cut, nothing has moved.
 	calls, broken := 0, errors.New("broken")
-	err := m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+	err := m.d.MovePod(d.Pod, func(from uint16) ([]model.Flow, error) {
 		if calls++; calls == 2 {
 			return nil, broken
 		}
@@ -97,7 +99,7 @@ func TestFlowsStayOnJoin(t *testing.T) {
 	m.greets("halfway", d.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.40")
 	m.hold(&held, "opened halfway", d.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.40")
 
-	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]model.Flow, error) {
 		flows, err := m.reader(d)(from)
 		m.hold(&held, "opened while they are read", d.namespace, netip.AddrPort{}, at(remoteAddresses.v6, 80), "app fd77::40")
 		return flows, err
@@ -130,7 +132,7 @@ func TestFlowsOpenedWhileJoining(t *testing.T) {
 	d := m.pod("d", 1, addresses("10.77.0.40", "fd77::40"), false)
 	var held []heldFlow
 	calls := 0
-	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]Flow, error) {
+	check(t, m.d.MovePod(d.Pod, func(from uint16) ([]model.Flow, error) {
 		flows, err := m.reader(d)(from)
 		calls++
 		m.hold(&held, fmt.Sprint("opened after list ", calls), d.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.40")
@@ -178,7 +180,7 @@ func TestFlowsStayOnChange(t *testing.T) {
 	serve(t, m.a.namespace, 8081)
 	held := m.holdAll(m.a, m.one, "proxy1")
 	m.a.Tenant = 2
-	check(t, m.d.MovePod(m.a.Pod, func(from uint16) ([]Flow, error) {
+	check(t, m.d.MovePod(m.a.Pod, func(from uint16) ([]model.Flow, error) {
 		flows, err := m.reader(m.a)(from)
 		m.hold(&held, "outbound, opened while they are read", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")
 		m.hold(&held, "upstream, opened while they are read", m.one.namespace, at(m.a.v6, 0), at(remoteAddresses.v6, 80), "app fd77::2")

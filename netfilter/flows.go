@@ -10,35 +10,26 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
-
-// Flow is a TCP connection of a pod, with the addresses that are seen on the
-// pod's veth: either end may have opened it.
-type Flow struct {
-	Pod, Peer netip.AddrPort
-}
-
-// FlowReader returns the connections that a pod has where it was until now: in
-// the network namespace of that tenant, or in the pod's own if from is 0. It is
-// called with the Datapath locked and must not use it.
-type FlowReader func(from uint16) ([]Flow, error)
 
 // storedFlow is one that is written down.
 type storedFlow struct {
-	Flow
+	model.Flow
 	tenant uint16
 }
 
-func (f Flow) key() []byte {
+func flowKey(f model.Flow) []byte {
 	return key(addressKey(f.Pod.Addr()), portKey(f.Pod.Port()), addressKey(f.Peer.Addr()), portKey(f.Peer.Port()))
 }
 
-func (f family) parseFlow(k []byte) Flow {
+func (f family) parseFlow(k []byte) model.Flow {
 	n := int(f.length)
 	port := func(b []byte) uint16 { return uint16(b[0])<<8 | uint16(b[1]) }
 	pod, _ := netip.AddrFromSlice(k[:n])
 	peer, _ := netip.AddrFromSlice(k[n+4 : 2*n+4])
-	return Flow{Pod: netip.AddrPortFrom(pod, port(k[n:])), Peer: netip.AddrPortFrom(peer, port(k[2*n+4:]))}
+	return model.Flow{Pod: netip.AddrPortFrom(pod, port(k[n:])), Peer: netip.AddrPortFrom(peer, port(k[2*n+4:]))}
 }
 
 // MovePod is UpdatePod that cuts no connection: those that the pod has, in the
@@ -49,7 +40,7 @@ func (f family) parseFlow(k []byte) Flow {
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
 // can be repeated. Connections of a pod are read twice if it is new to the mesh.
-func (d *Datapath) MovePod(p Pod, established FlowReader) error {
+func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
 	if err := p.validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
 	}
@@ -61,7 +52,7 @@ func (d *Datapath) MovePod(p Pod, established FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) movePod(p Pod, established FlowReader) error {
+func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
 	from, known, err := d.pod(p.UID)
 	if err != nil {
 		return err
@@ -96,7 +87,7 @@ func (d *Datapath) movePod(p Pod, established FlowReader) error {
 // chains stay; call DeletePod when HeldFlows has none of it. Packets of
 // connections that are neither held nor opened since are dropped. A pod that
 // isn't known is no error.
-func (d *Datapath) ReleasePod(uid string, established FlowReader) error {
+func (d *Datapath) ReleasePod(uid string, established model.FlowReader) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.releasePod(uid, established); err != nil {
@@ -105,7 +96,7 @@ func (d *Datapath) ReleasePod(uid string, established FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) releasePod(uid string, established FlowReader) error {
+func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	from, known, err := d.pod(uid)
 	if err != nil || !known || from == 0 {
 		return err
@@ -152,7 +143,7 @@ func (d *Datapath) learn(uid string, tenant uint16) error {
 }
 
 // keepFlows writes down where the connections of a pod go until they end.
-func (d *Datapath) keepFlows(from uint16, established FlowReader) error {
+func (d *Datapath) keepFlows(from uint16, established model.FlowReader) error {
 	if established == nil {
 		return nil
 	}
@@ -167,19 +158,19 @@ func (d *Datapath) keepFlows(from uint16, established FlowReader) error {
 	if err != nil {
 		return err
 	}
-	known := map[Flow]bool{}
+	known := map[model.Flow]bool{}
 	for _, f := range stored {
 		known[f.Flow] = true // an earlier move's, which knows better
 	}
 	var flows [2][]nftables.SetElement
 	for _, f := range list {
-		f = Flow{Pod: unmapped(f.Pod), Peer: unmapped(f.Peer)}
+		f = model.Flow{Pod: unmapped(f.Pod), Peer: unmapped(f.Peer)}
 		if known[f] || f.Peer.Addr().IsUnspecified() || f.Pod.Addr().Is4() != f.Peer.Addr().Is4() {
 			continue
 		}
 		known[f] = true
 		i := slices.IndexFunc(families, func(fam family) bool { return fam.version == familyOf(f.Pod.Addr()).version })
-		flows[i] = append(flows[i], nftables.SetElement{Key: f.key(), Val: native(uint32(from)), Timeout: flowIdle})
+		flows[i] = append(flows[i], nftables.SetElement{Key: flowKey(f), Val: native(uint32(from)), Timeout: flowIdle})
 	}
 	c, err := open(0)
 	if err != nil {
@@ -297,7 +288,7 @@ func (d *Datapath) tryDeleteFlows(which func(storedFlow) bool) error {
 	for _, f := range stored {
 		if which(f) {
 			v := familyOf(f.Pod.Addr()).version
-			gone[setFlows+v] = append(gone[setFlows+v], nftables.SetElement{Key: f.key()})
+			gone[setFlows+v] = append(gone[setFlows+v], nftables.SetElement{Key: flowKey(f.Flow)})
 		}
 	}
 	for name, elements := range gone {

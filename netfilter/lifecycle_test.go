@@ -13,6 +13,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // inNode runs f in a network namespace of its own, which ends with it.
@@ -175,12 +177,12 @@ func TestHeldFlows(t *testing.T) {
 		a := pod(t, "a", 1, "10.0.0.1", "fd00::1")
 		at := netip.MustParseAddrPort
 		reads := map[uint16]int{}
-		flows := func(from uint16) ([]Flow, error) {
+		flows := func(from uint16) ([]model.Flow, error) {
 			reads[from]++
-			return []Flow{{at("10.0.0.1:80"), at("1.2.3.4:5000")}, {at("[fd00::1]:80"), at("[fd01::1]:5000")}, {at("[::ffff:10.0.0.1]:80"), at("[::ffff:1.2.3.4]:5000")}}, nil
+			return []model.Flow{{Pod: at("10.0.0.1:80"), Peer: at("1.2.3.4:5000")}, {Pod: at("[fd00::1]:80"), Peer: at("[fd01::1]:5000")}, {Pod: at("[::ffff:10.0.0.1]:80"), Peer: at("[::ffff:1.2.3.4]:5000")}}, nil
 		}
 		refuse := errors.New("no")
-		if err := d.MovePod(a, func(uint16) ([]Flow, error) { return nil, refuse }); !errors.Is(err, refuse) {
+		if err := d.MovePod(a, func(uint16) ([]model.Flow, error) { return nil, refuse }); !errors.Is(err, refuse) {
 			t.Errorf("a pod whose connections can't be read moved: %v", err)
 		}
 		want(t, d, nil, []uint16{1, 2})
@@ -200,10 +202,14 @@ func TestHeldFlows(t *testing.T) {
 		// To another tenant: what it had in the clear stays there, what it has now stays
 		// with the first.
 		a.Tenant = 2
-		check(t, d.MovePod(a, func(from uint16) ([]Flow, error) { return []Flow{{at("10.0.0.1:81"), at("1.2.3.4:5001")}}, nil }))
+		check(t, d.MovePod(a, func(from uint16) ([]model.Flow, error) {
+			return []model.Flow{{Pod: at("10.0.0.1:81"), Peer: at("1.2.3.4:5001")}}, nil
+		}))
 		held(0, 2)
 		held(1, 1)
-		check(t, d.ReleasePod("a", func(from uint16) ([]Flow, error) { return []Flow{{at("10.0.0.1:82"), at("1.2.3.4:5002")}}, nil }))
+		check(t, d.ReleasePod("a", func(from uint16) ([]model.Flow, error) {
+			return []model.Flow{{Pod: at("10.0.0.1:82"), Peer: at("1.2.3.4:5002")}}, nil
+		}))
 		held(2, 1)
 		check(t, d.DeleteTenant(1))
 		held(1, 0)
