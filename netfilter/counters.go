@@ -13,12 +13,27 @@ import (
 type Counters struct {
 	// Steered are new connections per generation.
 	Steered [Generations]uint64
-	// Outbound, Inbound, Plain and NodePlain are new connections per listener.
-	Outbound, Inbound, Plain, NodePlain uint64
+	PerListener
 	// Refused are new connections that found no listener.
 	Refused uint64
 	// Dropped are packets.
 	Dropped Drops
+}
+
+// PerListener are new connections per listener of a tenant.
+type PerListener struct{ Outbound, Inbound, Plain, NodePlain uint64 }
+
+func (p *PerListener) add(name string, n uint64) {
+	switch name {
+	case "outbound":
+		p.Outbound += n
+	case "inbound":
+		p.Inbound += n
+	case "plain":
+		p.Plain += n
+	case "nodeplain":
+		p.NodePlain += n
+	}
 }
 
 // Drops are dropped packets by reason, as in the package bpf.
@@ -31,9 +46,9 @@ type Drops struct {
 // PodCounters are what has happened to one pod. Bytes are of TCP on its veth, as
 // they pass: on the way out to the pod with the Ethernet header.
 type PodCounters struct {
-	Outbound, Inbound, Plain, NodePlain uint64
-	BytesSent, BytesReceived            uint64
-	Dropped                             Drops
+	PerListener
+	BytesSent, BytesReceived uint64
+	Dropped                  Drops
 }
 
 func (d *Drops) add(reason uint32, n uint64) {
@@ -190,25 +205,12 @@ func (d *Datapath) Counters() (map[uint16]Counters, error) {
 				c.Refused += k.n
 			default:
 				c.Steered[generation] += k.n
-				count(name, k.n, &c.Outbound, &c.Inbound, &c.Plain, &c.NodePlain)
+				c.add(name, k.n)
 			}
 		}
 		all[index] = c
 	}
 	return all, nil
-}
-
-func count(name string, n uint64, outbound, inbound, plain, nodePlain *uint64) {
-	switch name {
-	case "outbound":
-		*outbound += n
-	case "inbound":
-		*inbound += n
-	case "plain":
-		*plain += n
-	case "nodeplain":
-		*nodePlain += n
-	}
 }
 
 // PodCounters returns the counters of all pods, by UID.
@@ -265,7 +267,7 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 		for _, k := range list {
 			e, ok := s.sets[setAddresses+familyOf(k.pod).version][string(addressKey(k.pod))]
 			if name, _ := listenerOf(k.port); ok && name != "" {
-				of(e.value, func(p *PodCounters) { count(name, k.n, &p.Outbound, &p.Inbound, &p.Plain, &p.NodePlain) })
+				of(e.value, func(p *PodCounters) { p.add(name, k.n) })
 			}
 		}
 	}
