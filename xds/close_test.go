@@ -14,26 +14,13 @@ import (
 // serveOnce answers one line of a client and closes at once.
 func serveOnce(t *testing.T, addr string) {
 	t.Helper()
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				buf := make([]byte, 1024)
-				if _, err := c.Read(buf); err == nil {
-					io.WriteString(c, strings.Repeat("x", 373))
-				}
-				c.Close()
-			}()
+	serveEach(t, addr, func(c net.Conn) {
+		buf := make([]byte, 1024)
+		if _, err := c.Read(buf); err == nil {
+			io.WriteString(c, strings.Repeat("x", 373))
 		}
-	}()
+		c.Close()
+	})
 }
 
 // A server may answer and close in one go: the answer arrives. (It takes isolation's

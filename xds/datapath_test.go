@@ -26,9 +26,8 @@ import (
 // Without steering, a connection must be made to the port of a listener, so that is
 // the port of the services here. One Envoy is at both ends of each tunnel.
 
-// serveApp greets each connection with the address that it comes from, before the
-// client has said anything, and echoes what it says.
-func serveApp(t *testing.T, addr string) {
+// serveEach hands each connection to serve, which closes it.
+func serveEach(t *testing.T, addr string, serve func(net.Conn)) {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -41,14 +40,21 @@ func serveApp(t *testing.T, addr string) {
 			if err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
-				fmt.Fprintf(c, "%s sees %s\n", addr, host)
-				io.Copy(c, c)
-			}()
+			go serve(c)
 		}
 	}()
+}
+
+// serveApp greets each connection with the address that it comes from, before the
+// client has said anything, and echoes what it says.
+func serveApp(t *testing.T, addr string) {
+	t.Helper()
+	serveEach(t, addr, func(c net.Conn) {
+		defer c.Close()
+		host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+		fmt.Fprintf(c, "%s sees %s\n", addr, host)
+		io.Copy(c, c)
+	})
 }
 
 func dialFrom(source, to string) (net.Conn, error) {
