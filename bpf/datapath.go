@@ -64,7 +64,7 @@ type Datapath struct {
 
 // sharedMaps are used by the programs of all tenants.
 var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters,
-	datapathMapPerPod, datapathMapFlows, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
+	datapathMapPerPod, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.
 var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant}

@@ -90,6 +90,12 @@ type datapathFlowState struct {
 	BytesReceived uint64
 }
 
+type datapathFormer struct {
+	_      structs.HostLayout
+	Pod    datapathAddr
+	Tenant uint32
+}
+
 type datapathListener uint32
 
 const (
@@ -186,6 +192,7 @@ const (
 	datapathMapEvents        = "events"
 	datapathMapExclusions    = "exclusions"
 	datapathMapFlows         = "flows"
+	datapathMapFormers       = "formers"
 	datapathMapListeners     = "listeners"
 	datapathMapNodeAddresses = "node_addresses"
 	datapathMapPerPod        = "per_pod"
@@ -258,6 +265,7 @@ type datapathMapSpecs struct {
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
+	Formers       *ebpf.MapSpec `ebpf:"formers"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
 	PerPod        *ebpf.MapSpec `ebpf:"per_pod"`
@@ -298,6 +306,7 @@ type datapathMaps struct {
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclusions    *ebpf.Map `ebpf:"exclusions"`
 	Flows         *ebpf.Map `ebpf:"flows"`
+	Formers       *ebpf.Map `ebpf:"formers"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
 	PerPod        *ebpf.Map `ebpf:"per_pod"`
@@ -313,6 +322,7 @@ func (m *datapathMaps) Close() error {
 		m.Events,
 		m.Exclusions,
 		m.Flows,
+		m.Formers,
 		m.Listeners,
 		m.NodeAddresses,
 		m.PerPod,

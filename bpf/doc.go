@@ -25,7 +25,9 @@
 // A connection belongs to where its SYN went. What doesn't go where the pod's new
 // connections go is written down in the map flows, until it ends: what a pod has
 // open when it joins, leaves or changes tenant (MovePod, ReleasePod), and what is
-// excluded (SetExclusions, Pod.Exclusions) or bypasses the mesh (Pod.Bypass).
+// excluded (SetExclusions, Pod.Exclusions) or bypasses the mesh (Pod.Bypass). A
+// tenant that a pod has left has what had begun to open, and opens for it what its
+// connections need, as long as it has any; the map formers says so.
 package bpf
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_counters -type listener -type flow -type flow_state -type exclusion -type settings -type drops -type pod_counters -type event -type event_kind -type way datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_counters -type listener -type flow -type flow_state -type former -type exclusion -type settings -type drops -type pod_counters -type event -type event_kind -type way datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -93,8 +93,10 @@ func addrPort(ip []byte, port uint16) netip.AddrPort {
 
 // MovePod is UpdatePod that cuts no connection: those that the pod has, in the
 // clear or through another tenant, stay where they are until they end, and only
-// new ones go to p.Tenant. While a tenant has some of a pod that isn't its own
-// any more, it may send as that pod, in those connections only.
+// new ones go to p.Tenant. A connection whose SYN was on its way is the former
+// tenant's. That one may open others for the pod, as its clients and tunnels ask
+// for, until none is left (SweepFlows sees to it) or model.FormerLimit has passed;
+// otherwise it may send as the pod in those that it has only.
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
@@ -118,6 +120,9 @@ func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
 	}
 	if known && from == p.Tenant {
 		return d.updatePod(p, false)
+	}
+	if err := d.addFormer(p.UID, from); err != nil {
+		return err
 	}
 	if err := d.keepFlows(p, from, established); err != nil {
 		return err
@@ -161,6 +166,9 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	p := Pod{UID: uid}
 	err = d.changePodEntries(uid, func(e *datapathPod) { p.Ifindex = int(e.Ifindex) })
 	if err != nil {
+		return err
+	}
+	if err := d.addFormer(uid, from); err != nil {
 		return err
 	}
 	if err := d.keepFlows(p, from, established); err != nil {
@@ -282,7 +290,8 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 
 // SweepFlows forgets connections that have ended, and those that had no packet
 // for as long as idle: a packet that comes later is dropped, never sent in the
-// clear. Call it every few seconds.
+// clear. Former tenants that have none of a pod any more can open none from then
+// on. Call it every few seconds.
 func (d *Datapath) SweepFlows(idle time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -290,8 +299,8 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 	if err != nil {
 		return err
 	}
-	learned := map[uint32]uint32{}
-	err = d.deleteFlows(func(_ datapathFlow, s datapathFlowState) bool {
+	learned, used := map[uint32]uint32{}, map[datapathFormer]bool{}
+	err = d.deleteFlows(func(key datapathFlow, s datapathFlowState) bool {
 		quiet := time.Duration(max(now, s.Seen) - s.Seen)
 		if over(s, quiet, idle) {
 			return true
@@ -299,10 +308,14 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 		if s.Learned != 0 {
 			learned[s.Ifindex]++
 		}
+		used[datapathFormer{Pod: key.Pod, Tenant: s.Tenant}] = true
 		return false
 	})
 	if err != nil {
 		return fmt.Errorf("sweep connections: %w", err)
+	}
+	if err := d.sweepFormers(used, now); err != nil {
+		return err
 	}
 	// The programs count, too; what they count meanwhile is made good next time.
 	return d.eachVeth(func(ifindex uint32, v datapathVeth) error {
@@ -365,6 +378,9 @@ func (d *Datapath) deleteFlows(which func(datapathFlow, datapathFlowState) bool)
 func (d *Datapath) deleteFlowsOf(addresses map[datapathAddr]bool) error {
 	if len(addresses) == 0 {
 		return nil
+	}
+	if err := d.deleteFormers(func(f datapathFormer, _ uint64) bool { return addresses[f.Pod] }); err != nil {
+		return err
 	}
 	return d.deleteFlows(func(f datapathFlow, _ datapathFlowState) bool { return addresses[f.Pod] })
 }

@@ -65,6 +65,35 @@ struct {
 	__type(value, __u8);
 } exclusions SEC(".maps");
 
+// A tenant that a pod has left, and goes on to open what it has begun.
+struct former {
+	struct addr pod;
+	__u32 tenant;
+};
+
+// 4 of each address; sweeping makes room.
+#define MAX_FORMERS (4 * MAX_POD_ADDRESSES)
+
+// Until when: nanoseconds of CLOCK_MONOTONIC.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_FORMERS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct former);
+	__type(value, __u64);
+} formers SEC(".maps");
+
+// is_former tells whether a tenant may still open connections for a pod.
+static __noinline int is_former(__u32 tenant, const struct addr *pod)
+{
+	struct former key = { .tenant = tenant };
+	if (!pod)
+		return 0;
+	key.pod = *pod;
+	__u64 *until = bpf_map_lookup_elem(&formers, &key);
+	return until && *until > bpf_ktime_get_ns();
+}
+
 #define EXCLUSION_BITS ((sizeof(struct exclusion) - sizeof(__u32)) * 8)
 
 // What becomes of a packet, if it isn't a tenant's index or DIRECT.
@@ -186,6 +215,10 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	if (!opens(p))
 		return tenant == DIRECT ? IS_MIDSTREAM : tenant;
 	if (by) {
+		// What a former tenant opens must be written down: its answers would go
+		// to the pod's tenant.
+		if (tenant != by && is_former(by, &f->pod))
+			return learn(f, pod, by, from_pod) ? FLOWS_FULL : by;
 		if (pod->learn && tenant == by)
 			learn(f, pod, tenant, from_pod);
 		return tenant;

@@ -25,14 +25,32 @@ static __always_inline __u32 flow_hash(const struct addr *local, const struct ad
 	return h ^ (h >> 16);
 }
 
-// Not inlined, so that the enumeration is in the object, for Go's bindings.
-static __noinline enum listener listener_for(__u32 tenant, const struct addr *local, const struct addr *remote, __u32 port)
+// takes tells whether a tenant has a pod's new connection: it is the pod's tenant,
+// or was when the SYN came to the veth.
+static __noinline int takes(__u32 tenant, const struct flow *f)
 {
-	struct pod *from = bpf_map_lookup_elem(&pods, remote);
-	struct pod *to = bpf_map_lookup_elem(&pods, local);
-	if (from && from->tenant == tenant && port != HBONE_PORT)
+	struct pod *pod = f ? bpf_map_lookup_elem(&pods, &f->pod) : 0;
+	if (!pod)
+		return 0;
+	if (pod->tenant == tenant)
+		return 1;
+	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	return s && s->tenant == tenant && is_former(tenant, &f->pod);
+}
+
+// Not inlined, so that the enumeration is in the object, for Go's bindings.
+static __noinline enum listener listener_for(__u32 tenant, const struct addr *local, const struct addr *remote, __u32 port, __u32 remote_port)
+{
+	struct flow f = { .pod_port = remote_port, .peer_port = port };
+	f.pod = *remote;
+	f.peer = *local;
+	if (port != HBONE_PORT && takes(tenant, &f))
 		return LISTENER_OUTBOUND;
-	if (!to || to->tenant != tenant)
+	f.pod = *local;
+	f.peer = *remote;
+	f.pod_port = port;
+	f.peer_port = remote_port;
+	if (!takes(tenant, &f))
 		return NO_LISTENER;
 	if (port == HBONE_PORT)
 		return LISTENER_INBOUND;
@@ -76,7 +94,7 @@ int steer(struct bpf_sk_lookup *ctx)
 	struct tenant_counters *count = counters_of(tenant);
 	if (!t || !count)
 		return SK_DROP;
-	listener = listener_for(tenant, &local, &remote, port);
+	listener = listener_for(tenant, &local, &remote, port, bpf_ntohs(ctx->remote_port));
 	if (listener == NO_LISTENER) {
 		count->dropped.unsteered++;
 		return SK_DROP;

@@ -247,6 +247,9 @@ func (d *Datapath) deleteTenant(index uint16) error {
 		return err
 	}
 	// Another tenant may get the index.
+	if err := d.deleteFormers(func(f datapathFormer, _ uint64) bool { return f.Tenant == uint32(index) }); err != nil {
+		return err
+	}
 	if err := d.deleteFlows(func(_ datapathFlow, s datapathFlowState) bool { return s.Tenant == uint32(index) }); err != nil {
 		return err
 	}

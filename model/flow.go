@@ -1,6 +1,13 @@
 package model
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
+
+// FormerLimit is for how long at most a tenant opens connections for a pod that has
+// left it: a tunnel that goes on takes new ones for half an hour.
+const FormerLimit = 31 * time.Minute
 
 // Flow is a TCP connection of a pod, with the addresses that are seen on the
 // pod's veth: either end may have opened it.

@@ -33,6 +33,9 @@ const (
 	ejectAfter = 5
 )
 
+// A pod's former proxy serves its tunnels for as long as they take connections.
+const _ = uint(model.FormerLimit - tunnelAge)
+
 // httpOptions is where a cluster's options for HTTP are.
 const httpOptions = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 

@@ -1,0 +1,97 @@
+package bpf
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func wantHolders(t *testing.T, d *Datapath, uid string, want ...uint16) {
+	t.Helper()
+	holders, err := d.Holders()
+	if err != nil || !slices.Equal(holders[uid], want) {
+		t.Errorf("connections are opened for %s by %v, %v, want %v", uid, holders[uid], err, want)
+	}
+}
+
+// A SYN that was led to a tenant before its pod moved, and comes to its listeners
+// after that, is that tenant's.
+func TestSynOnItsWay(t *testing.T) {
+	m := newMesh(t)
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	for i, former := range []bool{true, false} {
+		if !former {
+			check(t, m.d.deleteFormers(func(datapathFormer, uint64) bool { return true }))
+		}
+		for _, family := range []int{4, 6} {
+			pod, remote := m.a.of(family), remoteAddresses.of(family)
+			out, in := model.Flow{Pod: at(pod, uint16(40000+i)), Peer: at(remote, 80)}, model.Flow{Pod: at(pod, 8080), Peer: at(remote, uint16(40000+i))}
+			check(t, m.d.keepFlows(m.a.Pod, 1, func(uint16) ([]model.Flow, error) { return []model.Flow{out, in}, nil }))
+			refused := m.counters(1).Dropped.Unsteered
+			_, sent, errSent := dial(t, m.a.namespace, out.Pod, out.Peer)
+			_, received, errReceived := dial(t, m.remote, in.Peer, in.Pod)
+			if former && (sent != "proxy1" || received != "proxy1") {
+				t.Errorf("IPv%d: %q, %v and %q, %v", family, sent, errSent, received, errReceived)
+			}
+			if !former && (errSent == nil || errReceived == nil || m.counters(1).Dropped.Unsteered < refused+2) {
+				t.Errorf("IPv%d, after its time: %q, %v and %q, %v", family, sent, errSent, received, errReceived)
+			}
+		}
+	}
+}
+
+// A former tenant's right ends when it has no connection of the pod any more, and at
+// the latest when its time is over; with the tenant and with the pod it goes at once.
+func TestFormersEnd(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	move := func(to uint16) {
+		m.a.Tenant = to
+		check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	}
+	set := func(left time.Duration) {
+		now, err := monotonic()
+		check(t, err)
+		for _, a := range m.a.both() {
+			key, err := addrKey(a)
+			check(t, err)
+			check(t, m.d.maps[datapathMapFormers].Put(datapathFormer{Pod: key, Tenant: 1}, now+uint64(left)))
+		}
+	}
+	move(2)
+	check(t, m.d.SweepFlows(time.Hour)) // one may be on its way
+	wantHolders(t, m.d, "a", 2, 1)
+	set(model.FormerLimit - formerLeast - time.Second)
+	check(t, m.d.SweepFlows(time.Hour))
+	wantHolders(t, m.d, "a", 2)
+
+	move(1)
+	var held []heldFlow
+	m.hold(&held, "outbound", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")
+	move(2)
+	set(time.Minute)
+	check(t, m.d.SweepFlows(time.Hour))
+	holders, err := m.d.Holders()
+	if err != nil || !slices.Contains(holders["a"], 1) {
+		t.Errorf("with a connection %v, %v", holders, err)
+	}
+	set(0)
+	before := m.counters(1).Dropped.Foreign
+	syn(t, m.one.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(1).Dropped.Foreign > before })
+	goOn(t, "the time is over", held)
+	check(t, m.d.SweepFlows(time.Hour))
+	wantHolders(t, m.d, "a", 2)
+
+	set(time.Minute)
+	check(t, m.d.DeleteTenant(1))
+	wantHolders(t, m.d, "a", 2)
+	set(time.Minute)
+	check(t, m.d.DeletePod("a"))
+	if n := size(t, m.d.maps[datapathMapFormers]); n != 0 {
+		t.Errorf("%d former tenants of a pod that is gone", n)
+	}
+}
