@@ -159,6 +159,14 @@ func (p plan) pod(uid string) (identity.Pod, bool) {
 	return p.pods[i], true
 }
 
+// names are the planned tenants.
+func (p plan) names() (out []model.Tenant) {
+	for _, tp := range p.tenants {
+		out = append(out, tp.tenant)
+	}
+	return out
+}
+
 // has reports whether the tenant is planned.
 func (p plan) has(t model.Tenant) bool {
 	return slices.ContainsFunc(p.tenants, func(tp tenantPlan) bool { return tp.tenant == t })

@@ -253,7 +253,7 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, stee
 		delete(a.idleSince, t)
 	}
 	a.removeUnknownTenants()
-	if err := a.relay.KeepLastGood(p.has); err != nil {
+	if err := a.relay.KeepLastGood(p.names()); err != nil {
 		a.log.Error("last good configuration stays", "error", err)
 	}
 	return next

@@ -165,7 +165,7 @@ func TestManagersAreKilledAtRandom(t *testing.T) {
 				seen[p.Generation] = true
 			}
 			slices.Sort(want)
-			if got := m.cgroups.pids(fileName(name)); !equalSets(got, want) {
+			if got := m.cgroups.pids(name.FileName()); !equalSets(got, want) {
 				t.Errorf("round %d, killed after %s: %s has processes %v, want %v", round, after, name, got, want)
 			}
 		}
@@ -295,7 +295,7 @@ func (n *node) injectFaults(random *rand.Rand, m *Manager, closed bool) {
 		s, _ := m.State(name)
 		switch i % 6 {
 		case 0:
-			for _, pid := range m.cgroups.pids(fileName(name)) {
+			for _, pid := range m.cgroups.pids(name.FileName()) {
 				unix.Kill(pid, unix.SIGKILL)
 			}
 		case 1:
@@ -329,7 +329,7 @@ func (n *node) wantExactly(m *Manager, plan map[model.Tenant]Spec) {
 	var pids []int
 	for name, spec := range plan {
 		s, _ := m.State(name)
-		file := fileName(name)
+		file := name.FileName()
 		for _, what := range []string{"tenants", "namespaces", "states", "logs", "folders", "indexes", "cgroups", "mounts"} {
 			want[what] = append(want[what], file)
 		}
@@ -350,7 +350,7 @@ func (n *node) wantExactly(m *Manager, plan map[model.Tenant]Spec) {
 	}
 	have := map[string][]string{}
 	for _, name := range m.Tenants() {
-		have["tenants"] = append(have["tenants"], fileName(name))
+		have["tenants"] = append(have["tenants"], name.FileName())
 	}
 	for what, dir := range map[string]string{
 		"namespaces": filepath.Join(n.o.RunDir, "netns"), "states": filepath.Join(n.o.RunDir, "state"),

@@ -209,7 +209,7 @@ func TestStrayProcessIsEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stray.Process.Kill() })
-	if err := m.cgroups.join(fileName(tenantA), stray.Process.Pid); err != nil {
+	if err := m.cgroups.join(tenantA.FileName(), stray.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	m = n.open()

@@ -194,7 +194,7 @@ func (m *Manager) adoptAll() error {
 }
 
 func (m *Manager) adopt(s tenantState, name model.Tenant) error {
-	t := &tenant{m: m, name: name, file: fileName(name), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills}
+	t := &tenant{m: m, name: name, file: name.FileName(), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills}
 	if err := m.indexes.reserve(t.file, s.Index); err != nil {
 		return err
 	}
@@ -297,7 +297,7 @@ func (m *Manager) lock(name model.Tenant, create bool) (*tenant, error) {
 		}
 		t := m.tenants[name]
 		if t == nil && create {
-			t = &tenant{m: m, name: name, file: fileName(name)}
+			t = &tenant{m: m, name: name, file: name.FileName()}
 			m.tenants[name] = t
 		}
 		m.mu.Unlock()

@@ -1,8 +1,6 @@
 package isolation
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -10,20 +8,6 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
-
-// longestName is what of a tenant's name is used for files as it is: names of
-// pods are longer than file names may be.
-const longestName = 180
-
-// fileName is the tenant's name in the file system, different for each tenant.
-func fileName(t model.Tenant) string {
-	name := t.String()
-	if len(name) <= longestName {
-		return name
-	}
-	sum := sha256.Sum256([]byte(name))
-	return name[:longestName] + "-" + hex.EncodeToString(sum[:8])
-}
 
 // checkTenant refuses what isn't a tenant: its name becomes a path.
 func checkTenant(t model.Tenant) error {
@@ -38,15 +22,15 @@ func checkTenant(t model.Tenant) error {
 }
 
 func (o Options) netnsPath(t model.Tenant) string {
-	return filepath.Join(o.RunDir, "netns", fileName(t))
+	return filepath.Join(o.RunDir, "netns", t.FileName())
 }
 
 func (o Options) statePath(t model.Tenant) string {
-	return filepath.Join(o.RunDir, "state", fileName(t))
+	return filepath.Join(o.RunDir, "state", t.FileName())
 }
 
 func (o Options) tenantDir(t model.Tenant) string {
-	return filepath.Join(o.RunDir, "tenants", fileName(t))
+	return filepath.Join(o.RunDir, "tenants", t.FileName())
 }
 
 func (o Options) xdsDir(t model.Tenant, generation int) string {
@@ -54,7 +38,7 @@ func (o Options) xdsDir(t model.Tenant, generation int) string {
 }
 
 func (o Options) logDir(t model.Tenant) string {
-	return filepath.Join(o.LibDir, "log", fileName(t))
+	return filepath.Join(o.LibDir, "log", t.FileName())
 }
 
 func (o Options) logPath(t model.Tenant, generation int) string {

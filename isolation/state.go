@@ -57,7 +57,7 @@ func readState(path string) (tenantState, model.Tenant, error) {
 		return s, model.Tenant{}, fmt.Errorf("read state %s: %w", path, err)
 	}
 	t, err := model.ParseTenant(s.Tenant)
-	if err == nil && fileName(t) != filepath.Base(path) {
+	if err == nil && t.FileName() != filepath.Base(path) {
 		err = fmt.Errorf("it is of tenant %s", t)
 	}
 	if err == nil && (s.Index < 1 || s.Index > maxIndex) {

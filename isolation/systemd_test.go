@@ -41,7 +41,7 @@ func TestSystemdLeavesTenantsAlone(t *testing.T) {
 		if s.Limits != limits || len(s.Unenforced) > 0 {
 			t.Errorf("after %s the limits are %+v, unenforced %q", command, s.Limits, s.Unenforced)
 		}
-		for _, dir := range m.cgroups.dirs(fileName(tenantA)) {
+		for _, dir := range m.cgroups.dirs(tenantA.FileName()) {
 			if pids, err := procs(dir); err != nil || !slices.Contains(pids, before.PID) {
 				t.Errorf("after %s: %s has the processes %v, %v", command, dir, pids, err)
 			}

@@ -210,7 +210,7 @@ func TestTextIsChargedToNobody(t *testing.T) {
 	mapped := func() int64 {
 		t.Helper()
 		n.run(m, tenantA, Limits{})
-		dir, v2 := m.cgroups.dir(fileName(tenantA), "memory")
+		dir, v2 := m.cgroups.dir(tenantA.FileName(), "memory")
 		if dir == "" {
 			t.Skip("the node has no cgroup controller for memory")
 		}

@@ -33,6 +33,24 @@ func TestTenantRoundTrip(t *testing.T) {
 	}
 }
 
+func TestTenantFileName(t *testing.T) {
+	if got := NamespaceTenant("team-a").FileName(); got != "team-a" {
+		t.Errorf("a short name became %q", got)
+	}
+	seen := map[string]Tenant{}
+	for _, last := range []string{"c", "d"} {
+		want := Tenant{Scope: ScopePod, Namespace: strings.Repeat("a", 63), Name: strings.Repeat("b", 252) + last}
+		name := want.FileName()
+		if len(name) > 197 || !strings.HasPrefix(want.String(), name[:180]) {
+			t.Errorf("%q is the file of %q", name, want)
+		}
+		if other, ok := seen[name]; ok {
+			t.Errorf("%q and %q have one file", want, other)
+		}
+		seen[name] = want
+	}
+}
+
 func TestIdentityRoundTrip(t *testing.T) {
 	want := Identity{"cluster.local", "team-a", "reviews.v2"}
 	got, err := ParseIdentity(want.String())

@@ -1,6 +1,8 @@
 package model
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -37,7 +39,7 @@ func NamespaceTenant(namespace string) Tenant {
 // IsZero reports whether t is no tenant.
 func (t Tenant) IsZero() bool { return t.Scope == ScopeNone }
 
-// String is the tenant's name in protocols, file names and metrics: "_node",
+// String is the tenant's name in protocols and metrics: "_node",
 // "team-a", "team-a.sa.reviews", "team-a.pod.web-0"; "" for the zero value. No
 // two tenants share one: a namespace has neither dots nor underscores.
 func (t Tenant) String() string {
@@ -52,6 +54,21 @@ func (t Tenant) String() string {
 		return t.Namespace + ".pod." + t.Name
 	}
 	return ""
+}
+
+// longestFile is what of a tenant's name is used for files as it is: names of pods
+// are longer than file names may be.
+const longestFile = 180
+
+// FileName is the tenant's name in file systems, different for each tenant and at
+// most 197 bytes long. Beyond 180 bytes of String its end is a hash.
+func (t Tenant) FileName() string {
+	name := t.String()
+	if len(name) <= longestFile {
+		return name
+	}
+	sum := sha256.Sum256([]byte(name))
+	return name[:longestFile] + "-" + hex.EncodeToString(sum[:8])
 }
 
 // ParseTenant is the inverse of String. Errors wrap ErrTenant.

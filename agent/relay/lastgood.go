@@ -62,7 +62,7 @@ func newLastGood(dir string, log *slog.Logger) *lastGood {
 
 // set returns the tenant's set, read from disk the first time.
 func (g *lastGood) set(t model.Tenant, version string) *goodSet {
-	file := t.String() + "@" + version
+	file := t.FileName() + "@" + version
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if s := g.sets[file]; s != nil {
@@ -241,14 +241,17 @@ func (s *goodSet) save(dir string) error {
 	return nil
 }
 
-// keep drops the sets of all tenants that f doesn't want, in memory and on disk.
-func (g *lastGood) keep(f func(model.Tenant) bool) error {
+// keep drops the sets of all other tenants, in memory and on disk.
+func (g *lastGood) keep(tenants []model.Tenant) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	files := map[string]bool{}
+	for _, t := range tenants {
+		files[t.FileName()] = true
+	}
 	wanted := func(file string) bool {
 		name, _, ok := strings.Cut(file, "@")
-		t, err := model.ParseTenant(name)
-		return ok && err == nil && f(t)
+		return ok && files[name]
 	}
 	maps.DeleteFunc(g.sets, func(file string, _ *goodSet) bool { return !wanted(file) })
 	if g.dir == "" {

@@ -189,8 +189,8 @@ func (r *Relay) Close(key Key) {
 	}
 }
 
-// KeepLastGood drops the last good resources of all tenants that f doesn't want.
-func (r *Relay) KeepLastGood(f func(model.Tenant) bool) error { return r.good.keep(f) }
+// KeepLastGood drops the last good resources of all other tenants.
+func (r *Relay) KeepLastGood(tenants []model.Tenant) error { return r.good.keep(tenants) }
 
 // State returns what is known of the proxy; the zero State if it isn't served.
 func (r *Relay) State(key Key) State {

@@ -2,6 +2,8 @@ package relay
 
 import (
 	"context"
+	"fmt"
+	"hash/fnv"
 	"net"
 	"os"
 	"path/filepath"
@@ -258,9 +260,15 @@ func (f *fixture) proxy(tenant model.Tenant) *proxy {
 	return f.proxyOf(Key{Tenant: tenant})
 }
 
+func (f *fixture) socket(key Key) string {
+	h := fnv.New32a() // tenants' names are longer than sockets' may be
+	fmt.Fprint(h, key)
+	return filepath.Join(f.dir, fmt.Sprintf("%08x.sock", h.Sum32()))
+}
+
 func (f *fixture) proxyOf(key Key) *proxy {
 	f.t.Helper()
-	path := filepath.Join(f.dir, key.Tenant.String()+strings.Repeat("-canary", key.Generation)+".sock")
+	path := f.socket(key)
 	if err := f.relay.Listen(key, Socket{Path: path, UID: uint32(os.Getuid()), Version: "1.40.0"}); err != nil {
 		f.t.Fatal(err)
 	}
@@ -507,7 +515,7 @@ func TestRelayServesLastGood(t *testing.T) {
 	}
 
 	f.relay.Shutdown()
-	if err := f.relay.KeepLastGood(func(t model.Tenant) bool { return t == teamB }); err != nil {
+	if err := f.relay.KeepLastGood([]model.Tenant{teamB}); err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range must(os.ReadDir(good)) {
@@ -539,7 +547,7 @@ func TestRelayReplacesWhatIsRefused(t *testing.T) {
 	up.send(t, "3", resource(TypeCluster, "vip|b", "1"))
 	wantNames(t, p.next(), "vip|b@1") // and nothing before it: it has vip|a
 
-	fresh := connect(t, filepath.Join(f.dir, "team-a.sock"))
+	fresh := connect(t, f.socket(Key{Tenant: teamA}))
 	fresh.subscribe(TypeCluster, "vip|a")
 	up = f.op.stream()
 	up.await(t, TypeCluster, "vip|a")
