@@ -77,15 +77,25 @@ func (f *follower) take(r *discoveryv3.DeltaDiscoveryResponse) {
 // leadsTo is the internal listener, or the first address, behind the VIP.
 func (f *follower) leadsTo(name string) string {
 	f.t.Helper()
+	cla := f.assignment(name)
+	if len(cla.GetEndpoints()) == 0 {
+		return ""
+	}
+	return cla.Endpoints[0].LbEndpoints[0].GetEndpoint().GetAddress().GetEnvoyInternalAddress().GetServerListenerName()
+}
+
+// assignment is the endpoints under a name; nil if there is no such resource.
+func (f *follower) assignment(name string) *endpointv3.ClusterLoadAssignment {
+	f.t.Helper()
 	r := f.has[resourceKey{TypeEndpoints, name}]
 	if r == nil {
-		return ""
+		return nil
 	}
 	cla := &endpointv3.ClusterLoadAssignment{}
 	if err := proto.Unmarshal(r.Resource.Value, cla); err != nil {
 		f.t.Fatal(err)
 	}
-	return cla.Endpoints[0].LbEndpoints[0].GetEndpoint().GetAddress().GetEnvoyInternalAddress().GetServerListenerName()
+	return cla
 }
 
 func (f *follower) place(entry string) int { return slices.Index(f.order, entry) }
