@@ -62,6 +62,9 @@ type Agent struct {
 	released map[string]time.Time
 	// swept is when connections that have ended were last looked for.
 	swept time.Time
+	// hits of tenants' limits, as of hitsAt.
+	hits   map[model.Tenant]tenantHits
+	hitsAt time.Time
 	// capacityProblem is what will be full soon, as of capacityAt.
 	capacityProblem string
 	capacityAt      time.Time

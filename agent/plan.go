@@ -23,8 +23,10 @@ type plan struct {
 	generation int64
 	// redirection of all pods; "" is as it is.
 	redirection v1alpha1.Redirection
-	tenants     []tenantPlan
-	pods        []identity.Pod
+	// limits of all proxies together.
+	limits  isolation.Limits
+	tenants []tenantPlan
+	pods    []identity.Pod
 	// traffic by UID, of pods for which there is more to say.
 	traffic map[string]traffic
 	// outside are pods, by UID, that aren't in the mesh although their namespace is.
@@ -51,7 +53,7 @@ type tenantPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{uid: np.UID, generation: np.Generation, traffic: map[string]traffic{}, outside: map[string]bool{}}
+	p := plan{uid: np.UID, generation: np.Generation, limits: isolation.Limits(np.Spec.Limits), traffic: map[string]traffic{}, outside: map[string]bool{}}
 	var errs []error
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:

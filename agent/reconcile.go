@@ -39,6 +39,10 @@ type round struct {
 	redirectionProblem string
 	// capacityProblem is what of the kernel's will be full soon.
 	capacityProblem string
+	// limitProblem is why the limits of all proxies together aren't as planned.
+	limitProblem string
+	// hits of tenants' limits.
+	hits map[model.Tenant]tenantHits
 	// weights that are in force.
 	weights map[model.Tenant]int
 }
@@ -77,6 +81,11 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		}
 	}
 
+	if err := a.bulkheads.LimitAll(p.limits); err != nil {
+		a.log.Error("proxies together aren't limited as planned", "error", err)
+		r.limitProblem = err.Error()
+		next = time.Second
+	}
 	indexes := map[model.Tenant]uint16{}
 	for _, tp := range p.tenants {
 		index, again, err := a.ensureTenant(ctx, tp, &r)
@@ -97,6 +106,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(p, indexes, held, &r))
 	next = min(next, a.removeTenants(ctx, p, held, r.steered), a.removeFormer(&r))
+	r.hits = a.readHits(p)
 	a.finishRound(r)
 	return next
 }

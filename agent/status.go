@@ -40,6 +40,9 @@ type observation struct {
 	// trustBundle that all proxies trust, and how the certificates are.
 	trustBundle string
 	identities  identity.Health
+	// limits of all proxies together, as the kernel has them, and what it can't hold.
+	limits     isolation.Limits
+	unenforced []string
 }
 
 // makeStatus says how the node is, in the order of the plan. Conditions carry no
@@ -51,6 +54,11 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,
+		Limits:             v1alpha1.Limits(o.limits),
+		Unenforced:         o.unenforced,
+	}
+	if problem := o.round.limitProblem; problem != "" {
+		s.Unenforced = append(slices.Clone(s.Unenforced), problem)
 	}
 	pods, strict, bypassed := map[model.Tenant]int32{}, map[model.Tenant]int32{}, map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
@@ -145,7 +153,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	t := v1alpha1.NodeTenantStatus{
 		Name:   tp.tenant.String(),
 		Ready:  o.serves(tp.tenant) && o.round.problems[tp.tenant] == "",
-		Limits: v1alpha1.Limits(state.Limits),
+		Limits: v1alpha1.Limits(state.Limits), Unenforced: state.Unenforced, Hits: o.round.hits[tp.tenant].status(),
 		Weight: int32(o.round.weights[tp.tenant]),
 	}
 	for _, p := range state.Processes {
@@ -201,6 +209,7 @@ func (a *Agent) observe() observation {
 		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
+	o.limits, o.unenforced = a.bulkheads.AllLimits()
 	digest, version := a.identities.Bundle()
 	trusted := digest != "" && a.relay.Trusts(version)
 	a.mu.Lock()

@@ -112,6 +112,7 @@ type nodePlan struct {
 	known       bool
 	trustDomain string
 	redirection v1alpha1.Redirection
+	limits      v1alpha1.Limits
 	members     []translate.Pod
 	optedOut    []translate.Pod
 	shared      translate.NamespacePlan
@@ -121,16 +122,17 @@ type nodePlan struct {
 func (m *mesh) plan(node string) nodePlan {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	p := nodePlan{trustDomain: m.topologies.TrustDomain(), members: m.members(node), namespaces: map[string]translate.NamespacePlan{}}
+	p := nodePlan{trustDomain: m.topologies.TrustDomain(), limits: m.topologies.NodeLimits(), members: m.members(node), namespaces: map[string]translate.NamespacePlan{}}
 	p.node, p.known = m.nodes[node]
 	p.redirection, _ = m.topologies.Redirection(p.node.Labels)
 	p.optedOut = m.optedOut(node)
 	shared := model.Tenant{Scope: model.ScopeNode}
-	p.shared.Version = m.membershipOf(shared, m.proxies[shared][node]).Version
+	of := m.membershipOf(shared, m.proxies[shared][node])
+	p.shared.Version, p.shared.Bounds = of.Version, of.Bounds
 	for _, pod := range p.members {
 		if _, ok := p.namespaces[pod.Namespace]; !ok {
 			ns := m.namespaces[pod.Namespace]
-			p.namespaces[pod.Namespace] = translate.NamespacePlan{Version: ns.Version, Exclusions: m.topologies.Exclusions(ns.Topology), Strict: ns.Strict, Bypass: ns.Bypass}
+			p.namespaces[pod.Namespace] = translate.NamespacePlan{Version: ns.Version, Bounds: ns.Bounds, Exclusions: m.topologies.Exclusions(ns.Topology), Strict: ns.Strict, Bypass: ns.Bypass}
 		}
 	}
 	return p

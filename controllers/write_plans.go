@@ -59,7 +59,7 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		if err != nil {
 			return err
 		}
-		p.Limits, p.Strict = translate.Limits(policies), p.Strict || translate.IsStrict(policies)
+		p.Limits, p.Strict = translate.Limits(policies, p.Bounds), p.Strict || translate.IsStrict(policies)
 		plan.namespaces[namespace] = p
 	}
 	had := map[string]bool{}
@@ -71,7 +71,7 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},
-		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Members: plan.members,
+		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Limits: plan.limits, Members: plan.members,
 			OptedOut: plan.optedOut, Shared: plan.shared, Had: had, Namespaces: plan.namespaces}),
 	}
 	if exists && ownedBy(have.OwnerReferences, plan.node.UID) && translate.SamePlan(have.Spec, want.Spec) {

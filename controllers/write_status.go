@@ -156,7 +156,7 @@ func (w *writer) writePolicies(ctx context.Context, namespace string) error {
 	}
 	m, byTenant := w.mesh.views(namespace)
 	views := slices.Concat(slices.Collect(maps.Values(byTenant))...)
-	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies), Strict: m.Strict || translate.IsStrict(policies), Nodes: views}
+	in := translate.PolicyInput{Member: m.IsMember(), Want: translate.Limits(policies, m.Bounds), Bounds: m.Bounds, Strict: m.Strict || translate.IsStrict(policies), Nodes: views}
 	for i := range policies {
 		p := &policies[i]
 		status := translate.IsolationPolicyStatus(p, in, metav1.NewTime(w.now()))

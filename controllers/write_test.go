@@ -164,7 +164,7 @@ func TestRedirectionFollowsLabels(t *testing.T) {
 }
 
 func TestStatusFollowsAgents(t *testing.T) {
-	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}, Spec: v1alpha1.IsolationPolicySpec{Pids: new(int64(64))}}
+	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}, Spec: v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{Pids: new(int64(64))}}}
 	topology := newTopology("t", "mesh")
 	c := newCluster(t, topology, newNamespace("a", "mesh"), newNode("n1", "10.0.1.0/24"), newPod("one", "n1", "10.0.1.1"), policy)
 	w := c.writer()

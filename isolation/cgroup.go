@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,8 @@ type hierarchy struct {
 type cgroups struct {
 	name        string
 	hierarchies []hierarchy
+	// quota of all tenants together, in thousandths of a CPU; 0 is none.
+	quota atomic.Int64
 }
 
 var limiting = []string{"cpu", "memory", "pids"}

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -52,6 +53,9 @@ func (l Limits) validate() error {
 	return nil
 }
 
+// everyone is, in place of a tenant's folder, that of all tenants.
+const everyone = ""
+
 // setting is a control file and its value. A file that the kernel may lack is
 // optional.
 type setting struct {
@@ -59,7 +63,7 @@ type setting struct {
 	optional    bool
 }
 
-func (l Limits) settings(controller string, v2 bool) []setting {
+func (l Limits) settings(controller, tenant string, v2 bool) []setting {
 	orMax := func(n int64, none string) string {
 		if n == 0 {
 			return none
@@ -71,7 +75,7 @@ func (l Limits) settings(controller string, v2 bool) []setting {
 		weight = defaultWeight
 	}
 	pids := l.Pids
-	if pids == 0 {
+	if pids == 0 && tenant != everyone {
 		pids = defaultPids
 	}
 	switch {
@@ -100,7 +104,7 @@ func (l Limits) settings(controller string, v2 bool) []setting {
 			{file: "memory.swappiness", value: "0", optional: true},
 		}
 	default:
-		return []setting{{file: "pids.max", value: strconv.FormatInt(pids, 10)}}
+		return []setting{{file: "pids.max", value: orMax(pids, "max")}}
 	}
 }
 
@@ -118,18 +122,30 @@ func (l Limits) wants(controller string) bool {
 // limit applies all that it can, and says what it couldn't.
 func (c *cgroups) limit(tenant string, l Limits) error {
 	var errs []error
+	of := tenant
+	if tenant == everyone {
+		of = "all tenants"
+	}
 	for _, controller := range limiting {
 		dir, v2 := c.dir(tenant, controller)
 		if dir == "" {
 			if l.wants(controller) {
-				errs = append(errs, fmt.Errorf("limit %s of %s: the node has no cgroup controller for it", controller, tenant))
+				errs = append(errs, fmt.Errorf("limit %s of %s: the node has no cgroup controller for it", controller, of))
 			}
 			continue
 		}
-		for _, s := range l.settings(controller, v2) {
+		own := l
+		if most := c.quota.Load(); controller == "cpu" && !v2 && tenant != everyone && most > 0 {
+			// Version 1 refuses a quota above that of the folder of all tenants, which
+			// is what the tenant gets at most either way.
+			if own.CPUMillis > most {
+				own.CPUMillis = most
+			}
+		}
+		for _, s := range own.settings(controller, tenant, v2) {
 			err := writeFile(filepath.Join(dir, s.file), s.value)
 			if err != nil && !(s.optional && notThere(err)) {
-				errs = append(errs, fmt.Errorf("limit %s of %s to %s: %w", controller, tenant, s.value, err))
+				errs = append(errs, fmt.Errorf("limit %s of %s to %s: %w", controller, of, s.value, err))
 			}
 		}
 	}
@@ -153,7 +169,21 @@ func (c *cgroups) unenforced(tenant string, l Limits) (told []string) {
 		told = append(told, "memory high: cgroup version 1 takes it only for a wish, when the whole node is short; "+
 			"boot with cgroup version 2 to have it, or set a lower memory max")
 	}
+	if cpus := int64(runtime.NumCPU()) * 1000; l.CPUMillis > cpus {
+		told = append(told, fmt.Sprintf("cpu limit %dm: the node has only %dm, so that it bounds nothing", l.CPUMillis, cpus))
+	}
+	if total := memoryOfNode(); total > 0 && l.MemoryMax > total {
+		told = append(told, fmt.Sprintf("memory max %d: the node has only %d bytes, so that it bounds nothing", l.MemoryMax, total))
+	}
 	return told
+}
+
+func memoryOfNode() int64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 0
+	}
+	return int64(info.Totalram) * int64(info.Unit)
 }
 
 // limits reads back what the kernel enforces.

@@ -57,6 +57,10 @@ type Manager struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
+	// limiting is held by who limits all together.
+	limiting sync.Mutex
+	all      Limits
+
 	mu      sync.Mutex
 	closed  bool
 	tenants map[model.Tenant]*tenant
@@ -97,6 +101,8 @@ func newManager(o Options) (*Manager, error) {
 	if m.cgroups, err = openCgroups(o.CgroupRoot, o.CgroupName); err != nil {
 		return nil, err
 	}
+	m.all = m.cgroups.limits(everyone)
+	m.cgroups.quota.Store(m.all.CPUMillis)
 	m.versions.digest = m.neutralDigest
 	if m.indexes, err = openIndexes(o.LibDir); err != nil {
 		return nil, err
@@ -194,7 +200,7 @@ func (m *Manager) adoptAll() error {
 }
 
 func (m *Manager) adopt(s tenantState, name model.Tenant) error {
-	t := &tenant{m: m, name: name, file: name.FileName(), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills}
+	t := &tenant{m: m, name: name, file: name.FileName(), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills, since: s.Since}
 	if err := m.indexes.reserve(t.file, s.Index); err != nil {
 		return err
 	}

@@ -48,7 +48,9 @@ type process struct {
 	state   processState
 	running *running
 	live    bool
-	problem string
+	// liveSince is zero while it isn't live.
+	liveSince time.Time
+	problem   string
 }
 
 func newProcess(t *tenant, s processState, r *running) *process {
@@ -101,7 +103,7 @@ func (p *process) run(ctx context.Context) {
 			r, err = p.start()
 		}
 		p.attempted(err)
-		var lived time.Duration
+		var served time.Duration
 		if err == nil {
 			p.watch(watching, r)
 			if ctx.Err() == nil && watching.Err() != nil {
@@ -111,7 +113,7 @@ func (p *process) run(ctx context.Context) {
 				p.leave(r)
 				return
 			}
-			lived = time.Since(p.startedAt())
+			served = p.healthyFor()
 			p.gone(r)
 		}
 		if watching.Err() != nil {
@@ -120,7 +122,7 @@ func (p *process) run(ctx context.Context) {
 		select {
 		case <-watching.Done():
 			return
-		case <-time.After(delays.next(lived)):
+		case <-time.After(delays.next(served)):
 		}
 		p.mu.Lock()
 		p.state.Restarts++
@@ -128,10 +130,14 @@ func (p *process) run(ctx context.Context) {
 	}
 }
 
-func (p *process) startedAt() time.Time {
+// healthyFor is for how long the process has served, 0 if it doesn't.
+func (p *process) healthyFor() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.state.StartedAt
+	if p.liveSince.IsZero() {
+		return 0
+	}
+	return time.Since(p.liveSince)
 }
 
 // attempted notes what came of a start.
@@ -162,6 +168,12 @@ func (p *process) watch(ctx context.Context, r *running) {
 		p.mu.Lock()
 		changed, first := p.live != live, live && !p.state.Served
 		p.live, p.state.Served = live, p.state.Served || live
+		switch {
+		case !live:
+			p.liveSince = time.Time{}
+		case p.liveSince.IsZero():
+			p.liveSince = time.Now()
+		}
 		p.mu.Unlock()
 		if first {
 			p.persist()
@@ -193,7 +205,7 @@ func (p *process) gone(r *running) {
 	p.mu.Lock()
 	exit := Exit{PID: r.pid, At: time.Now(), Log: lastLog(p.logPath(), p.state.LogStart)}
 	exit.Cause, exit.Status = judge(status, oom, p.stopping())
-	p.running, p.live = nil, false
+	p.running, p.live, p.liveSince = nil, false, time.Time{}
 	p.state.PID, p.state.StartTicks = 0, 0
 	p.state.Exit = exit
 	generation := p.state.Generation
@@ -335,7 +347,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	}
 	t.forgetOOMKills()
 	p.mu.Lock()
-	p.running, p.live, p.state.Served = r, false, false
+	p.running, p.live, p.liveSince, p.state.Served = r, false, time.Time{}, false
 	p.state.PID, p.state.StartTicks, p.state.Tree, p.state.StartedAt = pid, ticks, tree, time.Now()
 	p.mu.Unlock()
 	// From here on a crash leaves a process that the next manager knows.

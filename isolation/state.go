@@ -21,6 +21,8 @@ type tenantState struct {
 	Boot   string `json:"boot"`
 	MTU    int    `json:"mtu"`
 	Limits Limits `json:"limits"`
+	// Since when it is there, and counts.
+	Since time.Time `json:"since,omitzero"`
 	// OOMKills that were put down to a process.
 	OOMKills  uint64         `json:"oomKills"`
 	Processes []processState `json:"processes,omitempty"`

@@ -88,6 +88,8 @@ type tenant struct {
 	processes []*process
 	// oomKills is how many of the kernel's count were put down to a process.
 	oomKills uint64
+	// since when it is there.
+	since time.Time
 }
 
 func (t *tenant) netns() string { return t.m.o.netnsPath(t.name) }
@@ -129,7 +131,7 @@ func (t *tenant) persist() error {
 	t.saving.Lock()
 	defer t.saving.Unlock()
 	t.mu.Lock()
-	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits, OOMKills: t.oomKills}
+	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits, OOMKills: t.oomKills, Since: t.since}
 	t.mu.Unlock()
 	for _, p := range t.list() {
 		state, _, _ := p.snapshot()
@@ -217,6 +219,9 @@ func (t *tenant) prepare(mtu int) error {
 	}
 	t.mu.Lock()
 	t.index, t.mtu = index, mtu
+	if t.since.IsZero() {
+		t.since = time.Now()
+	}
 	t.mu.Unlock()
 	// The state comes first, so that nothing is there that a next manager wouldn't look for.
 	if err := t.persist(); err != nil {

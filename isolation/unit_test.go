@@ -105,7 +105,7 @@ func TestSettings(t *testing.T) {
 		{Limits{}, "pids", false, "pids.max=256"},
 	} {
 		var got []string
-		for _, s := range c.limits.settings(c.controller, c.v2) {
+		for _, s := range c.limits.settings(c.controller, "a", c.v2) {
 			got = append(got, s.file+"="+s.value)
 		}
 		if strings.Join(got, " ") != c.want {

@@ -71,12 +71,7 @@ func (c *cgroups) usage(tenant string) Usage {
 	u := Usage{OOMKills: c.oomKills(tenant)}
 	unified := c.unified(tenant)
 	if dir, v2 := c.dir(tenant, "cpu"); dir != "" {
-		stat := readTable(dir, "cpu.stat")
-		if v2 {
-			u.Throttled = time.Duration(stat["throttled_usec"]) * time.Microsecond
-		} else {
-			u.Throttled = time.Duration(stat["throttled_time"])
-		}
+		u.Throttled = throttled(readTable(dir, "cpu.stat"), v2)
 	}
 	for _, dir := range c.dirs(tenant) {
 		// Version 1 counts in a hierarchy that may be another than cpu's.

@@ -84,6 +84,11 @@ type MeshTopologySpec struct {
 	// +kubebuilder:default={}
 	Identity IdentitySpec `json:"identity,omitempty"`
 
+	// Limits of the proxies: defaults and ceilings for each, and bounds for all of a
+	// node together.
+	// +optional
+	Limits *TopologyLimits `json:"limits,omitempty"`
+
 	// Redirection of the nodes that no entry of nodeRedirections selects. A node
 	// steers all of its pods one way, so of several MeshTopologies the oldest says
 	// for all nodes; see the condition Redirected.

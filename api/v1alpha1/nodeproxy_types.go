@@ -25,6 +25,9 @@ type NodeProxySpec struct {
 	// EBPF.
 	// +optional
 	Redirection Redirection `json:"redirection,omitempty"`
+	// Limits of all tenant proxies together. 0 is no limit.
+	// +optional
+	Limits Limits `json:"limits,omitempty"`
 	// Tenants that have pods on the node, by name.
 	// +listType=map
 	// +listMapKey=name
@@ -153,6 +156,15 @@ type NodeProxyStatus struct {
 	// Redirection that the node's pods have.
 	// +optional
 	Redirection Redirection `json:"redirection,omitempty"`
+	// Limits that hold for all tenant proxies together, read back from the kernel.
+	// +optional
+	Limits Limits `json:"limits,omitempty"`
+	// Unenforced says which of the limits for all together the node can't hold, and
+	// why.
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=16
+	// +optional
+	Unenforced []string `json:"unenforced,omitempty"`
 	// Tenants whose proxies run, or should.
 	// +listType=map
 	// +listMapKey=name
@@ -181,6 +193,15 @@ type NodeTenantStatus struct {
 	// Limits that the kernel enforces, read back from it.
 	// +optional
 	Limits Limits `json:"limits,omitempty"`
+	// Unenforced says which of the limits the node can't hold as they are meant,
+	// and why.
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=16
+	// +optional
+	Unenforced []string `json:"unenforced,omitempty"`
+	// Hits are how often limits were met.
+	// +optional
+	Hits *LimitHits `json:"hits,omitempty"`
 	// Weight is the percentage of new connections that the canary takes.
 	// +optional
 	Weight int32 `json:"weight,omitempty"`

@@ -12,64 +12,6 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
-// DefaultPids is how many threads and processes a proxy may have where no
-// IsolationPolicy says.
-const DefaultPids = 512
-
-// Limits are the strictest of the policies of a namespace; weights count as
-// limits: the smallest wins.
-func Limits(policies []v1alpha1.IsolationPolicy) v1alpha1.Limits {
-	var l v1alpha1.Limits
-	for _, p := range policies {
-		stricter(&l, policyLimits(p.Spec))
-	}
-	if l.Pids == 0 {
-		l.Pids = DefaultPids
-	}
-	if l.MemoryMax != 0 && l.MemoryHigh > l.MemoryMax {
-		// From two policies: the smaller is the stricter.
-		l.MemoryHigh = l.MemoryMax
-	}
-	return l
-}
-
-func policyLimits(s v1alpha1.IsolationPolicySpec) v1alpha1.Limits {
-	var l v1alpha1.Limits
-	if c := s.CPU; c != nil {
-		if c.Weight != nil {
-			l.CPUWeight = *c.Weight
-		}
-		if c.Limit != nil {
-			l.CPUMillis = c.Limit.MilliValue()
-		}
-	}
-	if m := s.Memory; m != nil {
-		if m.High != nil {
-			l.MemoryHigh = m.High.Value()
-		}
-		if m.Max != nil {
-			l.MemoryMax = m.Max.Value()
-		}
-	}
-	if s.Pids != nil {
-		l.Pids = *s.Pids
-	}
-	return l
-}
-
-func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
-	for _, f := range []struct {
-		to   *int64
-		from int64
-	}{
-		{&l.CPUWeight, by.CPUWeight}, {&l.CPUMillis, by.CPUMillis}, {&l.MemoryHigh, by.MemoryHigh}, {&l.MemoryMax, by.MemoryMax}, {&l.Pids, by.Pids},
-	} {
-		if f.from != 0 && (*f.to == 0 || f.from < *f.to) {
-			*f.to = f.from
-		}
-	}
-}
-
 // IsStrict reports whether the policies of a namespace close its pods to plain
 // text.
 func IsStrict(policies []v1alpha1.IsolationPolicy) bool {
@@ -81,6 +23,8 @@ type NamespacePlan struct {
 	// Version and Limits of its proxy.
 	Version string
 	Limits  v1alpha1.Limits
+	// Bounds that Limits were made with.
+	Bounds Bounds
 	// Exclusions of all its pods.
 	Exclusions []v1alpha1.Exclusion
 	// Strict pods take no plain text.
@@ -101,7 +45,9 @@ func (p NamespacePlan) node(name string) (n v1alpha1.NodeNamespace, needed bool)
 type NodePlan struct {
 	TrustDomain string
 	Redirection v1alpha1.Redirection
-	Members     []Pod
+	// Limits of all proxies together.
+	Limits  v1alpha1.Limits
+	Members []Pod
 	// OptedOut pods of the node.
 	OptedOut []Pod
 	// Had are tenants that the node has: they are the last to go where there is no
@@ -116,7 +62,7 @@ type NodePlan struct {
 // NodeProxySpec is a node's plan: its members and their tenants, sorted. It never
 // has a canary: that field is a rollout's.
 func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
-	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection}
+	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection, Limits: n.Limits}
 	tenants, namespaces := n.tenants(), map[string]bool{}
 	planned := map[string]bool{}
 	for _, p := range n.Members {
@@ -137,7 +83,7 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits}
 			if p.Tenant.Scope == model.ScopeNode {
 				// No namespace's policy bounds what others use as well.
-				t.Version, t.Limits = n.Shared.Version, Limits(nil)
+				t.Version, t.Limits = n.Shared.Version, Limits(nil, n.Shared.Bounds)
 			}
 			spec.Tenants = append(spec.Tenants, t)
 		}

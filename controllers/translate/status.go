@@ -30,6 +30,8 @@ const (
 	ReasonNodesNotReady       = "NodesNotReady"
 	ReasonProxiesNotReady     = "ProxiesNotReady"
 	ReasonEnforced            = "Enforced"
+	ReasonPartlyEnforced      = "PartlyEnforced"
+	ReasonCapped              = "Capped"
 	ReasonNoProxies           = "NoProxies"
 	ReasonAsSpecified         = "AsSpecified"
 	ReasonSharedProxy         = "SharedProxy"
@@ -137,8 +139,10 @@ func withoutOthers(nodes []NodeView) {
 type PolicyInput struct {
 	// Member says whether the namespace is in the mesh.
 	Member bool
-	// Want are the limits of all policies of the namespace together.
-	Want v1alpha1.Limits
+	// Want are the limits of all policies of the namespace together, within Bounds of
+	// its topology.
+	Want   v1alpha1.Limits
+	Bounds Bounds
 	// Strict says whether the namespace is closed to plain text.
 	Strict bool
 	Nodes  []NodeView
@@ -147,7 +151,8 @@ type PolicyInput struct {
 // IsolationPolicyStatus tells what is enforced where.
 func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now metav1.Time) v1alpha1.IsolationPolicyStatus {
 	s := v1alpha1.IsolationPolicyStatus{ObservedGeneration: p.Generation}
-	var waiting, noHigh []string
+	var waiting []string
+	var bounded []NodeView
 	shared := false
 	for _, n := range byNode(in.Nodes) {
 		if n.Tenant.Scope == model.ScopeNode {
@@ -158,21 +163,21 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 			}
 			continue
 		}
-		again := len(s.Nodes) > 0 && s.Nodes[len(s.Nodes)-1].Node == n.Node // another tenant of the namespace
-		if n.Reported && !again && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
-			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Limits: n.Status.Limits})
+		bounded = append(bounded, n)
+		if n.Reported && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
+			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Tenant: n.Tenant.String(), Limits: n.Status.Limits,
+				Unenforced: n.Status.Unenforced, Hits: n.Status.Hits})
 		}
-		enforced, high := enforces(n.Status.Limits, in.Want)
-		if !n.Reported || !enforced || in.Strict && int(n.Status.StrictPods) < n.Pods {
+		if !n.Reported || !enforces(n.Status.Limits, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
 			waiting = append(waiting, n.Node)
-		} else if !high {
-			noHigh = append(noHigh, n.Node)
 		}
 	}
 	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: ReasonAccepted, Message: "the policy is in force", ObservedGeneration: p.Generation}
 	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: p.Generation}
-	bounds := p.Spec.CPU != nil || p.Spec.Memory != nil || p.Spec.Pids != nil
-	if shared && bounds {
+	if cut := capped(&p.Spec.ProxyLimits, in.Bounds); cut != "" {
+		accepted.Reason, accepted.Message = ReasonCapped, "the policy is in force within the ceilings of the namespace's MeshTopology: "+cut
+	}
+	if shared && proxyLimits(&p.Spec.ProxyLimits) != (v1alpha1.Limits{}) {
 		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonSharedProxy
 		accepted.Message = "pods of the namespace share a proxy with others on each node (isolation: Node), which no namespace's policy bounds"
 	}
@@ -187,23 +192,13 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 		ready.Reason, ready.Message = ReasonProgressing, "not enforced yet on "+listed(waiting)
 	default:
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced on %d nodes", len(in.Nodes))
-		if len(noHigh) > 0 {
-			ready.Message += "; memory.high isn't there with cgroup v1: " + listed(noHigh)
+		if told := notHeld(bounded); len(told) > 0 {
+			ready.Reason = ReasonPartlyEnforced
+			ready.Message = "enforced but for " + listed(told)
 		}
 	}
 	s.Conditions = conditions(p.Status.Conditions, now, accepted, ready)
 	return s
-}
-
-// enforces reports whether have is at least what was wanted. The kernel of cgroup
-// v1 has no memory.high and counts CPU shares in other units.
-func enforces(have, want v1alpha1.Limits) (enforced, high bool) {
-	const weightSlack = 1
-	within := func(have, want int64) bool { return want == 0 || have != 0 && have <= want }
-	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
-	high = within(have.MemoryHigh, want.MemoryHigh)
-	enforced = weight && have.CPUMillis == want.CPUMillis && within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (high || have.MemoryHigh == 0)
-	return enforced, high
 }
 
 // TopologyInput is what a MeshTopology's status depends on.

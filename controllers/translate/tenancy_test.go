@@ -142,7 +142,7 @@ func TestSharedProxyStatus(t *testing.T) {
 		t.Error("the report itself was changed")
 	}
 	pids := int64(64)
-	policy := v1alpha1.IsolationPolicy{Spec: v1alpha1.IsolationPolicySpec{Pids: &pids}}
+	policy := v1alpha1.IsolationPolicy{Spec: v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{Pids: &pids}}}
 	p := IsolationPolicyStatus(&policy, PolicyInput{Member: true, Nodes: []NodeView{node}}, metav1.NewTime(born))
 	wantCondition(t, p.Conditions, "Accepted", metav1.ConditionFalse, ReasonSharedProxy, "isolation: Node")
 	if len(p.Nodes) != 0 {

@@ -47,6 +47,8 @@ type topology struct {
 	strict      bool
 	ofPods      bool // exclusions by annotation
 	bypass      map[string]v1alpha1.EmergencyBypass
+	bounds      Bounds
+	nodeLimits  v1alpha1.Limits
 	problem     string // of selectors
 }
 
@@ -86,6 +88,8 @@ type Membership struct {
 	PodExclusions bool
 	// Bypass is the emergency bypass.
 	Bypass bool
+	// Bounds of its proxies' limits.
+	Bounds Bounds
 }
 
 // IsMember reports whether the namespace belongs to the mesh.
@@ -112,6 +116,8 @@ func NewTopologies(list []v1alpha1.MeshTopology, trustDomain string, exempt []st
 			strict:     o.Spec.PlainText == v1alpha1.PlainTextStrict,
 			ofPods:     o.Spec.PodExclusions == v1alpha1.PodExclusionsAllow,
 			bypass:     map[string]v1alpha1.EmergencyBypass{},
+			bounds:     bounds(o.Spec.Limits),
+			nodeLimits: nodeLimits(o.Spec.Limits),
 		}
 		if d, err := time.ParseDuration(o.Spec.Identity.CertificateTTL); err == nil && d > 0 {
 			item.ttl = d // the API server takes no other but ""
@@ -194,6 +200,17 @@ func (t Topologies) Redirection(node map[string]string) (r v1alpha1.Redirection,
 	return "", ""
 }
 
+// NodeLimits bound all proxies of a node together, as the oldest topology of the
+// mesh's trust domain says.
+func (t Topologies) NodeLimits() v1alpha1.Limits {
+	for _, i := range t.items {
+		if i.trustDomain == t.trustDomain {
+			return i.nodeLimits
+		}
+	}
+	return v1alpha1.Limits{}
+}
+
 // own is what one topology asks for on a node, whether it counts or not.
 func (t Topologies) own(name string, node map[string]string) v1alpha1.Redirection {
 	for _, i := range t.items {
@@ -251,7 +268,7 @@ func (t Topologies) Match(ns *corev1.Namespace) (m Membership, overlapped []stri
 		}
 		_, bypass := i.bypass[ns.Name]
 		m = Membership{Topology: i.name, TrustDomain: t.trustDomain, Version: i.version, AccessLog: i.accessLog, CertificateTTL: i.ttl, RejectOutside: i.noEgress,
-			Scope: scope, Strict: i.strict, PodExclusions: i.ofPods, Bypass: bypass}
+			Scope: scope, Strict: i.strict, PodExclusions: i.ofPods, Bypass: bypass, Bounds: i.bounds}
 	}
 	return m, overlapped
 }

@@ -124,9 +124,9 @@ func TestLimits(t *testing.T) {
 	cpu, cpu2, mem, high := resource.MustParse("500m"), resource.MustParse("2"), resource.MustParse("64Mi"), resource.MustParse("128Mi")
 	weight := int64(50)
 	got := Limits([]v1alpha1.IsolationPolicy{
-		{Spec: v1alpha1.IsolationPolicySpec{CPU: &v1alpha1.CPUIsolation{Limit: &cpu2, Weight: &weight}, Memory: &v1alpha1.MemoryIsolation{High: &high}}},
-		{Spec: v1alpha1.IsolationPolicySpec{CPU: &v1alpha1.CPUIsolation{Limit: &cpu}, Memory: &v1alpha1.MemoryIsolation{Max: &mem}}},
-	})
+		{Spec: v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{CPU: &v1alpha1.CPUIsolation{Limit: &cpu2, Weight: &weight}, Memory: &v1alpha1.MemoryIsolation{High: &high}}}},
+		{Spec: v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{CPU: &v1alpha1.CPUIsolation{Limit: &cpu}, Memory: &v1alpha1.MemoryIsolation{Max: &mem}}}},
+	}, Bounds{})
 	if want := (v1alpha1.Limits{CPUWeight: 50, CPUMillis: 500, MemoryHigh: 64 << 20, MemoryMax: 64 << 20, Pids: DefaultPids}); got != want {
 		t.Errorf("Limits = %+v, want %+v", got, want)
 	}
@@ -232,14 +232,14 @@ func TestStatus(t *testing.T) {
 		reason string
 		ready  metav1.ConditionStatus
 	}{
-		{"enforced", PolicyInput{true, limits, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
-		{"no memory.high on v1", PolicyInput{true, noHigh, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
-		{"looser", PolicyInput{true, limits, false, []NodeView{loose}}, ReasonProgressing, metav1.ConditionFalse},
-		{"closed to plain text", PolicyInput{true, limits, true, []NodeView{closed}}, ReasonEnforced, metav1.ConditionTrue},
-		{"open to plain text", PolicyInput{true, limits, true, []NodeView{up}}, ReasonProgressing, metav1.ConditionFalse},
-		{"nothing reported", PolicyInput{true, limits, false, []NodeView{up, silent}}, ReasonProgressing, metav1.ConditionFalse},
-		{"no proxies", PolicyInput{true, limits, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
-		{"not in the mesh", PolicyInput{false, limits, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
+		{"enforced", PolicyInput{true, limits, Bounds{}, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
+		{"no memory.high on v1", PolicyInput{true, noHigh, Bounds{}, false, []NodeView{up}}, ReasonEnforced, metav1.ConditionTrue},
+		{"looser", PolicyInput{true, limits, Bounds{}, false, []NodeView{loose}}, ReasonProgressing, metav1.ConditionFalse},
+		{"closed to plain text", PolicyInput{true, limits, Bounds{}, true, []NodeView{closed}}, ReasonEnforced, metav1.ConditionTrue},
+		{"open to plain text", PolicyInput{true, limits, Bounds{}, true, []NodeView{up}}, ReasonProgressing, metav1.ConditionFalse},
+		{"nothing reported", PolicyInput{true, limits, Bounds{}, false, []NodeView{up, silent}}, ReasonProgressing, metav1.ConditionFalse},
+		{"no proxies", PolicyInput{true, limits, Bounds{}, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
+		{"not in the mesh", PolicyInput{false, limits, Bounds{}, false, nil}, ReasonNoProxies, metav1.ConditionFalse},
 	} {
 		t.Run("policy/"+test.name, func(t *testing.T) {
 			s := IsolationPolicyStatus(&v1alpha1.IsolationPolicy{}, test.in, now)

@@ -74,12 +74,16 @@ func TestRefusedAtAdmission(t *testing.T) {
 		"negative CPU":         {policy("cpu: {limit: -1}"), "cpu.limit must be at least"},
 		"CPU that is no number": {policy("cpu: {limit: much}"),
 			"cpu.limit"},
-		"hardly any memory":   {policy("memory: {max: 1Mi}"), "memory.max must be at least"},
-		"high above max":      {policy("memory: {high: 200Mi, max: 100Mi}"), "memory.high must not be above"},
-		"more than a machine": {policy("memory: {max: 1000Ti}"), "memory.max must be at most"},
-		"a weight of nothing": {policy("cpu: {weight: 0}"), "weight"},
-		"no process":          {policy("pids: 1"), "pids"},
-		"a field that isn't":  {policy("cpus: {limit: 1}"), "cpus"},
+		"hardly any memory":                {policy("memory: {max: 1Mi}"), "memory.max must be at least"},
+		"high above max":                   {policy("memory: {high: 200Mi, max: 100Mi}"), "memory.high must not be above"},
+		"more than a machine":              {policy("memory: {max: 1000Ti}"), "memory.max must be at most"},
+		"a weight of nothing":              {policy("cpu: {weight: 0}"), "weight"},
+		"no process":                       {policy("pids: 1"), "pids"},
+		"a field that isn't":               {policy("cpus: {limit: 1}"), "cpus"},
+		"a default below what Envoy needs": {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {defaults: {memory: {max: 1Mi}}}"), "memory.max must be at least"},
+		"a negative ceiling":               {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {ceilings: {pids: -1}}"), "pids"},
+		"hardly any CPU for a node":        {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {node: {cpu: {limit: 1m}}}"), "cpu.limit must be at least"},
+		"hardly any memory for a node":     {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {node: {memoryMax: 64Mi}}"), "node.memoryMax must be at least 128Mi"},
 		"a path as tenant": {`
 apiVersion: mesh.bulkhead.dev/v1alpha1
 kind: NodeProxy

@@ -1,0 +1,162 @@
+package translate
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+)
+
+const (
+	// DefaultPids is how many threads and processes a proxy may have where nobody says.
+	DefaultPids = 512
+	// DefaultNodePids is that of all proxies of a node together: some 32 for each of
+	// 500 tenants, half of the smallest pid_max of a node.
+	DefaultNodePids = 16384
+	// normalWeight is the kernel's where none is set.
+	normalWeight = 100
+)
+
+// Bounds are what a MeshTopology says of each of its proxies. It is comparable;
+// its zero value bounds nothing.
+type Bounds struct {
+	// Defaults hold where no policy says; Ceilings whatever policies say.
+	Defaults, Ceilings v1alpha1.Limits
+}
+
+// Limits are the strictest of the policies of a namespace, within the bounds of
+// its topology; weights count as limits: the smallest wins.
+func Limits(policies []v1alpha1.IsolationPolicy, b Bounds) v1alpha1.Limits {
+	var l v1alpha1.Limits
+	for _, p := range policies {
+		stricter(&l, proxyLimits(&p.Spec.ProxyLimits))
+	}
+	defaults := b.Defaults
+	defaults.Pids = cmp.Or(defaults.Pids, DefaultPids)
+	for _, f := range fields {
+		*f.of(&l) = cmp.Or(*f.of(&l), *f.of(&defaults))
+	}
+	l.CPUWeight = cmp.Or(l.CPUWeight, normalWeight)
+	stricter(&l, b.Ceilings)
+	if l.CPUWeight == normalWeight {
+		l.CPUWeight = 0 // as the kernel has it
+	}
+	if l.MemoryMax != 0 && l.MemoryHigh > l.MemoryMax {
+		// From two sources: the smaller is the stricter.
+		l.MemoryHigh = l.MemoryMax
+	}
+	return l
+}
+
+// bounds reads what a topology says. A default that nothing says more of is a
+// ceiling, too: a namespace can only be stricter.
+func bounds(t *v1alpha1.TopologyLimits) Bounds {
+	if t == nil {
+		return Bounds{}
+	}
+	b := Bounds{Defaults: proxyLimits(t.Defaults), Ceilings: proxyLimits(t.Ceilings)}
+	for _, f := range fields {
+		*f.of(&b.Ceilings) = cmp.Or(*f.of(&b.Ceilings), *f.of(&b.Defaults))
+	}
+	return b
+}
+
+// nodeLimits reads what a topology says of all proxies together.
+func nodeLimits(t *v1alpha1.TopologyLimits) v1alpha1.Limits {
+	l := v1alpha1.Limits{Pids: DefaultNodePids}
+	if t == nil || t.Node == nil {
+		return l
+	}
+	n := t.Node
+	of := proxyLimits(&v1alpha1.ProxyLimits{CPU: n.CPU, Pids: n.Pids})
+	if n.MemoryMax != nil {
+		of.MemoryMax = n.MemoryMax.Value()
+	}
+	of.Pids = cmp.Or(of.Pids, l.Pids)
+	return of
+}
+
+// capped names what of a policy is cut by the ceilings of its topology, and to what.
+func capped(p *v1alpha1.ProxyLimits, b Bounds) string {
+	want := proxyLimits(p)
+	var cut []string
+	for _, f := range fields {
+		if have, most := *f.of(&want), *f.of(&b.Ceilings); have != 0 && most != 0 && have > most {
+			cut = append(cut, fmt.Sprintf("%s %d is cut to %d", f.name, have, most))
+		}
+	}
+	return strings.Join(cut, ", ")
+}
+
+func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
+	var l v1alpha1.Limits
+	if s == nil {
+		return l
+	}
+	if c := s.CPU; c != nil {
+		if c.Weight != nil {
+			l.CPUWeight = *c.Weight
+		}
+		if c.Limit != nil {
+			l.CPUMillis = c.Limit.MilliValue()
+		}
+	}
+	if m := s.Memory; m != nil {
+		if m.High != nil {
+			l.MemoryHigh = m.High.Value()
+		}
+		if m.Max != nil {
+			l.MemoryMax = m.Max.Value()
+		}
+	}
+	if s.Pids != nil {
+		l.Pids = *s.Pids
+	}
+	return l
+}
+
+// limitField is a field of Limits. 0 is no limit; else the smaller is the stricter.
+type limitField struct {
+	name string
+	of   func(*v1alpha1.Limits) *int64
+}
+
+var fields = []limitField{
+	{"cpuWeight", func(l *v1alpha1.Limits) *int64 { return &l.CPUWeight }},
+	{"cpuMillis", func(l *v1alpha1.Limits) *int64 { return &l.CPUMillis }},
+	{"memoryHigh", func(l *v1alpha1.Limits) *int64 { return &l.MemoryHigh }},
+	{"memoryMax", func(l *v1alpha1.Limits) *int64 { return &l.MemoryMax }},
+	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
+}
+
+func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
+	for _, f := range fields {
+		if to, from := f.of(l), *f.of(&by); from != 0 && (*to == 0 || from < *to) {
+			*to = from
+		}
+	}
+}
+
+// enforces reports whether have is at least what was wanted, but for what the node
+// says that it can't hold. The kernel of cgroup v1 counts CPU shares in other units.
+func enforces(have, want v1alpha1.Limits) bool {
+	const weightSlack = 1
+	within := func(have, want int64) bool { return want == 0 || have != 0 && have <= want }
+	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
+	return weight && within(have.CPUMillis, want.CPUMillis) && (want.CPUMillis != 0 || have.CPUMillis == 0) &&
+		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh))
+}
+
+// notHeld are limits that nodes can't hold as they are meant, one line a node.
+func notHeld(nodes []NodeView) []string {
+	var told []string
+	for _, n := range nodes {
+		if len(n.Status.Unenforced) > 0 {
+			told = append(told, n.Node+": "+strings.Join(n.Status.Unenforced, "; "))
+		}
+	}
+	slices.Sort(told)
+	return slices.Compact(told)
+}

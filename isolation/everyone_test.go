@@ -1,0 +1,98 @@
+package isolation
+
+import (
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// What bounds all tenants together: they share by their weights, none of them can be
+// above it, and what one leaves idle another has.
+func TestLimitAll(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(map[int]string{1: "flood", 2: "flood"}, standinTargets{})
+	m := n.open()
+	if err := m.LimitAll(Limits{CPUMillis: 5}); err == nil {
+		t.Error("5m of a CPU are accepted")
+	}
+	spec := func(name model.Tenant, weight int64) Spec {
+		return Spec{Tenant: name, Limits: Limits{CPUWeight: weight, CPUMillis: 1900}, Generations: []Generation{{1, standinVersion}, {2, standinVersion}}}
+	}
+	for name, weight := range map[model.Tenant]int64{tenantA: 2000, tenantB: 100} {
+		if err := m.Update(t.Context(), spec(name, weight)); err != nil {
+			t.Fatal(err)
+		}
+		n.await(m, name, "doesn't run", func(s State) bool { return len(s.Processes) == 2 && s.Processes[0].PID != 0 && s.Processes[1].PID != 0 })
+	}
+	cpu := func(name model.Tenant) time.Duration {
+		u, err := m.Usage(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u.CPU
+	}
+	// measured is how much each uses in a while.
+	measured := func() (a, b time.Duration, share float64) {
+		t.Helper()
+		a, b = cpu(tenantA), cpu(tenantB)
+		begin := time.Now()
+		time.Sleep(2 * time.Second) // what is measured is a rate
+		a, b = cpu(tenantA)-a, cpu(tenantB)-b
+		return a, b, float64(a+b) / float64(time.Since(begin))
+	}
+	if runtime.NumCPU() <= 2 { // else they needn't share
+		if a, b, _ := measured(); a < 2*b {
+			t.Errorf("with weights of 20 to 1 they use %s and %s", a, b)
+		}
+	}
+	if err := m.LimitAll(Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}); err != nil {
+		t.Fatal(err)
+	}
+	if have, told := m.AllLimits(); have.CPUMillis != 400 || have.MemoryMax != 512<<20 || have.Pids != 200 || len(told) > 0 {
+		t.Errorf("limits of all are %+v, unenforced %q", have, told)
+	}
+	if a, b, share := measured(); share > 0.46 || a == 0 || b == 0 {
+		t.Errorf("with 400m together they use %.2f CPUs, %s and %s", share, a, b)
+	}
+	h, err := m.Hits(tenantA)
+	if err != nil || h.Since.IsZero() || time.Since(h.Since) > time.Minute {
+		t.Errorf("hits %+v, %v", h, err)
+	}
+	// Another manager, and a tenant that comes meanwhile.
+	m.Close()
+	m = n.open()
+	if have, _ := m.AllLimits(); have.CPUMillis != 400 {
+		t.Errorf("after a restart the limits of all are %+v", have)
+	}
+	if again, err := m.Hits(tenantA); err != nil || !again.Since.Equal(h.Since) {
+		t.Errorf("after a restart hits count since %s, not %s: %v", again.Since, h.Since, err)
+	}
+	if err := m.Delete(t.Context(), tenantB); err != nil {
+		t.Fatal(err)
+	}
+	before, begin := cpu(tenantA), time.Now()
+	time.Sleep(time.Second) // what is measured is a rate
+	if alone := float64(cpu(tenantA)-before) / float64(time.Since(begin)); alone < 0.3 {
+		t.Errorf("alone it uses only %.2f CPUs of 0.4", alone)
+	}
+	for _, l := range []Limits{{CPUMillis: 100}, {}} {
+		if err := m.LimitAll(l); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Update(t.Context(), spec(tenantA, 2000)); err != nil {
+			t.Errorf("with %+v for all: %v", l, err)
+		}
+		if have, _ := m.AllLimits(); have.CPUMillis != l.CPUMillis || have.MemoryMax != 0 || have.Pids != 0 {
+			t.Errorf("limits of all are %+v, want %+v", have, l)
+		}
+	}
+	// On cgroup version 1 it was held below what all had.
+	if s, _ := m.State(tenantA); s.Limits.CPUMillis != 1900 {
+		t.Errorf("with no limit for all it has %+v", s.Limits)
+	}
+	if told := m.cgroups.unenforced(tenantA.FileName(), Limits{CPUMillis: 1 << 20, MemoryMax: 1 << 50}); len(told) != 2 {
+		t.Errorf("of what is above the node's size is told: %q", told)
+	}
+}
