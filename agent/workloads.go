@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,7 +49,11 @@ func (a *Agent) setBundle(trustDomain, document string) {
 	if document == "" {
 		return
 	}
-	if err := a.workloads.SetBundle(trustDomain, []byte(document)); err != nil {
+	err := a.workloads.SetBundle(trustDomain, []byte(document))
+	switch {
+	case errors.Is(err, workloadapi.ErrNoKeys):
+		a.log.Info("the operator hasn't published keys of JWT-SVIDs")
+	case err != nil:
 		a.log.Error("keys of JWT-SVIDs stay as they were", "error", fmt.Errorf("bundle of ConfigMap %s: %w", trustBundleConfigMap, err))
 	}
 }

@@ -1,8 +1,11 @@
 package controllers
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -210,9 +213,93 @@ func TestJWTKeysArePublished(t *testing.T) {
 	if err := c.verify(old); err != nil {
 		t.Errorf("a new leader took the keys away: %v", err)
 	}
-	if _, err := w.keeper.sync(t.Context()); err != nil {
+}
+
+// A leader that can't read the keys of JWT-SVIDs publishes new roots all the same,
+// beside the keys that another one published.
+func TestRootsDontWaitForJWTKeys(t *testing.T) {
+	c := newCluster(t, newTopology("t", "mesh"))
+	w := c.writer()
+	publish := func() (document string, b *spiffebundle.Bundle) {
+		t.Helper()
+		for range 4 { // one step each
+			if _, err := w.keeper.sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 { // the second time changes nothing
+			if err := w.writeMembership(t.Context(), struct{}{}); err != nil {
+				t.Fatal(err)
+			}
+			var m corev1.ConfigMap
+			if err := c.Get(t.Context(), client.ObjectKey{Namespace: "bulkhead-system", Name: ConfigMapTrustBundle}, &m); err != nil {
+				t.Fatal(err)
+			}
+			if document != "" && document != m.Data[bundleKey] {
+				t.Error("it is published anew without a change")
+			}
+			document = m.Data[bundleKey]
+		}
+		b, err := spiffebundle.Parse(spiffeid.RequireTrustDomainFromString("td"), []byte(document))
+		if err != nil {
+			t.Fatal(err)
+		}
+		roots := w.keeper.Authority().Roots()
+		if !slices.EqualFunc(b.X509Authorities(), roots, func(c *x509.Certificate, der []byte) bool { return bytes.Equal(c.Raw, der) }) {
+			t.Errorf("%d roots are published, of %d", len(b.X509Authorities()), len(roots))
+		}
+		return document, b
+	}
+	rotate := func(request string) {
+		t.Helper()
+		s := c.secret(SecretAuthority)
+		s.Annotations = map[string]string{AnnotationRotate: request}
+		if err := c.Update(t.Context(), &s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sequence := func(b *spiffebundle.Bundle) uint64 {
+		n, _ := b.SequenceNumber()
+		return n
+	}
+	// Nobody has published any: the roots alone.
+	_, alone := publish()
+	if n := len(alone.JWTAuthorities()); n != 0 {
+		t.Errorf("%d keys of JWT-SVIDs from nowhere", n)
+	}
+	syncJWTs(t, w.jwts)
+	_, whole := publish()
+	signed := token(t, w.jwts)
+
+	readable := w.jwts
+	w.jwts = c.jwtKeeper() // a new leader's
+	rotate("today")
+	document, blind := publish()
+	if len(blind.X509Authorities()) != 2 {
+		t.Fatal("the new root isn't there")
+	}
+	if err := c.verify(signed); err != nil {
+		t.Errorf("the tokens of the keys that were published: %v", err)
+	}
+	// As the numbers of those who know the keys.
+	w.jwts = readable
+	if again, _ := publish(); again != document {
+		t.Errorf("with the keys it would have been\n%s, it was\n%s", again, document)
+	}
+	if !(sequence(alone) < sequence(whole) && sequence(whole) < sequence(blind)) {
+		t.Errorf("sequence numbers %d, %d, %d", sequence(alone), sequence(whole), sequence(blind))
+	}
+	// What somebody else made of it is no reason to keep roots back.
+	var m corev1.ConfigMap
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "bulkhead-system", Name: ConfigMapTrustBundle}, &m); err != nil {
 		t.Fatal(err)
 	}
+	m.Data[bundleKey] = "{"
+	if err := c.Update(t.Context(), &m); err != nil {
+		t.Fatal(err)
+	}
+	w.jwts = c.jwtKeeper()
+	publish()
 }
 
 func TestJWTTTLIsValidated(t *testing.T) {

@@ -228,11 +228,7 @@ func (w *writer) writeMembership(ctx context.Context, _ struct{}) error {
 	if err != nil {
 		return fmt.Errorf("write ConfigMap %s: %w", ConfigMapTrustBundle, err)
 	}
-	data := map[string]string{"trustDomain": trustDomain, "ca.crt": roots}
-	if bundle != "" {
-		data[bundleKey] = bundle
-	}
-	return w.writeConfigMap(ctx, ConfigMapTrustBundle, data)
+	return w.writeConfigMap(ctx, ConfigMapTrustBundle, map[string]string{"trustDomain": trustDomain, "ca.crt": roots, bundleKey: bundle})
 }
 
 // bundleKey of the ConfigMap has roots and keys of JWT-SVIDs in the SPIFFE bundle
@@ -240,18 +236,21 @@ func (w *writer) writeMembership(ctx context.Context, _ struct{}) error {
 const bundleKey = "bundle.json"
 
 // bundle is the value of bundleKey. Before this replica has read the keys of
-// JWT-SVIDs, or if it can't, it is what another one wrote: tokens are to be
-// verified on.
+// JWT-SVIDs, or if it can't, they are those that another one wrote: tokens are to
+// be verified on, and roots don't wait for them.
 func (w *writer) bundle(ctx context.Context) (string, error) {
-	jwts, _ := w.jwts.JWTAuthority()
-	if jwts == nil {
-		var have corev1.ConfigMap
-		err := w.Get(ctx, client.ObjectKey{Namespace: w.namespace, Name: ConfigMapTrustBundle}, &have)
-		return have.Data[bundleKey], client.IgnoreNotFound(err)
-	}
 	authority := w.keeper.Authority()
-	b, err := authority.BundleDocument(jwts)
-	return string(b), err
+	if jwts, _ := w.jwts.JWTAuthority(); jwts != nil {
+		document, err := authority.BundleDocument(jwts)
+		return string(document), err
+	}
+	var have corev1.ConfigMap
+	err := w.Get(ctx, client.ObjectKey{Namespace: w.namespace, Name: ConfigMapTrustBundle}, &have)
+	if client.IgnoreNotFound(err) != nil {
+		return "", err
+	}
+	document, err := authority.BundleDocumentAfter([]byte(have.Data[bundleKey]))
+	return string(document), err
 }
 
 func (w *writer) writeConfigMap(ctx context.Context, name string, data map[string]string) error {

@@ -179,7 +179,7 @@ func (a *JWTAuthority) Sign(id model.Identity, audiences []string, ttl time.Dura
 // publicKeys are those that verify what was signed and what is about to be.
 func (a *JWTAuthority) publicKeys() (keys []jose.JSONWebKey) {
 	for _, k := range a.keys {
-		keys = append(keys, jose.JSONWebKey{Key: &k.key.PublicKey, KeyID: k.id, Use: "jwt-svid"})
+		keys = append(keys, jose.JSONWebKey{Key: &k.key.PublicKey, KeyID: k.id, Use: useJWT})
 	}
 	return keys
 }

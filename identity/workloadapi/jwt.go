@@ -28,9 +28,12 @@ const (
 	maxToken = 16 << 10
 )
 
+// ErrNoKeys is SetBundle's of a bundle that says nothing of JWT-SVIDs.
+var ErrNoKeys = errors.New("it has no key of JWT-SVIDs")
+
 // SetBundle sets the keys that verify JWT-SVIDs, from a bundle in the SPIFFE
 // format. The roots in it are of no concern here: Identities has them. On an
-// error the old keys stay.
+// error, which may be ErrNoKeys, the old keys stay.
 func (s *Server) SetBundle(trustDomain string, document []byte) error {
 	td, err := spiffeid.TrustDomainFromString(trustDomain)
 	if err != nil {
@@ -45,7 +48,7 @@ func (s *Server) SetBundle(trustDomain string, document []byte) error {
 	}
 	bundle := parsed.JWTBundle()
 	if bundle.Empty() {
-		return fmt.Errorf("set bundle of %s: it has no key of JWT-SVIDs", td)
+		return fmt.Errorf("set bundle of %s: %w", td, ErrNoKeys)
 	}
 	set := jose.JSONWebKeySet{}
 	for id, key := range bundle.JWTAuthorities() {
