@@ -229,6 +229,7 @@ func testInbound(t *testing.T, ca *authority) {
 		{"no certificate", nil, "10.1.0.3", "10.1.0.3:8080", nil, 0},
 		{"another authority", ref(newAuthority(t).certificate(identity("web").String())), "10.1.0.3", "10.1.0.3:8080", nil, 0},
 		{"another trust domain", &other, "10.1.0.3", "10.1.0.3:8080", nil, 403},
+		{"another's address, by a header", &web, "10.1.0.3", "10.1.0.3:8080", http.Header{"X-Forwarded-For": {"10.1.0.2"}}, 200},
 		{"another pod of the proxy", &web, "10.1.0.3", "10.1.0.2:8080", nil, 403},
 		{"another pod, forged headers", &web, "10.1.0.3", "10.1.0.2:8080", forged, 403},
 		{"a longer address", &web, "10.1.0.3", "10.1.0.30:8080", nil, 403},
@@ -275,7 +276,8 @@ func connect(ca *authority, cert *tls.Certificate, to, authority string, header 
 	}
 	defer r.Body.Close()
 	if r.StatusCode == http.StatusOK {
-		if greeting, err := bufio.NewReader(r.Body).ReadString('\n'); err != nil || !strings.HasPrefix(greeting, authority) {
+		source, _, _ := net.SplitHostPort(raw.LocalAddr().String())
+		if greeting, err := bufio.NewReader(r.Body).ReadString('\n'); err != nil || greeting != authority+" sees "+source+"\n" {
 			return 0, fmt.Errorf("got %q, %w from the application", greeting, err)
 		}
 	}

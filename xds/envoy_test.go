@@ -108,6 +108,7 @@ func (s *withSecrets) Recv() (*discoveryv3.DeltaDiscoveryRequest, error) {
 // envoy is a real one.
 type envoy struct {
 	t     *testing.T
+	ca    *authority
 	dir   string
 	admin *http.Client
 	log   *os.File
@@ -140,7 +141,7 @@ func startEnvoy(t *testing.T, version string, server *Server, ca *authority) *en
 	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e := &envoy{t: t, dir: dir, admin: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	e := &envoy{t: t, ca: ca, dir: dir, admin: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(dir, "admin.sock"))
 	}}}}
 	if e.log, err = os.Create(filepath.Join(dir, "log")); err != nil {

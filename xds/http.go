@@ -48,7 +48,7 @@ func HTTPEndpoints(vip netip.AddrPort) *endpointv3.ClusterLoadAssignment {
 // as HTTP. Nothing is added to a request or counted about it that nobody reads.
 func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
 	p := &packer{}
-	l := internalListener(HTTPName(vip), []*listenerv3.ListenerFilter{p.originalDestination()},
+	l := internalListener(HTTPName(vip), p.originalAddresses(),
 		p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
 			StatPrefix: "l7",
 			// The first bytes of a client tell HTTP/1 from HTTP/2; nothing waits for them
@@ -58,15 +58,16 @@ func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
 				ConfigSource: ads(), RouteConfigName: HTTPName(vip),
 			}},
 			HttpFilters: []*hcmv3.HttpFilter{
-				p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // for backends outside of the mesh
+				p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // pools are each source's own by it
 				p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true}),
 			},
-			Http2ProtocolOptions:       applicationHTTP2(),
-			UpgradeConfigs:             []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-			ServerHeaderTransformation: hcmv3.HttpConnectionManager_PASS_THROUGH,
-			GenerateRequestId:          wrapperspb.Bool(false),
-			SkipXffAppend:              true,
-			NormalizePath:              wrapperspb.Bool(true), // or a route could be passed by
+			OriginalIpDetectionExtensions: p.believeConnection(),
+			Http2ProtocolOptions:          applicationHTTP2(),
+			UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
+			ServerHeaderTransformation:    hcmv3.HttpConnectionManager_PASS_THROUGH,
+			GenerateRequestId:             wrapperspb.Bool(false),
+			SkipXffAppend:                 true,
+			NormalizePath:                 wrapperspb.Bool(true), // or a route could be passed by
 			// Idle connections and requests are the applications' business.
 			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
 			StreamIdleTimeout:         durationpb.New(0),

@@ -317,6 +317,7 @@ func testHTTPRoutes(t *testing.T, version string) {
 		prefixed("/slow", model.Action{Backends: to("web"), Timeout: 50 * time.Millisecond}),
 		prefixed("/try", model.Action{Backends: to("web"), TryTimeout: 50 * time.Millisecond, Retry: &model.Retry{Attempts: 1, Codes: []uint32{503}}}),
 		prefixed("/mirror", model.Action{Backends: to("web"), Mirrors: []model.Mirror{{To: toPort("v2"), Numerator: 100, Denominator: 100}}}),
+		prefixed("/mirror-outside", model.Action{Backends: to("web"), Mirrors: []model.Mirror{{To: toPort("plain"), Numerator: 100, Denominator: 100}}}),
 		prefixed("/half", model.Action{Backends: []model.Backend{{To: toPort("web"), Weight: 1}, {To: toPort("v2"), Weight: 1}, {To: toPort("plain")}}}),
 		header, query, method,
 		prefixed("/web", model.Action{Backends: to("web")}),
@@ -324,21 +325,23 @@ func testHTTPRoutes(t *testing.T, version string) {
 	route(t, store, "", rules...)
 	const web, v2, plain = "10.1.0.3:8080", "10.1.0.130:8080", "10.9.0.9:8080"
 	// A copy arrives as its client's, without what it carried for that.
-	copied := func(http2 bool) {
+	copied := func(http2 bool, path, to string) {
 		t.Helper()
 		source := map[bool]string{false: "10.1.0.2", true: "10.1.0.130"}[http2]
-		was := len(seen("10.1.0.130:8080"))
-		if _, _, err := newHTTPPod(t, source, http2).get("http://10.96.1.1:15001/mirror/x", "X-Bulkhead-Mirror-Identity: "+identity("api").String()); err != nil {
+		was := len(seen(to))
+		forged := []string{"X-Bulkhead-Mirror-Identity: " + identity("api").String(), "X-Bulkhead-Mirror-Source: 10.1.0.3", "X-Forwarded-For: 10.1.0.3"}
+		if _, _, err := newHTTPPod(t, source, http2).get("http://10.96.1.1:15001"+path, forged...); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the copy arrives", func() bool { return len(seen("10.1.0.130:8080")) > was })
-		c := seen("10.1.0.130:8080")[was]
-		if c.Path != "/mirror/x" || c.Source != source || c.Host != "10.96.1.1:15001" || c.Header.Get("X-Bulkhead-Mirror-Source")+c.Header.Get("X-Bulkhead-Mirror-Cluster") != "" {
+		eventually(t, "the copy arrives", func() bool { return len(seen(to)) > was })
+		c := seen(to)[was]
+		if c.Path != path || c.Source != source || c.Host != "10.96.1.1:15001" || c.Header.Get("X-Bulkhead-Mirror-Source")+c.Header.Get("X-Bulkhead-Mirror-Cluster")+c.Header.Get("X-Bulkhead-Mirror-Identity") != "" {
 			t.Errorf("the copy is %+v", c)
 		}
 	}
 	for _, http2 := range []bool{false, true} {
-		copied(http2)
+		copied(http2, "/mirror/x", v2)
+		copied(http2, "/mirror-outside/x", plain)
 		pod := newHTTPPod(t, "10.1.0.2", http2)
 		for _, c := range []struct {
 			name, path string
@@ -354,6 +357,9 @@ func testHTTPRoutes(t *testing.T, version string) {
 			{"prefix", "/web/x", nil, 200, web, func(_ *http.Response, a httpAnswer) bool { return a.Path == "/web/x" }},
 			{"prefix by segments", "/webx", nil, 404, "", nil},
 			{"a path that isn't what it seems", "/exact/../web", nil, 200, web, nil},
+			{"who it is forwarded for", "/web", []string{"X-Forwarded-For: 10.1.0.130", "X-Forwarded-Proto: https"}, 200, web, func(_ *http.Response, a httpAnswer) bool {
+				return slices.Equal(a.Header["X-Forwarded-For"], []string{"10.1.0.130"}) && slices.Equal(a.Header["X-Forwarded-Proto"], []string{"https"})
+			}},
 			{"host isn't looked at", "/web", []string{"Host: elsewhere.example.com"}, 200, web, func(_ *http.Response, a httpAnswer) bool { return a.Host == "elsewhere.example.com" }},
 			{"header", "/web", []string{"X-Version: v3"}, 200, v2, nil},
 			{"header is whole", "/web", []string{"X-Version: v33"}, 200, web, nil},
@@ -394,7 +400,7 @@ func testHTTPRoutes(t *testing.T, version string) {
 			}
 			// The application sees the request as its client made it.
 			for name := range a.Header {
-				if strings.HasPrefix(name, "X-Envoy") || slices.Contains([]string{"X-Request-Id", "X-Forwarded-For"}, name) {
+				if strings.HasPrefix(name, "X-Envoy") || name == "X-Request-Id" || name == "X-Forwarded-For" && c.headers == nil {
 					t.Errorf("%s: the request has a header %s", c.name, name)
 				}
 			}

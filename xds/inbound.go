@@ -87,7 +87,7 @@ const headerSource = "x-bulkhead-source"
 
 func sourceHeader() []*corev3.HeaderValueOption {
 	return []*corev3.HeaderValueOption{{
-		Header:       &corev3.HeaderValue{Key: headerSource, Value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
+		Header:       &corev3.HeaderValue{Key: headerSource, Value: clientAddress},
 		AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
 	}}
 }
@@ -126,6 +126,8 @@ func (p *packer) connectManager(name string, age time.Duration, logs []*accesslo
 		// Applications keep connections idle for longer than Envoy's five minutes.
 		StreamIdleTimeout: durationpb.New(0),
 		AccessLog:         logs,
+
+		OriginalIpDetectionExtensions: p.believeConnection(),
 	}
 	if name == listenerUnwrap {
 		manager.OriginalIpDetectionExtensions = []*corev3.TypedExtensionConfig{

@@ -134,7 +134,7 @@ func (p *packer) outbound(n model.Network, identities []served, reject, log bool
 		// pods. Nothing has been sent when a connection to a plain one fails, so the
 		// next may have it.
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: "via/" + path, Filters: []*listenerv3.Filter{
-			p.setFilterState(append(sourceState(), identityState(id), clusterState(vipPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%"))...),
+			p.setFilterState(sourceState(clientAddress), identityState(id), clusterState(vipPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%")),
 			p.tcpOnDemand(&tcpproxyv3.TcpProxy{MaxConnectAttempts: wrapperspb.UInt32(2)}, logs()),
 		}})
 		// A pod's address: one tunnel, straight to it.
@@ -205,10 +205,9 @@ func internalListener(name string, listenerFilters []*listenerv3.ListenerFilter,
 func (p *packer) hbone(log bool) *listenerv3.Listener {
 	const key = "envoy.network.upstream_subject_alt_names"
 	return internalListener(listenerHBONE,
-		[]*listenerv3.ListenerFilter{p.originalDestination(), p.originalSource()},
+		append(p.originalAddresses(), p.originalSource()),
 		p.setFilterState(
 			destinationState(),
-			sourceUsed(),
 			// An endpoint that says nothing of its identity has none, rather than any.
 			filterState(key, "", noIdentity, filterstatev3.FilterStateValue_NONE),
 			filterState(key, "", "%DYNAMIC_METADATA(bulkhead:san)%", filterstatev3.FilterStateValue_NONE),

@@ -7,9 +7,11 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	filterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	httporiginalsrcv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/original_src/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	httpfilterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	customheaderv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/original_ip_detection/custom_header/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -33,7 +35,7 @@ const (
 func mirrorHeaders(cluster string) (out []*mutationv3.HeaderMutation) {
 	for _, h := range []*corev3.HeaderValue{
 		{Key: headerMirrorIdentity, Value: "%FILTER_STATE(" + keyIdentity + ":PLAIN)%"},
-		{Key: headerMirrorSource, Value: "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
+		{Key: headerMirrorSource, Value: clientAddress},
 		{Key: headerMirrorCluster, Value: cluster},
 	} {
 		out = append(out, &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{
@@ -54,11 +56,15 @@ func mirrorCluster() (*clusterv3.Cluster, error) {
 
 func mirrorListener() (*listenerv3.Listener, error) {
 	p := &packer{}
-	state := append(sourceStateFrom("%REQ("+headerMirrorSource+")%"), filterState(keyIdentity, "envoy.hashable_string", "%REQ("+headerMirrorIdentity+")%", filterstatev3.FilterStateValue_TRANSITIVE))
+	state := []*filterstatev3.FilterStateValue{sourceState(clientAddress), identityState("%REQ(" + headerMirrorIdentity + ")%")}
 	l := internalListener(mirrorName, nil, p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
 		StatPrefix: mirrorName,
 		CodecType:  hcmv3.HttpConnectionManager_AUTO,
+		OriginalIpDetectionExtensions: []*corev3.TypedExtensionConfig{
+			p.ext("envoy.http.original_ip_detection.custom_header", &customheaderv3.CustomHeaderConfig{HeaderName: headerMirrorSource}),
+		},
 		HttpFilters: []*hcmv3.HttpFilter{
+			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}),
 			p.httpFilter("envoy.filters.http.set_filter_state", &httpfilterstatev3.Config{OnRequestHeaders: state}),
 			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true}),
 		},

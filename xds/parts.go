@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"math"
 	"net/netip"
 	"time"
 
@@ -12,8 +13,10 @@ import (
 	filterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	originalsrcv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
+	listenerfilterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/set_filter_state/v3"
 	setfilterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/set_filter_state/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	xffv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/original_ip_detection/xff/v3"
 	networkinputsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -121,31 +124,49 @@ func destinationState() *filterstatev3.FilterStateValue {
 	return filterState("envoy.network.transport_socket.original_dst_address", "", "%DOWNSTREAM_LOCAL_ADDRESS%", filterstatev3.FilterStateValue_NONE)
 }
 
-// What is shared with upstreams is in the keys of their pools, one after the other
-// in the order in which a hash table has it: with two values there are two pools,
-// and tunnels, for the same thing, with four there are 24. So the connection that a
-// tunnel is made for has one such value, its identity.
+// What is shared with upstreams and can be hashed is in the keys of their pools, one
+// after the other in the order in which a hash table has it: with two values there
+// are two pools, and tunnels, for the same thing, with four there are 24. So there is
+// one, the identity. The client's address is shared as a text, which isn't in a key:
+// there it is because the filters original_src bind connections to it.
 
-// sourceKey is where internal listeners find the client's address.
-const sourceKey = "envoy.filters.listener.original_dst.remote_ip"
+// keySource is where a connection's source is kept on the way through internal
+// listeners, and keyRemote where they find it.
+const (
+	keySource = "bulkhead.source"
+	keyRemote = "envoy.filters.listener.original_dst.remote_ip"
+)
 
-// sourceState carries the client's address through internal listeners. Its port is
-// 0: with the client's port each connection would get a pool of its own. Of the two
-// spellings the one of the wrong family doesn't parse and is skipped.
-func sourceState() []*filterstatev3.FilterStateValue {
-	return sourceStateFrom("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%")
+// sourceState carries the client's address through internal listeners.
+func sourceState(address string) *filterstatev3.FilterStateValue {
+	return filterState(keySource, "envoy.string", address, filterstatev3.FilterStateValue_TRANSITIVE)
 }
 
-func sourceStateFrom(address string) []*filterstatev3.FilterStateValue {
-	return []*filterstatev3.FilterStateValue{
-		filterState(sourceKey, "", address+":0", filterstatev3.FilterStateValue_TRANSITIVE),
-		filterState(sourceKey, "", "["+address+"]:0", filterstatev3.FilterStateValue_TRANSITIVE),
+// clientAddress is the client's, of a connection or a request.
+const clientAddress = "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"
+
+// believeConnection has a connection manager take the client's address from the
+// connection. Without it, what the client wrote into X-Forwarded-For would be its
+// address, for pools and for the socket that is bound to it. (use_remote_address does
+// the same, but replaces X-Forwarded-Proto.)
+func (p *packer) believeConnection() []*corev3.TypedExtensionConfig {
+	return []*corev3.TypedExtensionConfig{p.ext("envoy.http.original_ip_detection.xff", &xffv3.XffConfig{
+		// More hops than a header can name.
+		XffNumTrustedHops: math.MaxUint32,
+	})}
+}
+
+// originalAddresses restores an internal connection's addresses. The client's has port
+// 0. Of the two spellings the one of the wrong family doesn't parse and is skipped.
+func (p *packer) originalAddresses() []*listenerv3.ListenerFilter {
+	const source = "%FILTER_STATE(" + keySource + ":PLAIN)%"
+	return []*listenerv3.ListenerFilter{
+		p.listenerFilter("envoy.filters.listener.set_filter_state", &listenerfilterstatev3.Config{OnAccept: []*filterstatev3.FilterStateValue{
+			filterState(keyRemote, "", source+":0", filterstatev3.FilterStateValue_NONE),
+			filterState(keyRemote, "", "["+source+"]:0", filterstatev3.FilterStateValue_NONE),
+		}}),
+		p.originalDestination(),
 	}
-}
-
-// sourceUsed ends what sourceState began: the address goes no further.
-func sourceUsed() *filterstatev3.FilterStateValue {
-	return filterState(sourceKey, "", "%DOWNSTREAM_REMOTE_ADDRESS%", filterstatev3.FilterStateValue_NONE)
 }
 
 func (p *packer) filter(name string, m proto.Message) *listenerv3.Filter {
@@ -165,7 +186,8 @@ func (p *packer) originalSource() *listenerv3.ListenerFilter {
 	return p.listenerFilter("envoy.filters.listener.original_src", &originalsrcv3.OriginalSrc{})
 }
 
-// originalDestination restores an internal connection's addresses.
+// originalDestination restores an internal connection's addresses, as far as they came
+// with it.
 func (p *packer) originalDestination() *listenerv3.ListenerFilter {
 	return p.listenerFilter("envoy.filters.listener.original_dst", &originaldstv3.OriginalDst{})
 }
