@@ -153,6 +153,15 @@ func (s *goodSet) get(typeURL, name string) *discovery.Resource {
 	return s.types[typeURL][name].resource
 }
 
+// onDemand reports whether a proxy had the resource by its name, not by the
+// wildcard.
+func (s *goodSet) onDemand(typeURL, name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	g, ok := s.types[typeURL][name]
+	return ok && !g.wildcard
+}
+
 // lookup returns what is known of the names that nobody answered.
 func (s *goodSet) lookup(typeURL string, sub *subscription) []*discovery.Resource {
 	s.mu.Lock()

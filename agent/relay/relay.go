@@ -116,6 +116,14 @@ type endpoint struct {
 	// rootsWanted says that it has asked for it.
 	roots       string
 	rootsWanted bool
+	// found are the clusters that the current stream's proxy has by name: whether
+	// they exist. ahead is what it is to get before it asks.
+	found map[string]bool
+	ahead []string
+	// warming: somebody waits for what is ahead.
+	warming bool
+	// warm tells the stream that there is something in ahead.
+	warm chan struct{}
 }
 
 // maxMessage holds 100,000 names: as many as pods may have made an Envoy ask for,
@@ -158,6 +166,7 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 	}
 	e := &endpoint{
 		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[rejectionKey]Rejection{},
+		found: map[string]bool{}, warm: make(chan struct{}, 1),
 		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
 	}
 	e.server = grpc.NewServer(
@@ -382,12 +391,13 @@ func (s *service) DeltaAggregatedResources(st downstream) error {
 	e.mu.Lock()
 	e.current, e.state, e.rejected = st, State{Connected: true}, map[rejectionKey]Rejection{}
 	e.roots, e.rootsWanted = "", false
+	e.found, e.ahead = map[string]bool{}, nil
 	e.mu.Unlock()
 	s.relay.changed(key.Tenant)
 	defer func() {
 		e.mu.Lock()
 		if e.current == st {
-			e.current, e.state = nil, State{}
+			e.current, e.state, e.found = nil, State{}, map[string]bool{}
 		}
 		e.mu.Unlock()
 		s.relay.changed(key.Tenant)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -50,6 +51,8 @@ type stream struct {
 	fallback *time.Timer
 	armed    bool
 	secrets  *secretWatch
+	// warm tells of clusters to get ahead.
+	warm <-chan struct{}
 }
 
 func newStream(r *Relay, e *endpoint, down downstream) *stream {
@@ -59,7 +62,7 @@ func newStream(r *Relay, e *endpoint, down downstream) *stream {
 	return &stream{
 		key: key, relay: r, down: down, log: r.log.With("tenant", key.Tenant.String(), "generation", key.Generation),
 		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback,
-		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version),
+		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version), warm: e.warm,
 	}
 }
 
@@ -116,6 +119,10 @@ func (s *stream) run(ctx context.Context) error {
 			if err := s.pushSecrets(); err != nil {
 				return err
 			}
+		case <-s.warm:
+			if err := s.getAhead(); err != nil {
+				return err
+			}
 		case <-s.fallback.C:
 			s.armed = false
 			if err := s.serveLastGood(); err != nil {
@@ -134,11 +141,17 @@ func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest
 	if s.node == nil {
 		s.identify(r.Node)
 	}
+	if !seen && r.TypeUrl == TypeCluster {
+		s.gotAhead(r)
+	}
 	c, err := sub.apply(r, !seen)
 	if err != nil {
 		return err
 	}
 	s.subs[r.TypeUrl] = sub
+	if !seen && r.TypeUrl == TypeCluster {
+		s.relay.found(s.key, s.down, sub.named(slices.Collect(maps.Keys(sub.held))), true)
+	}
 	if !seen && r.TypeUrl == TypeListener && len(sub.held) > 0 {
 		s.relay.accepted(s.key, s.down, r.TypeUrl, len(sub.held), nil) // it has kept them over a reconnection
 	}
@@ -167,25 +180,33 @@ func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest
 		}
 		return s.pushSecrets()
 	}
-	if len(sub.waiting) > 0 && (len(c.subscribe) > 0 || !seen) {
+	s.ask(r.TypeUrl, c, ack, !seen)
+	return nil
+}
+
+// ask tells the operator what the proxy wants or doesn't any more, with ack if that
+// isn't nil. What it doesn't answer in time is answered from last good; first is
+// for a request that may want all by a wildcard.
+func (s *stream) ask(typeURL string, c change, ack *discovery.DeltaDiscoveryRequest, first bool) {
+	sub := s.subs[typeURL]
+	if len(sub.waiting) > 0 && (len(c.subscribe) > 0 || first) {
 		s.armFallback()
 	}
 	if s.up == nil {
-		return nil
+		return
 	}
-	if !s.started[r.TypeUrl] {
-		s.resume(r.TypeUrl)
-		return nil
+	if !s.started[typeURL] {
+		s.resume(typeURL)
+		return
 	}
 	if ack == nil && c.empty() {
-		return nil
+		return
 	}
 	if ack == nil {
-		ack = &discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl}
+		ack = &discovery.DeltaDiscoveryRequest{TypeUrl: typeURL}
 	}
 	ack.ResourceNamesSubscribe, ack.ResourceNamesUnsubscribe = c.subscribe, c.unsubscribe
 	s.sendUp(ack)
-	return nil
 }
 
 // identify keeps of the node what configuration depends on. Who it is, the agent
@@ -223,6 +244,10 @@ func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscripti
 		sub.acknowledged(p.resources, p.removed)
 		if r.TypeUrl == TypeSecret && len(p.resources) == 1 && p.resources[0].Name == identity.RootCA {
 			s.relay.acknowledgedRoots(s.key, s.down, p.resources[0].Version)
+		}
+		if r.TypeUrl == TypeCluster {
+			s.relay.found(s.key, s.down, sub.named(allNames(p.resources)), true)
+			s.relay.found(s.key, s.down, sub.named(p.removed), false)
 		}
 		if r.TypeUrl != TypeSecret {
 			s.good.update(r.TypeUrl, sub, p.resources, p.removed)
@@ -395,6 +420,14 @@ func (s *stream) pushSecrets() error {
 		}
 	}
 	return nil
+}
+
+// allNames are those of resources; resourceNames are for people.
+func allNames(rs []*discovery.Resource) (names []string) {
+	for _, r := range rs {
+		names = append(names, r.Name)
+	}
+	return names
 }
 
 func resourceNames(rs []*discovery.Resource) []string {
