@@ -25,8 +25,14 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2}); err != nil {
 		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
 	}
+	state, _ := a.bulkheads.State(t)
+	var prior *placement
+	if before, ok := a.last.placed[t]; ok { // only this goroutine writes it
+		prior = &before
+	}
+	pl, placeErr := place(tp, state.Processes, prior, a.taking(tp, state), a.bulkheads.HasVersion)
 	// One that goes keeps its configuration current to its end.
-	wanted, leaving, retireErr := a.retire(tp, b)
+	wanted, leaving, retireErr := a.retire(tp, pl, state, b)
 	for _, g := range slices.Concat(wanted, leaving) {
 		key := relay.Key{Tenant: t, Generation: g.Generation}
 		if err := a.bulkheads.MakeXDSDir(t, g.Generation); err != nil {
@@ -37,36 +43,55 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		}
 	}
 	// What runs is looked at even if the update fails: bad input changes nothing.
-	updateErr := errors.Join(retireErr, a.bulkheads.Update(ctx, isolation.Spec{
+	updateErr := errors.Join(placeErr, retireErr, a.bulkheads.Update(ctx, isolation.Spec{
 		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Generations: wanted, Drain: a.o.Drain}))
-	a.closeEnded(tp)
-	ready, err := a.takeListeners(tp, b)
+	a.closeEnded(tp, wanted)
+	ready, err := a.takeListeners(tp, pl, b)
 	if err != nil {
 		again = soon
 		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
 	}
-	if ready[0] {
-		r.serving[t] = a.taken[relay.Key{Tenant: t}]
+	if pl.waits != "" || pl.former != none && pl.first != none && ready[pl.first] {
+		again = soon // the next step is due
 	}
-	weight := 0
-	if ready[1] {
-		weight = tp.weight
+	if g := pl.serving(ready); g != none {
+		r.serving[t] = a.taken[relay.Key{Tenant: t, Generation: g}]
 	}
-	if err := a.datapath.SetWeight(b.Index, weight); err != nil {
+	var taking [generations]process
+	for g, serves := range ready {
+		if serves {
+			taking[g] = a.taken[relay.Key{Tenant: t, Generation: g}]
+		}
+	}
+	r.taking[t] = taking
+	share, canary := pl.share(tp, ready)
+	if err := a.datapath.SetWeight(b.Index, share); err != nil {
 		return b.Index, again, errors.Join(updateErr, fmt.Errorf("set weight: %w", err))
 	}
-	r.weights[t] = weight
+	r.placed[t], r.weights[t] = pl, canary
 	return b.Index, again, updateErr
+}
+
+// taking says which generations' processes take connections, as far as this agent
+// has seen to it.
+func (a *Agent) taking(tp tenantPlan, state isolation.State) (ready [generations]bool) {
+	for _, p := range state.Processes {
+		if p.Generation < 0 || p.Generation >= generations {
+			continue
+		}
+		taken, ok := a.taken[relay.Key{Tenant: tp.tenant, Generation: p.Generation}]
+		ready[p.Generation] = ok && p.PID != 0 && taken == process{p.PID, p.StartTicks}
+	}
+	return ready
 }
 
 // retire returns the tenant's generations as isolation is to have them, and those
 // that run and aren't wanted any more: they get no new connection and drain, until
 // they have ended. One that can't be kept from new connections stays wanted.
-func (a *Agent) retire(tp tenantPlan, b isolation.Bulkhead) (wanted, leaving []isolation.Generation, err error) {
-	wanted = slices.Clone(tp.generations)
-	state, _ := a.bulkheads.State(tp.tenant)
+func (a *Agent) retire(tp tenantPlan, pl placement, state isolation.State, b isolation.Bulkhead) (wanted, leaving []isolation.Generation, err error) {
+	wanted = pl.wanted()
 	for _, p := range state.Processes {
-		if slices.ContainsFunc(tp.generations, func(g isolation.Generation) bool { return g.Generation == p.Generation }) {
+		if slices.ContainsFunc(wanted, func(g isolation.Generation) bool { return g.Generation == p.Generation }) {
 			continue
 		}
 		g := isolation.Generation{Generation: p.Generation, Version: p.Version}
@@ -81,12 +106,12 @@ func (a *Agent) retire(tp tenantPlan, b isolation.Bulkhead) (wanted, leaving []i
 	return wanted, leaving, err
 }
 
-// closeEnded stops serving configuration to generations that are neither planned
+// closeEnded stops serving configuration to generations that are neither wanted
 // nor running.
-func (a *Agent) closeEnded(tp tenantPlan) {
+func (a *Agent) closeEnded(tp tenantPlan, wanted []isolation.Generation) {
 	state, _ := a.bulkheads.State(tp.tenant)
-	for generation := range 2 {
-		planned := slices.ContainsFunc(tp.generations, func(g isolation.Generation) bool { return g.Generation == generation })
+	for generation := range generations {
+		planned := slices.ContainsFunc(wanted, func(g isolation.Generation) bool { return g.Generation == generation })
 		runs := slices.ContainsFunc(state.Processes, func(p isolation.Process) bool { return p.Generation == generation })
 		if !planned && !runs {
 			a.relay.Close(relay.Key{Tenant: tp.tenant, Generation: generation})
@@ -96,13 +121,13 @@ func (a *Agent) closeEnded(tp tenantPlan) {
 
 // takeListeners hands the sockets of each generation that can serve to the
 // kernel's steering. ready says which generations take connections now.
-func (a *Agent) takeListeners(tp tenantPlan, b isolation.Bulkhead) (ready [2]bool, err error) {
+func (a *Agent) takeListeners(tp tenantPlan, pl placement, b isolation.Bulkhead) (ready [generations]bool, err error) {
 	state, ok := a.bulkheads.State(tp.tenant)
 	if !ok {
 		return ready, nil
 	}
 	var errs []error
-	for _, g := range tp.generations {
+	for _, g := range pl.wanted() {
 		key := relay.Key{Tenant: tp.tenant, Generation: g.Generation}
 		i := slices.IndexFunc(state.Processes, func(p isolation.Process) bool { return p.Generation == g.Generation })
 		if i < 0 || state.Processes[i].PID == 0 {
@@ -121,6 +146,10 @@ func (a *Agent) takeListeners(tp tenantPlan, b isolation.Bulkhead) (ready [2]boo
 		if !p.Live || a.relay.State(key).Listeners == 0 {
 			continue
 		}
+		if err := a.warm(tp, g.Generation, pl.beside(g.Generation), state); err != nil && time.Since(p.StartedAt) < warmPatience {
+			errs = append(errs, err)
+			continue
+		}
 		if err := a.datapath.SetListeners(b.Index, g.Generation, p.PID); err != nil {
 			errs = append(errs, err)
 			continue
@@ -130,4 +159,25 @@ func (a *Agent) takeListeners(tp tenantPlan, b isolation.Bulkhead) (ready [2]boo
 		ready[g.Generation] = true
 	}
 	return ready, errors.Join(errs...)
+}
+
+// warmPatience is for how long a process may wait, since it started, for what the
+// one beside it holds: it must not be kept from serving by an operator that is away.
+const warmPatience = 10 * time.Second
+
+// errCold is why a process that lives takes no connections yet.
+var errCold = errors.New("it doesn't hold yet what the generation beside it holds")
+
+// warm has a process that joins another get what that one has found on demand, so
+// that its first connections don't wait for it. Where none serves, there is nobody
+// to wait for.
+func (a *Agent) warm(tp tenantPlan, generation, beside int, state isolation.State) error {
+	if beside == none || !a.taking(tp, state)[beside] {
+		return nil
+	}
+	key := relay.Key{Tenant: tp.tenant, Generation: generation}
+	if lacking := a.relay.Warm(key, relay.Key{Tenant: tp.tenant, Generation: beside}); len(lacking) > 0 {
+		return fmt.Errorf("generation %d: %w: %d resources, %s among them", generation, errCold, len(lacking), lacking[0])
+	}
+	return nil
 }

@@ -68,8 +68,11 @@ type InspectedGeneration struct {
 	UID        int    `json:"uid"`
 	Cgroup     string `json:"cgroup"`
 	Ready      bool   `json:"ready"`
-	Restarts   int    `json:"restarts"`
-	LastExit   string `json:"lastExit,omitempty"`
+	// Role is what it is for, and Serving says whether new connections are led to it.
+	Role     string `json:"role"`
+	Serving  bool   `json:"serving"`
+	Restarts int    `json:"restarts"`
+	LastExit string `json:"lastExit,omitempty"`
 	// DrainUntil is when it ends at the latest; nil while it is wanted.
 	DrainUntil   *time.Time        `json:"drainUntil,omitempty"`
 	Namespaces   map[string]string `json:"namespaces"`
@@ -123,6 +126,9 @@ func (a *Agent) inspect() (Inspection, error) {
 			Weight: o.round.weights[tp.tenant], Limits: InspectedLimits(state.Limits),
 			Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
+		for g, p := range state.Processes {
+			t.Generations[g].Role, t.Generations[g].Serving = string(o.round.placed[tp.tenant].role(p)), o.takes(tp.tenant, p)
+		}
 		for _, p := range o.round.plan.pods {
 			s, ok := o.round.steered[p.UID]
 			if !ok || p.Tenant != tp.tenant {

@@ -43,10 +43,16 @@ type traffic struct {
 type tenantPlan struct {
 	tenant model.Tenant
 	limits isolation.Limits
-	// generations in ascending order; the first is 0.
-	generations []isolation.Generation
-	// weight is the share of new connections, in percent, that generation 1 is to
-	// get.
+	// version of Envoy that is to serve it.
+	version string
+	// canary is to serve beside it; nil for none.
+	canary *canaryPlan
+}
+
+// canaryPlan is a second process of a tenant.
+type canaryPlan struct {
+	version string
+	// weight is its share of new connections, in percent.
 	weight int
 }
 
@@ -75,13 +81,14 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			continue
 		}
 		tp := tenantPlan{
-			tenant:      tenant,
-			limits:      isolation.Limits(t.Limits),
-			generations: []isolation.Generation{{Generation: 0, Version: t.Version}},
+			tenant:  tenant,
+			limits:  isolation.Limits(t.Limits),
+			version: t.Version,
 		}
-		if c := t.Canary; c != nil {
-			tp.generations = append(tp.generations, isolation.Generation{Generation: 1, Version: c.Version})
-			tp.weight = int(c.Weight)
+		if c := t.Canary; c != nil && c.Promoted {
+			tp.version = c.Version
+		} else if c != nil {
+			tp.canary = &canaryPlan{version: c.Version, weight: int(c.Weight)}
 		}
 		p.tenants = append(p.tenants, tp)
 	}

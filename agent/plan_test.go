@@ -45,8 +45,8 @@ func TestMakePlan(t *testing.T) {
 		t.Fatalf("plan is %+v", p)
 	}
 	a := p.tenants[0]
-	if a.tenant != model.NamespaceTenant("team-a") || a.limits.CPUMillis != 500 || a.weight != 25 ||
-		len(a.generations) != 2 || a.generations[1] != (isolation.Generation{Generation: 1, Version: "1.40.0"}) {
+	if a.tenant != model.NamespaceTenant("team-a") || a.limits.CPUMillis != 500 ||
+		a.version != "1.39.3" || a.canary == nil || *a.canary != (canaryPlan{version: "1.40.0", weight: 25}) {
 		t.Errorf("team-a is planned as %+v", a)
 	}
 	pod, ok := p.pod("2")

@@ -28,8 +28,8 @@ type round struct {
 	plan plan
 	// known is false before the first plan.
 	known bool
-	// serving is the process of generation 0 whose sockets take connections, for
-	// tenants that have one.
+	// serving is the process whose sockets take the connections that aren't a
+	// canary's, for tenants that have one.
 	serving map[model.Tenant]process
 	// problems of tenants, for people.
 	problems map[model.Tenant]string
@@ -43,8 +43,12 @@ type round struct {
 	limitProblem string
 	// hits of tenants' limits.
 	hits map[model.Tenant]tenantHits
-	// weights that are in force.
+	// placed says what each generation is, and weights what share of new connections
+	// canaries have.
+	placed  map[model.Tenant]placement
 	weights map[model.Tenant]int
+	// taking are the processes, by generation, whose sockets take connections.
+	taking map[model.Tenant][generations]process
 }
 
 // loop runs reconcile until ctx ends.
@@ -71,7 +75,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return next
 	}
 	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
-		steered: map[string]bpf.Pod{}, weights: map[model.Tenant]int{}}
+		steered: map[string]bpf.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{}}
 	a.identities.SetPods(p.pods)
 	if err := a.ensureRedirection(p.redirection); err != nil {
 		a.log.Error("redirection isn't as planned", "error", err)

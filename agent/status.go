@@ -144,8 +144,14 @@ func redirectedCondition(o observation) metav1.Condition {
 func (o observation) serves(t model.Tenant) bool {
 	taken, ok := o.round.serving[t]
 	return ok && slices.ContainsFunc(o.states[t].Processes, func(p isolation.Process) bool {
-		return p.Generation == 0 && taken == process{p.PID, p.StartTicks}
+		return taken == process{p.PID, p.StartTicks}
 	})
+}
+
+// takes reports whether connections are led to the process.
+func (o observation) takes(t model.Tenant, p isolation.Process) bool {
+	taking := o.round.taking[t]
+	return p.PID != 0 && slices.Contains(taking[:], process{p.PID, p.StartTicks})
 }
 
 func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
@@ -158,7 +164,12 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	}
 	for _, p := range state.Processes {
 		g := v1alpha1.GenerationStatus{Generation: int32(p.Generation), Version: p.Version, PID: int32(p.PID),
+			Role: o.round.placed[tp.tenant].role(p), Serving: o.takes(tp.tenant, p),
 			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit}
+		if !p.DrainUntil.IsZero() {
+			until := metav1.NewTime(p.DrainUntil.UTC().Truncate(time.Second))
+			g.DrainUntil = &until
+		}
 		if !p.StartedAt.IsZero() {
 			at := metav1.NewTime(p.StartedAt.UTC().Truncate(time.Second))
 			g.StartedAt = &at

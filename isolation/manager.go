@@ -380,6 +380,13 @@ func (m *Manager) Runnable(name model.Tenant, g Generation) string {
 	return version
 }
 
+// HasVersion returns an ErrVersion that says why a version of Envoy can't be run. The
+// first time it reads the version.
+func (m *Manager) HasVersion(version string) error {
+	_, err := m.versions.tree(version)
+	return err
+}
+
 func (s Spec) validate() error {
 	if s.Drain < 0 {
 		return fmt.Errorf("drain %s: can't be negative", s.Drain)

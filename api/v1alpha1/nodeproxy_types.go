@@ -110,6 +110,11 @@ type CanaryGeneration struct {
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=100
 	Weight int32 `json:"weight"`
+	// Promoted makes this version the tenant's on the node, whatever its own field
+	// says: it takes all new connections as soon as it is ready, and the first
+	// generation finishes those that it has, and ends. Weight doesn't count then.
+	// +optional
+	Promoted bool `json:"promoted,omitempty"`
 }
 
 // NodePod is a pod of the mesh.
@@ -232,10 +237,27 @@ type RejectedResource struct {
 	Message string `json:"message,omitempty"`
 }
 
+// GenerationRole is what a process of a tenant is.
+type GenerationRole string
+
+// The values of GenerationRole.
+const (
+	RoleFirst   GenerationRole = "First"
+	RoleCanary  GenerationRole = "Canary"
+	RoleFormer  GenerationRole = "Former"
+	RoleLeaving GenerationRole = "Leaving"
+)
+
 // GenerationStatus is one Envoy process of a tenant.
 type GenerationStatus struct {
-	// Generation: 0 or 1.
+	// Generation: 0 or 1. Which of them serves changes with each upgrade.
 	Generation int32 `json:"generation"`
+	// Role of the process: First serves the tenant, Canary has a share of new
+	// connections, Former serves until the first is ready, Leaving finishes its
+	// connections.
+	// +kubebuilder:validation:Enum=First;Canary;Former;Leaving
+	// +optional
+	Role GenerationRole `json:"role,omitempty"`
 	// Version of Envoy.
 	Version string `json:"version"`
 	// PID in the node's process namespace.
@@ -243,6 +265,12 @@ type GenerationStatus struct {
 	PID int32 `json:"pid,omitempty"`
 	// Ready to take connections.
 	Ready bool `json:"ready"`
+	// Serving: new connections are led to it, by its weight.
+	// +optional
+	Serving bool `json:"serving,omitempty"`
+	// DrainUntil is when a process that leaves ends at the latest.
+	// +optional
+	DrainUntil *metav1.Time `json:"drainUntil,omitempty"`
 	// Since when this process runs.
 	// +optional
 	StartedAt *metav1.Time `json:"startedAt,omitempty"`

@@ -57,9 +57,15 @@ type Node struct {
 	Namespaces []v1alpha1.NodeNamespace
 	// Exclusions of pods, by name.
 	Exclusions map[string][]v1alpha1.Exclusion
+	// Version of Envoy. Default dist.Default.
+	Version string
 	// Canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	Canary int
+	// CanaryVersion of Envoy. Default dist.Default.
+	CanaryVersion string
+	// Promoted has the second generation take over.
+	Promoted bool
 	// Drain is how long one that isn't wanted any more may last; 0 is the default.
 	Drain time.Duration
 	// MemoryMax limits tenants' proxies, in bytes. Default 1 GiB.
@@ -154,9 +160,9 @@ func (n *Node) WritePlan() string {
 	for _, p := range n.Planned {
 		if name := p.Tenant.String(); !seen[name] {
 			seen[name] = true
-			tenant := object{"name": name, "version": dist.Default, "limits": object{"memoryMax": cmp.Or(n.MemoryMax[name], 1<<30)}}
+			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": object{"memoryMax": cmp.Or(n.MemoryMax[name], 1<<30)}}
 			if n.Canary > 0 {
-				tenant["canary"] = object{"version": dist.Default, "weight": n.Canary}
+				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, dist.Default), "weight": n.Canary, "promoted": n.Promoted}
 			}
 			tenants = append(tenants, tenant)
 		}
@@ -246,13 +252,39 @@ func (n *Node) WaitReady() {
 			if !tenant.Ready {
 				return fmt.Errorf("tenant %s: %s", tenant.Name, tenant.Reason)
 			}
-			if tenant.Weight != n.Canary {
+			if tenant.Weight != n.Canary && !n.Promoted {
 				return fmt.Errorf("the canary of %s has weight %d", tenant.Name, tenant.Weight)
 			}
 			steered += len(tenant.Pods)
 		}
 		if i.Problem != "" || steered != len(n.Planned) {
 			return fmt.Errorf("%d of %d pods are steered: %s", steered, len(n.Planned), i.Problem)
+		}
+		return nil
+	})
+}
+
+// WaitServing waits until new connections of all tenants are led to processes of this
+// version alone.
+func (n *Node) WaitServing(version string) {
+	t := n.l.t
+	t.Helper()
+	Eventually(t, "version "+version+" on "+n.Name, func() error {
+		i, err := n.Inspect()
+		if err != nil {
+			return err
+		}
+		for _, tenant := range i.Tenants {
+			serves := false
+			for _, g := range tenant.Generations {
+				if g.Serving && g.Version != version {
+					return fmt.Errorf("%s: version %s serves: %s", tenant.Name, g.Version, tenant.Reason)
+				}
+				serves = serves || g.Serving
+			}
+			if !serves || !tenant.Ready {
+				return fmt.Errorf("%s: %s", tenant.Name, tenant.Reason)
+			}
 		}
 		return nil
 	})
