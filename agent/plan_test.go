@@ -199,7 +199,8 @@ func TestMakeStatus(t *testing.T) {
 	for reason, h := range map[string]identity.Health{
 		"Ready":      {Identities: 3},
 		"NotRenewed": {Identities: 3, Overdue: 2, First: "spiffe://td/ns/a/sa/b", LastError: errors.New("operator is away")},
-		"Expired":    {Identities: 3, Overdue: 2, Expired: 1, First: "spiffe://td/ns/a/sa/b", LastError: errors.New("operator is away")},
+		"NotKept":    {Identities: 3, Unkept: 2, KeepError: errors.New("no space left")},
+		"Expired":    {Identities: 3, Overdue: 2, Expired: 1, Unkept: 1, KeepError: errors.New("no space left"), First: "spiffe://td/ns/a/sa/b", LastError: errors.New("operator is away")},
 	} {
 		o := good()
 		o.identities, o.trustBundle = h, "digest"
@@ -210,6 +211,9 @@ func TestMakeStatus(t *testing.T) {
 		}
 		if h.First != "" && (!strings.Contains(c.Message, h.First) || !strings.Contains(c.Message, "operator is away")) {
 			t.Errorf("%s: %q", reason, c.Message)
+		}
+		if reason == "NotKept" && (!strings.Contains(c.Message, "2 of 3") || !strings.Contains(c.Message, "no space left")) {
+			t.Errorf("%q", c.Message)
 		}
 	}
 	for name, c := range map[string]struct {

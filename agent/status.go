@@ -117,6 +117,10 @@ func identityCondition(h identity.Health) metav1.Condition {
 		c.Reason = "NotRenewed"
 		c.Message = fmt.Sprintf("the certificates of %d of %d identities should have been renewed; that of %s is the first to end, at %s%s",
 			h.Overdue, h.Identities, h.First, h.FirstEnd.UTC().Format(time.RFC3339), why)
+	case h.Unkept > 0:
+		c.Reason = "NotKept"
+		c.Message = fmt.Sprintf("the keys of %d of %d identities can't be written: they are served until the agent starts again, and then have to be signed again; make room in the directory of keys, which is for nothing else: %v",
+			h.Unkept, h.Identities, h.KeepError)
 	default:
 		c.Status, c.Reason, c.Message = metav1.ConditionTrue, "Ready", "certificates are renewed in time"
 	}

@@ -155,7 +155,10 @@ func writeFile(path string, data []byte) error {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return errors.Join(err, removeFile(temp))
 	}
-	return os.Rename(temp, path)
+	if err := os.Rename(temp, path); err != nil {
+		return errors.Join(err, removeFile(temp))
+	}
+	return nil
 }
 
 func removeFile(path string) error {

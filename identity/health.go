@@ -18,6 +18,11 @@ type Health struct {
 	First     string
 	FirstEnd  time.Time
 	LastError error
+	// Unkept are those whose certificate is in no file: it is served, but is signed
+	// again when the agent starts again, for which the operator has to be there.
+	// KeepError is why one of them isn't.
+	Unkept    int
+	KeepError error
 }
 
 // Health tells of certificates that aren't renewed in time.
@@ -28,6 +33,10 @@ func (s *Store) Health() Health {
 	h := Health{Identities: len(s.entries)}
 	for _, e := range s.entries {
 		c := e.credential
+		if e.keepErr != nil {
+			h.Unkept++
+			h.KeepError = e.keepErr
+		}
 		if c == nil {
 			continue // waited for by its pods, which haven't started
 		}

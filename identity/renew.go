@@ -32,8 +32,8 @@ const (
 	soonestRenewal = 5 * time.Second
 	// longestWait is for clocks that are set: timers don't follow them.
 	longestWait = time.Minute
-	// staleRetry is for files that couldn't be removed.
-	staleRetry = 10 * time.Second
+	// fileRetry is for files that couldn't be written or removed.
+	fileRetry = 10 * time.Second
 )
 
 // entry is an identity with pods. Guarded by Store.mu.
@@ -45,6 +45,7 @@ type entry struct {
 	failures   int                  // in a row
 	retryAt    time.Time            // not before
 	lastErr    error
+	keepErr    error // why credential isn't in its file
 }
 
 // attempts are those of one pod.
@@ -137,7 +138,10 @@ func (s *Store) start(ctx context.Context, workers *sync.WaitGroup, slots chan s
 	wait := longestWait
 	if len(s.stale) > 0 {
 		s.removeStale()
-		wait = staleRetry
+		wait = fileRetry
+	}
+	if again := s.keepAgain(); again > 0 {
+		wait = min(wait, again)
 	}
 	if s.bundle == nil {
 		return wait // nothing could be verified
@@ -247,13 +251,8 @@ func (s *Store) signed(e *entry, a *attempts, c *credential, err error) {
 		return
 	}
 	c.verified = true
-	path := filepath.Join(s.dir, fileName(e.id))
-	delete(s.stale, fileName(e.id))
-	if err := writeFile(path, c.encode()); err != nil {
-		// Usable all the same, but signed again after a restart.
-		log.Error("key can't be kept for the next start", "file", path, "error", err)
-	}
 	e.credential, e.failures, e.lastErr = c, 0, nil
+	s.keep(e)
 	e.retryAt = now.Add(max(c.notAfter.Sub(now)/4, soonestRenewal))
 	for _, other := range e.pods {
 		other.failures = 0
@@ -261,6 +260,47 @@ func (s *Store) signed(e *entry, a *attempts, c *credential, err error) {
 	a.denial, a.deniedUntil = nil, time.Time{}
 	log.Info("certificate signed", "expires", c.notAfter, "renewal", c.renewAt, "serial", c.chain[0].SerialNumber.Text(16))
 	s.notifyEntry(e)
+}
+
+// keep writes an entry's credential for the next start. If that fails it is used
+// all the same; the file has what it had, and is written again.
+func (s *Store) keep(e *entry) {
+	path := filepath.Join(s.dir, fileName(e.id))
+	delete(s.stale, fileName(e.id))
+	err := writeFile(path, e.credential.encode())
+	if (err == nil) != (e.keepErr == nil) { // once each
+		if err != nil {
+			s.log.Error("key can't be kept for the next start, trying again", "identity", e.id.String(), "file", path, "error", err)
+		} else {
+			s.log.Info("key is kept for the next start", "identity", e.id.String(), "file", path)
+		}
+	}
+	if e.keepErr = err; err != nil {
+		s.keepAt = s.now().Add(fileRetry)
+	}
+}
+
+// keepAgain tries those that couldn't be kept, all of them at a time, and returns
+// when to come back; 0 is for never.
+func (s *Store) keepAgain() time.Duration {
+	due, left := !s.now().Before(s.keepAt), false
+	for _, e := range s.entries {
+		if e.keepErr == nil {
+			continue
+		}
+		if e.credential == nil {
+			e.keepErr = nil // it isn't worth it
+			continue
+		}
+		if due {
+			s.keep(e)
+		}
+		left = left || e.keepErr != nil
+	}
+	if !left {
+		return 0
+	}
+	return s.keepAt.Sub(s.now())
 }
 
 // notifyEntry tells the watchers of all tenants that have the identity.

@@ -79,6 +79,7 @@ type Store struct {
 	pods      map[string]Pod // by UID
 	entries   map[model.Identity]*entry
 	stale     map[string]struct{} // files that couldn't be removed
+	keepAt    time.Time           // when to write again those that couldn't be written
 	watches   map[model.Tenant]chan struct{}
 	changed   chan struct{} // closed and replaced with every change; for WaitReady
 }
