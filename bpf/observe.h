@@ -3,15 +3,14 @@
 #pragma once
 
 #define AF_INET6 10
+#define TCP_CONGESTION 13
 
 // The kernel keeps these flags with the socket: a rarely used one remembers how
 // the connection began.
 #define WAS_PASSIVE BPF_SOCK_OPS_RTO_CB_FLAG
 
-static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind, int passive)
+static __always_inline int addresses(struct bpf_sock_ops *ctx, struct addr *local, struct addr *remote)
 {
-	struct event e = { .kind = kind, .reason = NO_REASON };
-	struct addr local, remote;
 	__u32 family = ctx->family, local4 = ctx->local_ip4, remote4 = ctx->remote_ip4;
 	__u32 local6[4] = { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3] };
 	__u32 remote6[4] = { ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3] };
@@ -19,14 +18,38 @@ static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind
 	asm volatile("" : "+r"(local6[2]), "+r"(local6[3]), "+r"(remote6[0]), "+r"(remote6[1]));
 	asm volatile("" : "+r"(remote6[2]), "+r"(remote6[3]));
 	if (family == AF_INET) {
-		map_ipv4(&local, local4);
-		map_ipv4(&remote, remote4);
-	} else if (family == AF_INET6) {
-		__builtin_memcpy(&local, local6, sizeof(local));
-		__builtin_memcpy(&remote, remote6, sizeof(remote));
-	} else {
-		return 0;
+		map_ipv4(local, local4);
+		map_ipv4(remote, remote4);
+		return 1;
 	}
+	if (family == AF_INET6) {
+		__builtin_memcpy(local, local6, sizeof(*local));
+		__builtin_memcpy(remote, remote6, sizeof(*remote));
+		return 1;
+	}
+	return 0;
+}
+
+// unpace has a connection whose other end is a pod of this node sent without
+// pacing: nothing lies between that could be congested, and where the node's
+// algorithm is BBR each of its timers costs more than a packet's way to the pod.
+// Reno is in every kernel. What leaves the node keeps the node's algorithm, and if
+// this fails, so does what doesn't.
+static __noinline int unpace(struct bpf_sock_ops *ctx)
+{
+	struct addr local, remote;
+	char reno[] = "reno";
+	if (!addresses(ctx, &local, &remote) || !bpf_map_lookup_elem(&pods, &remote))
+		return 0;
+	return bpf_setsockopt(ctx, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno));
+}
+
+static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind, int passive)
+{
+	struct event e = { .kind = kind, .reason = NO_REASON };
+	struct addr local, remote;
+	if (!addresses(ctx, &local, &remote))
+		return 0;
 	__u16 local_port = ctx->local_port, remote_port = bpf_ntohl(ctx->remote_port);
 	__u64 sent = ctx->bytes_acked, received = ctx->bytes_received;
 	// The pod is the peer of what it dialled and of what is delivered to it;
@@ -60,10 +83,12 @@ int observe(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+		unpace(ctx);
 		tell_socket(ctx, EVENT_OPENED, 0);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | WAS_PASSIVE);
+		unpace(ctx);
 		tell_socket(ctx, EVENT_OPENED, 1);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
