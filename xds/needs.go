@@ -97,6 +97,11 @@ func (st *stream) settle(r *resource) error {
 				gone = append(gone, name)
 				delete(sub.names, name)
 				delete(sub.held, name)
+				// Its endpoints go with it, and the proxy says so later than the cluster may be
+				// needed again: that it had acknowledged them tells nothing of the next one.
+				if eps := st.types[TypeEndpoints]; eps != nil {
+					delete(eps.held, name)
+				}
 			}
 		}
 	}

@@ -22,6 +22,8 @@ type follower struct {
 	has map[resourceKey]*discoveryv3.Resource
 	// order is what came and went ("-").
 	order []string
+	// late keeps back that endpoints aren't wanted any more.
+	late bool
 }
 
 func (m *mesh) follow(tenant model.Tenant) *follower {
@@ -69,7 +71,9 @@ func (f *follower) take(r *discoveryv3.DeltaDiscoveryResponse) {
 		delete(f.has, resourceKey{r.TypeUrl, name})
 		if r.TypeUrl == TypeCluster {
 			delete(f.has, resourceKey{TypeEndpoints, name})
-			f.unsubscribe(TypeEndpoints, name)
+			if !f.late {
+				f.unsubscribe(TypeEndpoints, name)
+			}
 		}
 	}
 }
@@ -173,6 +177,32 @@ func TestNeeds(t *testing.T) {
 			t.Errorf("%q is a name", name)
 		}
 	}
+}
+
+// A cluster that was removed is needed again before the proxy has said that it let go
+// of its endpoints: routes still come after it.
+func TestNeedsAgain(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	m.must(m.store.SetService(model.Service{Namespace: "team-a", Name: "other", Ports: []model.ServicePort{{Port: 81}}}))
+	api := model.ServiceKey{Namespace: "team-a", Name: "api"}
+	const vip, l7, beOther, beAPI = "vip|10.96.0.10:80", "l7|10.96.0.10:80", "be|4|team-a/other:81", "be|4|team-a/api:80"
+	lead := func(name string, port uint16) {
+		m.must(m.store.SetRoutings(api, []model.Routing{{Port: 80, Rules: []model.Rule{prefixed("/", model.Action{Backends: []model.Backend{{To: toService(name, port), Weight: 1}}})}}}))
+	}
+	lead("other", 81)
+	f := m.follow(teamA)
+	f.late = true
+	f.subscribe(TypeCluster, vip)
+	f.until("the service is HTTP", func() bool { return f.leadsTo(vip) == l7 })
+	lead("api", 80)
+	f.until("the old backend is gone", func() bool { return f.place("-cds "+beOther) >= 0 })
+	f.order = nil
+	lead("other", 81)
+	f.until("the routes are there", func() bool { return f.place("rds "+l7) >= 0 })
+	if f.place("cds "+beOther) < 0 || f.place("eds "+beOther) < f.place("cds "+beOther) || f.place("eds "+beOther) > f.place("rds "+l7) {
+		t.Errorf("they came as %q; want cluster, endpoints, routes", f.order)
+	}
+	f.until("what isn't needed goes", func() bool { return f.place("-cds "+beAPI) >= 0 })
 }
 
 // drain handles all that is under way: a fence is answered after it.
