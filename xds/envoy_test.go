@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -118,6 +119,12 @@ type envoy struct {
 // network namespace, until the test ends. It returns when Envoy is live.
 func startEnvoy(t *testing.T, version string, server *Server, ca *authority) *envoy {
 	t.Helper()
+	return startEnvoyWith(t, version, 1, server, ca)
+}
+
+// startEnvoyWith is startEnvoy with more than one worker thread.
+func startEnvoyWith(t *testing.T, version string, workers int, server *Server, ca *authority) *envoy {
+	t.Helper()
 	bin, err := dist.Fetch(t.Context(), version)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +154,7 @@ func startEnvoy(t *testing.T, version string, server *Server, ca *authority) *en
 	if e.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(bin.Binary, "-c", "bootstrap.yaml", "--concurrency", "1", "--disable-hot-restart", "--file-flush-interval-msec", "50",
+	cmd := exec.Command(bin.Binary, "-c", "bootstrap.yaml", "--concurrency", strconv.Itoa(workers), "--disable-hot-restart", "--file-flush-interval-msec", "50",
 		"--component-log-level", "misc:error") // of messages that are marked as work in progress, one for each address
 	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, e.log, e.log
 	if err := cmd.Start(); err != nil {

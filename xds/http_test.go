@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -28,7 +29,7 @@ type httpAnswer struct {
 
 // serveHTTP is an application that speaks HTTP/1 and HTTP/2 in plain text. It
 // answers with the request, echoes after an upgrade, and takes orders from the
-// query: status, wait.
+// query: status, wait, and of the first so many of the same, failing or resetting.
 func serveHTTP(t *testing.T, addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
@@ -49,6 +50,11 @@ func serveHTTP(t *testing.T, addr string) {
 			io.Copy(c, rw)
 			return
 		}
+		host, _, _ := net.SplitHostPort(r.RemoteAddr)
+		a := httpAnswer{addr, host, r.Proto, r.Method, r.URL.RequestURI(), r.Host, r.Header}
+		requests.Lock()
+		requests.seen[addr] = append(requests.seen[addr], a)
+		requests.Unlock()
 		if wait, err := time.ParseDuration(r.URL.Query().Get("wait")); err == nil {
 			select {
 			case <-time.After(wait):
@@ -57,16 +63,21 @@ func serveHTTP(t *testing.T, addr string) {
 			}
 		}
 		w.Header().Set("X-App", addr)
+		nth := func(n string) bool {
+			most, err := strconv.Atoi(r.URL.Query().Get(n))
+			return err == nil && attempts(addr, a.Path) <= most
+		}
+		switch {
+		case nth("resetting"):
+			panic(http.ErrAbortHandler)
+		case nth("failing"):
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
 		if status := r.URL.Query().Get("status"); status != "" {
 			var code int
 			fmt.Sscan(status, &code)
 			w.WriteHeader(code)
 		}
-		host, _, _ := net.SplitHostPort(r.RemoteAddr)
-		a := httpAnswer{addr, host, r.Proto, r.Method, r.URL.RequestURI(), r.Host, r.Header}
-		requests.Lock()
-		requests.seen[addr] = append(requests.seen[addr], a)
-		requests.Unlock()
 		json.NewEncoder(w).Encode(a)
 	})}
 	go s.Serve(l)
@@ -83,6 +94,16 @@ func seen(addr string) []httpAnswer {
 	requests.Lock()
 	defer requests.Unlock()
 	return slices.Clone(requests.seen[addr])
+}
+
+// attempts is how often an application has got a request to the same path and query.
+func attempts(addr, path string) (n int) {
+	for _, a := range seen(addr) {
+		if a.Path == path {
+			n++
+		}
+	}
+	return n
 }
 
 // httpPod makes requests as a pod does.
@@ -154,6 +175,11 @@ var webKey = model.ServiceKey{Namespace: "team-a", Name: "web"}
 // one of web can be routed.
 func routedEnvoy(t *testing.T, version string) (*Store, *envoy, func() []Rejection) {
 	t.Helper()
+	return routedEnvoyWith(t, version, 1)
+}
+
+func routedEnvoyWith(t *testing.T, version string, workers int) (*Store, *envoy, func() []Rejection) {
+	t.Helper()
 	enterNetns(t)
 	store, server, rejections := envoyStore(t)
 	at := func(addr string, id model.Identity) model.Endpoint {
@@ -172,7 +198,7 @@ func routedEnvoy(t *testing.T, version string) (*Store, *envoy, func() []Rejecti
 	for _, a := range []string{"10.1.0.3:8080", "10.1.0.130:8080", "10.9.0.9:8080"} {
 		serveHTTP(t, a)
 	}
-	e := startEnvoy(t, version, server, newAuthority(t))
+	e := startEnvoyWith(t, version, workers, server, newAuthority(t))
 	if err := server.WaitServed(t.Context(), testProxy.Key(), "uid-web-0"); err != nil {
 		t.Fatal(err)
 	}
@@ -235,6 +261,23 @@ func TestHTTPOnAndOff(t *testing.T) {
 				routed(before)
 				echo(t, socket)
 			}
+			// Something else than routes asks for HTTP: requests go to the service itself.
+			if err := store.SetRoutings(webKey, []model.Routing{{Port: PortOutbound}}); err != nil {
+				t.Fatal(err)
+			}
+			read := func(p *httpPod) bool { // a proxy that reads requests says how they came
+				t.Helper()
+				r, a, err := p.get(url)
+				if err != nil || r.StatusCode != 200 || a.Source != "10.1.0.2" || a.Name != "10.1.0.3:8080" {
+					t.Fatalf("got %+v, %+v, %v", r, a, err)
+				}
+				return a.Header.Get("X-Forwarded-Proto") != ""
+			}
+			eventually(t, "requests are read", func() bool { return read(newHTTPPod(t, "10.1.0.2", false)) })
+			if read(before) {
+				t.Error("the connection from before is read")
+			}
+			echo(t, socket)
 			// Another change, while it is off for some.
 			route(t, store, "", prefixed("/", marked))
 			inForce(true)

@@ -21,8 +21,8 @@ import (
 type peer struct {
 	// conns are the connections within tunnels that it has had.
 	conns atomic.Int64
-	// allow decides on a CONNECT; nil allows.
-	allow func(from string) int
+	// allow decides on a CONNECT by the peer's identity; without it all are allowed.
+	allow atomic.Value // func(id string) int
 }
 
 // peerAnswer is a peer's answer to a request.
@@ -84,8 +84,8 @@ func servePeer(t *testing.T, ca *authority, id, address string) *peer {
 				w.WriteHeader(http.StatusMethodNotAllowed)
 				return
 			}
-			if p.allow != nil {
-				if code := p.allow(from.ID); code != http.StatusOK {
+			if allow, ok := p.allow.Load().(func(string) int); ok {
+				if code := allow(from.ID); code != http.StatusOK {
 					w.WriteHeader(code)
 					return
 				}
