@@ -168,6 +168,7 @@ type Retry struct {
 	Attempts uint32
 	// Codes of responses after which it is, besides failures to get any.
 	Codes []uint32
-	// Backoff is the least time between two attempts; 0 is Envoy's 25 ms.
+	// Backoff bounds the time before the second attempt, of which Envoy waits a random
+	// part, and twice as much before each further one; 0 is Envoy's 25 ms.
 	Backoff time.Duration
 }
