@@ -65,6 +65,8 @@ type Agent struct {
 	// hits of tenants' limits, as of hitsAt.
 	hits   map[model.Tenant]tenantHits
 	hitsAt time.Time
+	// checkedAt is when counts of connections were compared with sockets.
+	checkedAt time.Time
 	// capacityProblem is what will be full soon, as of capacityAt.
 	capacityProblem string
 	capacityAt      time.Time

@@ -22,7 +22,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
 	}
 	if err := a.datapath.UpdateTenant(bpf.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
-		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2}); err != nil {
+		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections}); err != nil {
 		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
 	}
 	state, _ := a.bulkheads.State(t)

@@ -20,6 +20,7 @@ const hitsPeriod = resync - time.Second
 // seen to rise.
 type tenantHits struct {
 	isolation.Hits
+	shed
 	last time.Time
 }
 
@@ -30,7 +31,7 @@ func (a *Agent) readHits(p plan) map[model.Tenant]tenantHits {
 	if now.Sub(a.hitsAt) < hitsPeriod {
 		return a.hits
 	}
-	hits := map[model.Tenant]tenantHits{}
+	hits, dropped := map[model.Tenant]tenantHits{}, a.readShed()
 	for _, tp := range p.tenants {
 		read, err := a.bulkheads.Hits(tp.tenant)
 		if err != nil {
@@ -40,8 +41,8 @@ func (a *Agent) readHits(p plan) map[model.Tenant]tenantHits {
 			continue
 		}
 		had, ok := a.hits[tp.tenant]
-		h := tenantHits{Hits: read, last: had.last}
-		if ok && had.Hits != read {
+		h := tenantHits{Hits: read, shed: dropped[tp.tenant], last: had.last}
+		if ok && (had.Hits != read || had.shed != h.shed) {
 			h.last = now
 		}
 		hits[tp.tenant] = h
@@ -66,5 +67,6 @@ func (h tenantHits) status() *v1alpha1.LimitHits {
 		Since: at(h.Since), Last: at(h.last),
 		CPUThrottled: int64(h.Throttled), CPUThrottledMillis: h.ThrottledFor.Milliseconds(),
 		MemoryHigh: int64(h.MemoryHigh), OOMKills: int64(h.OOMKills), Pids: int64(h.Pids),
+		Connections: int64(h.tooMany), NewConnections: int64(h.tooFast),
 	}
 }

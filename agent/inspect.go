@@ -3,6 +3,7 @@ package agent
 import (
 	"bufio"
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -40,6 +41,8 @@ type InspectedTenant struct {
 	Reason string          `json:"reason,omitempty"`
 	Weight int             `json:"weight"`
 	Limits InspectedLimits `json:"limits"`
+	// Connections that its proxy holds now, where they can be counted.
+	Connections int64 `json:"connections,omitempty"`
 	// Steered counts new connections by generation.
 	Steered     [2]uint64             `json:"steered"`
 	Generations []InspectedGeneration `json:"generations"`
@@ -58,6 +61,9 @@ type InspectedLimits struct {
 	MemoryHigh int64 `json:"memoryHigh"`
 	MemoryMax  int64 `json:"memoryMax"`
 	Pids       int64 `json:"pids"`
+	// Connections at a time, and new ones in a second.
+	Connections    int64 `json:"connections"`
+	NewConnections int64 `json:"newConnections"`
 }
 
 // InspectedGeneration is one Envoy process, as /proc shows it.
@@ -123,11 +129,16 @@ func (a *Agent) inspect() (Inspection, error) {
 	for n, tp := range o.round.plan.tenants {
 		state := o.states[tp.tenant]
 		t := InspectedTenant{Name: tp.tenant.String(), Ready: status.Tenants[n].Ready, Reason: status.Tenants[n].Reason,
-			Weight: o.round.weights[tp.tenant], Limits: InspectedLimits(state.Limits),
+			Weight: o.round.weights[tp.tenant], Limits: InspectedLimits(status.Tenants[n].Limits),
 			Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
 		for g, p := range state.Processes {
 			t.Generations[g].Role, t.Generations[g].Serving = string(o.round.placed[tp.tenant].role(p)), o.takes(tp.tenant, p)
+		}
+		if l, ok := now.datapath.(limiter); ok {
+			if t.Connections, err = l.Connections(state.Index); err != nil && !errors.Is(err, bpf.ErrUnknownTenant) {
+				return i, err
+			}
 		}
 		for _, p := range o.round.plan.pods {
 			s, ok := o.round.steered[p.UID]
@@ -151,7 +162,7 @@ func (a *Agent) inspect() (Inspection, error) {
 			continue
 		}
 		t := InspectedTenant{Name: name.String(), Reason: "it has no pods here any more and ends soon",
-			Limits: InspectedLimits(state.Limits), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
+			Limits: InspectedLimits(enforcedLimits(state.Limits, bpf.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
 		i.Tenants = append(i.Tenants, t)
 	}
@@ -175,6 +186,7 @@ func drops(c bpf.Counters) map[string]uint64 {
 		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,
 		"foreign": c.Dropped.Foreign, "protocol": c.Dropped.Protocol, "unsteered": c.Dropped.Unsteered,
 		"midstream": c.Dropped.Midstream, "flowsFull": c.Dropped.FlowsFull, "plainText": c.Dropped.PlainText,
+		"tooMany": c.Dropped.TooMany, "tooFast": c.Dropped.TooFast,
 	}
 	maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
 	return m

@@ -43,6 +43,8 @@ type traffic struct {
 type tenantPlan struct {
 	tenant model.Tenant
 	limits isolation.Limits
+	// connections that it takes.
+	connections bpf.ConnectionLimits
 	// version of Envoy that is to serve it.
 	version string
 	// canary is to serve beside it; nil for none.
@@ -59,7 +61,7 @@ type canaryPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{uid: np.UID, generation: np.Generation, limits: isolation.Limits(np.Spec.Limits), traffic: map[string]traffic{}, outside: map[string]bool{}}
+	p := plan{uid: np.UID, generation: np.Generation, limits: processLimits(np.Spec.Limits), traffic: map[string]traffic{}, outside: map[string]bool{}}
 	var errs []error
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:
@@ -81,9 +83,10 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			continue
 		}
 		tp := tenantPlan{
-			tenant:  tenant,
-			limits:  isolation.Limits(t.Limits),
-			version: t.Version,
+			tenant:      tenant,
+			limits:      processLimits(t.Limits),
+			connections: connectionLimits(t.Limits),
+			version:     t.Version,
 		}
 		if c := t.Canary; c != nil && c.Promoted {
 			tp.version = c.Version

@@ -110,6 +110,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(p, indexes, held, &r))
 	next = min(next, a.removeTenants(ctx, p, held, r.steered), a.removeFormer(&r))
+	a.checkConnections(p)
 	r.hits = a.readHits(p)
 	a.finishRound(r)
 	return next

@@ -20,6 +20,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -36,12 +37,20 @@ type observation struct {
 	redirection v1alpha1.Redirection
 	round       round
 	states      map[model.Tenant]isolation.State
+	// connections that are bounded, and what of it can't be.
+	connections map[model.Tenant]boundedConnections
 	configs     map[relay.Key]relay.State
 	// trustBundle that all proxies trust, and how the certificates are.
 	trustBundle string
 	identities  identity.Health
 	// limits of all proxies together, as the kernel has them, and what it can't hold.
 	limits     isolation.Limits
+	unenforced []string
+}
+
+// boundedConnections are a tenant's bounds as they were read back.
+type boundedConnections struct {
+	limits     bpf.ConnectionLimits
 	unenforced []string
 }
 
@@ -54,7 +63,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,
-		Limits:             v1alpha1.Limits(o.limits),
+		Limits:             enforcedLimits(o.limits, bpf.ConnectionLimits{}),
 		Unenforced:         o.unenforced,
 	}
 	if problem := o.round.limitProblem; problem != "" {
@@ -163,7 +172,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	t := v1alpha1.NodeTenantStatus{
 		Name:   tp.tenant.String(),
 		Ready:  o.serves(tp.tenant) && o.round.problems[tp.tenant] == "",
-		Limits: v1alpha1.Limits(state.Limits), Unenforced: state.Unenforced, Hits: o.round.hits[tp.tenant].status(),
+		Limits: enforcedLimits(state.Limits, o.connections[tp.tenant].limits), Unenforced: slices.Concat(state.Unenforced, o.connections[tp.tenant].unenforced), Hits: o.round.hits[tp.tenant].status(),
 		Weight: int32(o.round.weights[tp.tenant]),
 	}
 	for _, p := range state.Processes {
@@ -221,7 +230,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 func (a *Agent) observe() observation {
 	a.mu.Lock()
 	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: a.datapath.kind, round: a.last,
-		states: map[model.Tenant]isolation.State{}, configs: map[relay.Key]relay.State{}}
+		states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
 	o.limits, o.unenforced = a.bulkheads.AllLimits()
@@ -244,6 +253,9 @@ func (a *Agent) observe() observation {
 	for _, tp := range o.round.plan.tenants {
 		if s, ok := a.bulkheads.State(tp.tenant); ok {
 			o.states[tp.tenant] = s
+			var b boundedConnections
+			b.limits, b.unenforced = a.enforcedConnections(tp, s)
+			o.connections[tp.tenant] = b
 		}
 		for g := range 2 {
 			key := relay.Key{Tenant: tp.tenant, Generation: g}

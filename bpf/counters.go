@@ -54,6 +54,11 @@ type Drops struct {
 	FlowsFull uint64
 	// PlainText: a new connection from outside of the mesh to a pod that is Strict.
 	PlainText uint64
+	// TooMany: a new connection of a tenant that has as many as it may
+	// (ConnectionLimits). One that is tried again counts again.
+	TooMany uint64
+	// TooFast: a new connection of a tenant that opens them faster than it may.
+	TooFast uint64
 }
 
 // PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
@@ -120,6 +125,8 @@ func (d *Drops) add(o *datapathDrops) {
 	d.Midstream += o.Midstream
 	d.FlowsFull += o.FlowsFull
 	d.PlainText += o.PlainText
+	d.TooMany += o.TooMany
+	d.TooFast += o.TooFast
 }
 
 // PodCounters returns the counters of all pods, by UID.

@@ -20,6 +20,7 @@
 #include "packet.h"
 #include "events.h"
 #include "flows.h"
+#include "admit.h"
 #include "tcx.h"
 #include "steer.h"
 #include "observe.h"

@@ -59,12 +59,13 @@ type Datapath struct {
 	pods     map[string]*podEntries   // what the maps hold, by UID
 	// exclusions are those of the map, by ifindex.
 	exclusions map[uint32]map[datapathExclusion]bool
-	reading    bool // an EventReader is open
+	reading    bool             // an EventReader is open
+	suspected  map[uint16]int64 // by how much a tenant's count of connections was too high
 }
 
 // sharedMaps are used by the programs of all tenants.
 var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters,
-	datapathMapPerPod, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
+	datapathMapPerPod, datapathMapLoads, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.
 var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant}
@@ -122,6 +123,9 @@ func (d *Datapath) load(settings datapathSettings) error {
 			return err
 		}
 		d.maps[name] = m
+	}
+	if err := d.addLoads(); err != nil {
+		return err
 	}
 	if err := d.maps[datapathMapConfig].Put(uint32(0), settings); err != nil {
 		return fmt.Errorf("write settings: %w", err)

@@ -32,6 +32,8 @@ type datapathDrops struct {
 	Midstream uint64
 	FlowsFull uint64
 	PlainText uint64
+	TooMany   uint64
+	TooFast   uint64
 }
 
 type datapathEvent struct {
@@ -137,12 +139,15 @@ type datapathSettings struct {
 }
 
 type datapathTenant struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Mac     [6]uint8
-	Canary  uint8
-	Workers [2]uint8
-	Pad     [3]uint8
+	_                     structs.HostLayout
+	Ifindex               uint32
+	Mac                   [6]uint8
+	Canary                uint8
+	Workers               [2]uint8
+	Pad                   [3]uint8
+	MaxConnections        uint32
+	NewPerSecond          uint32
+	ConnectionsCorrection int32
 }
 
 type datapathTenantCounters struct {
@@ -154,6 +159,17 @@ type datapathTenantCounters struct {
 	Bypassed   uint64
 	EventsLost uint64
 	Dropped    datapathDrops
+}
+
+type datapathTenantLoad struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad         uint32
+	Due         uint64
+	Connections int64
 }
 
 type datapathVeth struct {
@@ -194,6 +210,7 @@ const (
 	datapathMapFlows         = "flows"
 	datapathMapFormers       = "formers"
 	datapathMapListeners     = "listeners"
+	datapathMapLoads         = "loads"
 	datapathMapNodeAddresses = "node_addresses"
 	datapathMapPerPod        = "per_pod"
 	datapathMapPods          = "pods"
@@ -267,6 +284,7 @@ type datapathMapSpecs struct {
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Formers       *ebpf.MapSpec `ebpf:"formers"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
+	Loads         *ebpf.MapSpec `ebpf:"loads"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
 	PerPod        *ebpf.MapSpec `ebpf:"per_pod"`
 	Pods          *ebpf.MapSpec `ebpf:"pods"`
@@ -308,6 +326,7 @@ type datapathMaps struct {
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Formers       *ebpf.Map `ebpf:"formers"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
+	Loads         *ebpf.Map `ebpf:"loads"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
 	PerPod        *ebpf.Map `ebpf:"per_pod"`
 	Pods          *ebpf.Map `ebpf:"pods"`
@@ -324,6 +343,7 @@ func (m *datapathMaps) Close() error {
 		m.Flows,
 		m.Formers,
 		m.Listeners,
+		m.Loads,
 		m.NodeAddresses,
 		m.PerPod,
 		m.Pods,

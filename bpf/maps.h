@@ -72,6 +72,10 @@ struct tenant {
 	// Listening sockets a port, per generation.
 	__u8 workers[GENERATIONS];
 	__u8 pad[3];
+	// The most connections at a time, and new ones in a second; 0 is no bound.
+	__u32 max_connections, new_per_second;
+	// What is to be added to the count of connections.
+	__s32 connections_correction;
 };
 
 // By ifindex, of the node's end.
@@ -115,6 +119,9 @@ struct drops {
 	__u64 flows_full;
 	// steer: a connection in plain text to a pod that takes none.
 	__u64 plain_text;
+	// from_pod, to_pod: a new connection of a tenant that has as many as it may, and
+	// of one that opens them faster than it may.
+	__u64 too_many, too_fast;
 };
 
 struct tenant_counters {

@@ -8,6 +8,9 @@
 // The kernel keeps these flags with the socket: a rarely used one remembers how
 // the connection began.
 #define WAS_PASSIVE BPF_SOCK_OPS_RTO_CB_FLAG
+// And another one that it was counted: a former version didn't. The kernel lets no
+// socket go that hasn't been through TCP_CLOSE, so that none is counted for ever.
+#define WAS_COUNTED BPF_SOCK_OPS_RETRANS_CB_FLAG
 
 static __always_inline int addresses(struct bpf_sock_ops *ctx, struct addr *local, struct addr *remote)
 {
@@ -87,13 +90,17 @@ int observe(struct bpf_sock_ops *ctx)
 		tell_socket(ctx, EVENT_OPENED, 0);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | WAS_PASSIVE);
+		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | WAS_PASSIVE | WAS_COUNTED);
+		count_connection(tenant_index, 1);
 		unpace(ctx);
 		tell_socket(ctx, EVENT_OPENED, 1);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (ctx->args[1] == BPF_TCP_CLOSE)
-			tell_socket(ctx, EVENT_CLOSED, (ctx->bpf_sock_ops_cb_flags & WAS_PASSIVE) != 0);
+		if (ctx->args[1] != BPF_TCP_CLOSE)
+			break;
+		if (ctx->bpf_sock_ops_cb_flags & WAS_COUNTED)
+			count_connection(tenant_index, -1);
+		tell_socket(ctx, EVENT_CLOSED, (ctx->bpf_sock_ops_cb_flags & WAS_PASSIVE) != 0);
 		break;
 	default:
 		ctx->reply = -1; // the kernel's own choice

@@ -156,6 +156,13 @@ int from_pod(struct __sk_buff *skb)
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_OUTBOUND);
+	if (opens(&p)) {
+		enum admitted admitted = admit(tenant, t);
+		if (admitted == TOO_MANY)
+			return drop(&p, tenant, ifindex, too_many, WAY_OUTBOUND);
+		if (admitted == TOO_FAST)
+			return drop(&p, tenant, ifindex, too_fast, WAY_OUTBOUND);
+	}
 	__u32 to = t->ifindex;
 	if (to_self && readdress(skb, &p, 0, &p.source))
 		return drop(&p, tenant, ifindex, malformed, WAY_OUTBOUND);
@@ -229,6 +236,13 @@ int to_pod(struct __sk_buff *skb)
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_INBOUND);
+	if (tcp && opens(&p)) {
+		enum admitted admitted = admit(tenant, t);
+		if (admitted == TOO_MANY)
+			return drop(&p, tenant, ifindex, too_many, WAY_INBOUND);
+		if (admitted == TOO_FAST)
+			return drop(&p, tenant, ifindex, too_fast, WAY_INBOUND);
+	}
 	__u32 to = t->ifindex;
 	if (set_destination_mac(skb, t->mac))
 		return DROP;

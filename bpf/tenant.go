@@ -47,6 +47,8 @@ type Tenant struct {
 	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
 	// and no events of its connections.
 	CgroupV2 string
+	// Connections bounds what the tenant's proxy takes.
+	Connections ConnectionLimits
 }
 
 // UpdateTenant attaches the programs of a tenant, or corrects them where its
@@ -75,7 +77,7 @@ func (t Tenant) validate() error {
 	case t.Netns == "":
 		return errors.New("path of the network namespace is missing")
 	}
-	return nil
+	return t.Connections.validate()
 }
 
 func (d *Datapath) updateTenant(t Tenant) error {
@@ -84,6 +86,9 @@ func (d *Datapath) updateTenant(t Tenant) error {
 		return err
 	}
 	if err := d.addCounters(t.Index); err != nil {
+		return err
+	}
+	if err := d.addLoad(t.Index); err != nil {
 		return err
 	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_TENANT, Tenant: uint32(t.Index)}
@@ -101,6 +106,7 @@ func (d *Datapath) updateTenant(t Tenant) error {
 	entry := former
 	entry.Ifindex = uint32(t.HostIfindex)
 	copy(entry.Mac[:], t.TenantMAC)
+	entry.MaxConnections, entry.NewPerSecond = t.Connections.Concurrent, t.Connections.NewPerSecond
 	if err := d.maps[datapathMapTenants].Put(uint32(t.Index), entry); err != nil {
 		return fmt.Errorf("write tenant: %w", fullError(d.maps[datapathMapTenants], datapathMapTenants, err))
 	}
@@ -253,8 +259,10 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	if err := d.deleteFlows(func(_ datapathFlow, s datapathFlowState) bool { return s.Tenant == uint32(index) }); err != nil {
 		return err
 	}
-	if err := deleteKey(d.maps[datapathMapCounters], uint32(index)); err != nil {
-		return fmt.Errorf("delete counters: %w", err)
+	for _, name := range []string{datapathMapCounters, datapathMapLoads} {
+		if err := deleteKey(d.maps[name], uint32(index)); err != nil {
+			return fmt.Errorf("delete counters: %w", err)
+		}
 	}
 	return nil
 }

@@ -40,7 +40,7 @@ func (p *PerListener) add(name string, n uint64) {
 type Drops struct {
 	Spoofed, Fragment, Malformed, NoTenant, NotThePod uint64
 	Deliver, Foreign, Protocol, Unsteered             uint64
-	Midstream, FlowsFull, PlainText                   uint64
+	Midstream, FlowsFull, PlainText, TooMany, TooFast uint64
 }
 
 // PodCounters are what has happened to one pod. Bytes are of TCP on its veth, as

@@ -20,6 +20,32 @@ type ProxyLimits struct {
 	// +kubebuilder:validation:Maximum=32768
 	// +optional
 	Pids *int64 `json:"pids,omitempty"`
+	// Connections that each proxy takes, from its pods and to them.
+	// +optional
+	Connections *ConnectionIsolation `json:"connections,omitempty"`
+}
+
+// ConnectionIsolation bounds what a tenant's pods on a node, and who dials them,
+// may open. What is beyond is dropped at the pod's veth before it costs the proxy
+// anything, without an answer: the client's kernel tries again after 1, 3 and 7 s.
+// Connections that have begun go on. A tunnel of another proxy counts as one
+// connection, whatever is in it; what is excluded from the mesh doesn't count.
+//
+// +kubebuilder:validation:XValidation:rule="has(self.concurrent) || has(self.newPerSecond)",message="set concurrent, newPerSecond, or both"
+type ConnectionIsolation struct {
+	// Concurrent is the most at a time. Connections that open at the same instant can
+	// go beyond it by as many. Not enforced with redirection Netfilter, and on nodes
+	// without cgroup v2. Default: no limit.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000
+	// +optional
+	Concurrent *int64 `json:"concurrent,omitempty"`
+	// NewPerSecond is how many may open in a second; after a second without any, so
+	// many at once. Not enforced with redirection Netfilter. Default: no limit.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000
+	// +optional
+	NewPerSecond *int64 `json:"newPerSecond,omitempty"`
 }
 
 // CPUIsolation bounds a proxy's CPU time.
@@ -142,6 +168,13 @@ type LimitHits struct {
 	// Pids is how often a thread was refused.
 	// +optional
 	Pids int64 `json:"pids,omitempty"`
+	// Connections is how often a connection was dropped because there were as many
+	// as may be; one that is tried again counts again.
+	// +optional
+	Connections int64 `json:"connections,omitempty"`
+	// NewConnections is how often one was dropped because they opened too fast.
+	// +optional
+	NewConnections int64 `json:"newConnections,omitempty"`
 }
 
 // Limits of one proxy. A field that isn't there is no limit.
@@ -161,4 +194,10 @@ type Limits struct {
 	// Pids is the most threads and processes.
 	// +optional
 	Pids int64 `json:"pids,omitempty"`
+	// Connections is the most at a time.
+	// +optional
+	Connections int64 `json:"connections,omitempty"`
+	// NewConnections is how many may open in a second.
+	// +optional
+	NewConnections int64 `json:"newConnections,omitempty"`
 }

@@ -114,6 +114,14 @@ func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 	if s.Pids != nil {
 		l.Pids = *s.Pids
 	}
+	if c := s.Connections; c != nil {
+		if c.Concurrent != nil {
+			l.Connections = *c.Concurrent
+		}
+		if c.NewPerSecond != nil {
+			l.NewConnections = *c.NewPerSecond
+		}
+	}
 	return l
 }
 
@@ -129,6 +137,8 @@ var fields = []limitField{
 	{"memoryHigh", func(l *v1alpha1.Limits) *int64 { return &l.MemoryHigh }},
 	{"memoryMax", func(l *v1alpha1.Limits) *int64 { return &l.MemoryMax }},
 	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
+	{"connections", func(l *v1alpha1.Limits) *int64 { return &l.Connections }},
+	{"newConnections", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }},
 }
 
 func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
@@ -139,14 +149,17 @@ func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
 	}
 }
 
-// enforces reports whether have is at least what was wanted, but for what the node
-// says that it can't hold. The kernel of cgroup v1 counts CPU shares in other units.
-func enforces(have, want v1alpha1.Limits) bool {
+// enforces reports whether a proxy has what was wanted, but for what its node says
+// that it can't hold. The kernel of cgroup v1 counts CPU shares in other units.
+func enforces(n v1alpha1.NodeTenantStatus, want v1alpha1.Limits) bool {
 	const weightSlack = 1
+	have := n.Limits
 	within := func(have, want int64) bool { return want == 0 || have != 0 && have <= want }
+	same := func(have, want int64) bool { return have == want || have == 0 && len(n.Unenforced) > 0 }
 	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
 	return weight && within(have.CPUMillis, want.CPUMillis) && (want.CPUMillis != 0 || have.CPUMillis == 0) &&
-		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh))
+		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh)) &&
+		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections)
 }
 
 // notHeld are limits that nodes can't hold as they are meant, one line a node.

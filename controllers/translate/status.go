@@ -168,7 +168,7 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Tenant: n.Tenant.String(), Limits: n.Status.Limits,
 				Unenforced: n.Status.Unenforced, Hits: n.Status.Hits})
 		}
-		if !n.Reported || !enforces(n.Status.Limits, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
+		if !n.Reported || !enforces(n.Status, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
 			waiting = append(waiting, n.Node)
 		}
 	}

@@ -46,6 +46,9 @@ type Limits struct {
 	MemoryHigh int64 `json:"memoryHigh"`
 	MemoryMax  int64 `json:"memoryMax"`
 	Pids       int64 `json:"pids"`
+	// Connections at a time, and new ones in a second.
+	Connections    int64 `json:"connections"`
+	NewConnections int64 `json:"newConnections"`
 }
 
 // Generation is one Envoy process.

@@ -1,0 +1,101 @@
+package agent
+
+import (
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// limiter is a datapath that can bound a tenant's connections. Not every one can.
+type limiter interface {
+	ConnectionLimits(index uint16) (bpf.ConnectionLimits, error)
+	CheckConnections(index uint16, netns string) error
+	Connections(index uint16) (int64, error)
+}
+
+// processLimits are what the kernel holds of processes.
+func processLimits(l v1alpha1.Limits) isolation.Limits {
+	return isolation.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids}
+}
+
+// connectionLimits are what steering holds of connections.
+func connectionLimits(l v1alpha1.Limits) bpf.ConnectionLimits {
+	bounded := func(n int64) uint32 { return uint32(max(0, min(n, math.MaxInt32))) }
+	return bpf.ConnectionLimits{Concurrent: bounded(l.Connections), NewPerSecond: bounded(l.NewConnections)}
+}
+
+// enforcedLimits are both, as they were read back.
+func enforcedLimits(l isolation.Limits, c bpf.ConnectionLimits) v1alpha1.Limits {
+	return v1alpha1.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids,
+		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond)}
+}
+
+// enforcedConnections reads back the bounds of a tenant's connections, and says
+// which of those that are wanted the node can't hold.
+func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have bpf.ConnectionLimits, unenforced []string) {
+	steering := a.steering()
+	l, can := steering.datapath.(limiter)
+	if can {
+		// A tenant that isn't there yet has none.
+		have, _ = l.ConnectionLimits(state.Index)
+	} else if tp.connections != (bpf.ConnectionLimits{}) {
+		return have, []string{fmt.Sprintf("connections: redirection %s bounds none; use %s", steering.kind, v1alpha1.RedirectionEBPF)}
+	}
+	if tp.connections.Concurrent != 0 && state.CgroupV2 == "" {
+		have.Concurrent = 0
+		unenforced = append(unenforced, "connections.concurrent: the node has no cgroup version 2, where connections are counted")
+	}
+	return have, unenforced
+}
+
+// checkPeriod is how often counts of connections are compared with the kernel's
+// sockets.
+const checkPeriod = 10 * time.Second
+
+// checkConnections compares the counts of tenants that have a bound. Of the loop
+// alone.
+func (a *Agent) checkConnections(p plan) {
+	l, ok := a.steering().datapath.(limiter)
+	if now := time.Now(); !ok || now.Sub(a.checkedAt) < checkPeriod {
+		return
+	}
+	a.checkedAt = time.Now()
+	for _, tp := range p.tenants {
+		s, ok := a.bulkheads.State(tp.tenant)
+		if !ok || tp.connections.Concurrent == 0 || s.CgroupV2 == "" {
+			continue
+		}
+		if err := l.CheckConnections(s.Index, s.Netns); err != nil {
+			a.log.Error("count of connections isn't checked", "tenant", tp.tenant.String(), "error", err)
+		}
+	}
+}
+
+// shed are connections that were dropped beyond the bounds of a tenant.
+type shed struct{ tooMany, tooFast uint64 }
+
+// readShed reads all tenants' at once.
+func (a *Agent) readShed() map[model.Tenant]shed {
+	d := a.steering().datapath
+	if d == nil {
+		return nil
+	}
+	counters, err := d.Counters()
+	if err != nil {
+		a.log.Error("connections that were dropped can't be read", "error", err)
+		return nil
+	}
+	all := map[model.Tenant]shed{}
+	for _, t := range a.bulkheads.Tenants() {
+		if s, ok := a.bulkheads.State(t); ok {
+			d := counters[s.Index].Dropped
+			all[t] = shed{d.TooMany, d.TooFast}
+		}
+	}
+	return all
+}

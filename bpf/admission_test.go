@@ -1,0 +1,263 @@
+package bpf
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// counting puts tenant 1's proxy into a cgroup, where its connections are counted.
+func (m *mesh) counting(l ConnectionLimits) {
+	m.t.Helper()
+	cgroup := makeCgroup(m.t)
+	m.proxy1.stop()
+	m.one.CgroupV2, m.one.Connections = cgroup, l
+	check(m.t, m.d.UpdateTenant(m.one.Tenant))
+	m.proxy1 = startProxyIn(m.t, m.one.namespace, "proxy1", cgroup)
+	check(m.t, m.d.SetListeners(1, 0, m.proxy1.pid))
+}
+
+// shed reports whether a connection isn't answered: not refused either.
+func shed(t *testing.T, n *namespace, to netip.AddrPort) bool {
+	t.Helper()
+	var c net.Conn
+	var err error
+	n.do(t, func() { c, err = net.DialTimeout("tcp", to.String(), 300*time.Millisecond) })
+	if err == nil {
+		c.Close()
+		return false
+	}
+	if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
+		t.Errorf("a connection to %s ends with %v", to, err)
+	}
+	return true
+}
+
+func (m *mesh) waitConnections(index uint16, want int64) {
+	m.t.Helper()
+	var have int64
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		var err error
+		have, err = m.d.Connections(index)
+		check(m.t, err)
+		if have == want {
+			return
+		}
+	}
+	m.t.Errorf("tenant %d has %d connections, want %d", index, have, want)
+}
+
+// A tenant has as many connections as it may, from its pods and to them; who comes
+// then waits, others don't notice, and the room of those that end is free at once.
+func TestConcurrentConnections(t *testing.T) {
+	m := newMesh(t)
+	const most = 6
+	m.counting(ConnectionLimits{Concurrent: most})
+	remote := remoteAddresses
+	var held []net.Conn
+	hold := func(n *namespace, to netip.AddrPort) {
+		t.Helper()
+		c, greeting, err := dial(t, n, netip.AddrPort{}, to)
+		if err != nil || greeting != "proxy1" {
+			t.Fatalf("connection %d: %q, %v", len(held)+1, greeting, err)
+		}
+		held = append(held, c)
+	}
+	hold(m.a.namespace, at(remote.v4, 80))
+	hold(m.c.namespace, at(remote.v6, 80))
+	hold(m.remote, at(m.a.v4, 8080))
+	hold(m.remote, at(m.a.v6, 15008))
+	hold(m.remote, at(m.c.v4, 8080))
+	hold(m.a.namespace, at(remote.v6, 81))
+	m.waitConnections(1, most)
+	r := m.events(100)
+	for _, to := range []struct {
+		from *namespace
+		to   netip.AddrPort
+		way  Way
+	}{
+		{m.a.namespace, at(remote.v4, 80), Outbound}, {m.c.namespace, at(remote.v6, 80), Outbound},
+		{m.remote, at(m.a.v4, 8080), Inbound}, {m.remote, at(m.c.v6, 15008), Inbound},
+	} {
+		if !shed(t, to.from, to.to) {
+			t.Errorf("a connection too many, to %s", to.to)
+		}
+		r.await(t, "too many", func(e Event) bool {
+			return e.Kind == Denied && e.Reason == "TooMany" && e.Way == to.way && e.Tenant == 1
+		})
+	}
+	if d := m.counters(1).Dropped; d.TooMany != 4 || d.TooFast != 0 {
+		t.Errorf("shed %+v", d)
+	}
+	m.greets("another tenant", m.b.namespace, at(remote.v4, 80), "proxy2")
+	for _, c := range held {
+		check(t, echo(c, 1000))
+	}
+
+	// It began a moment early, and gets through when another one ends.
+	waiting := make(chan error, 1)
+	go func() {
+		var c net.Conn
+		var err error
+		m.a.run(func() { c, err = net.DialTimeout("tcp", at(remote.v4, 80).String(), 4*patience) })
+		if err == nil {
+			_, err = line(c)
+			c.Close()
+		}
+		waiting <- err
+	}()
+	for deadline := time.Now().Add(patience); m.counters(1).Dropped.TooMany < 5; {
+		if time.Now().After(deadline) {
+			t.Fatal("the one more isn't shed")
+		}
+	}
+	held[0].Close()
+	check(t, <-waiting)
+	// Ends of all kinds are counted: by the client, by a reset, with the process.
+	held[1].(*net.TCPConn).SetLinger(0)
+	held[1].Close()
+	m.waitConnections(1, most-2)
+	m.proxy1.stop()
+	m.waitConnections(1, 0)
+
+	// Without the limit nobody is kept out, and who has begun is counted.
+	m.proxy1 = startProxyIn(t, m.one.namespace, "proxy1", m.one.CgroupV2)
+	check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
+	m.one.Connections = ConnectionLimits{}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	held = nil
+	for range most + 2 {
+		hold(m.a.namespace, at(remote.v4, 80))
+	}
+	m.waitConnections(1, most+2)
+	if l, err := m.d.ConnectionLimits(1); err != nil || l != (ConnectionLimits{}) {
+		t.Errorf("limits %+v, %v", l, err)
+	}
+}
+
+// The pace holds for the pods of a tenant together, and leaves others alone.
+func TestNewConnectionsPerSecond(t *testing.T) {
+	m := newMesh(t)
+	const rate = 50
+	m.one.Connections = ConnectionLimits{NewPerSecond: rate}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	const seconds = 4
+	var opened [3]atomic.Int64
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for i, pod := range []*testPod{m.a, m.c, m.b} {
+		for range 40 {
+			wg.Go(func() {
+				check := pod.run(func() {
+					for time.Since(begin) < seconds*time.Second {
+						c, err := net.DialTimeout("tcp", at(remoteAddresses.v4, 80).String(), 50*time.Millisecond)
+						if err == nil {
+							opened[i].Add(1)
+							c.(*net.TCPConn).SetLinger(0)
+							c.Close()
+						}
+						time.Sleep(10 * time.Millisecond) // the load is bounded
+					}
+				})
+				if check != nil {
+					t.Error(check)
+				}
+			})
+		}
+	}
+	go func() {
+		for range m.proxy1.accepted {
+		}
+	}()
+	go func() {
+		for range m.proxy2.accepted {
+		}
+	}()
+	wg.Wait()
+	elapsed := time.Since(begin).Seconds()
+	n, other := opened[0].Load()+opened[1].Load(), opened[2].Load()
+	// A second's worth is there at the beginning.
+	most, least := rate*(elapsed+1), rate*seconds*0.9
+	if float64(n) > most+1 || float64(n) < least {
+		t.Errorf("%d connections in %.1f s, want %.0f to %.0f", n, elapsed, least, most)
+	}
+	if opened[0].Load() == 0 || opened[1].Load() == 0 || other < 4*n {
+		t.Errorf("the pods of the tenant opened %d and %d, another tenant's %d", opened[0].Load(), opened[1].Load(), other)
+	}
+	if d := m.counters(1).Dropped; d.TooFast == 0 || d.TooMany != 0 {
+		t.Errorf("shed %+v", d)
+	}
+	// It recovers by itself.
+	time.Sleep(time.Second) // a second without connections is what is tried
+	for range rate / 2 {
+		m.greets("after a rest", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+	}
+	// And another process finds it as it is.
+	check(t, m.d.Close())
+	m.d = m.open()
+	if l, err := m.d.ConnectionLimits(1); err != nil || l.NewPerSecond != rate {
+		t.Errorf("limits after a restart: %+v, %v", l, err)
+	}
+	m.one.Connections = ConnectionLimits{NewPerSecond: 2_000_000}
+	if err := m.d.UpdateTenant(m.one.Tenant); err == nil {
+		t.Error("2,000,000 connections a second are accepted")
+	}
+}
+
+// A count that is wrong, whatever made it so, doesn't close a tenant for ever.
+func TestConnectionsAreChecked(t *testing.T) {
+	m := newMesh(t)
+	m.counting(ConnectionLimits{Concurrent: 20})
+	to := at(remoteAddresses.v4, 80)
+	m.hold(new([]heldFlow), "held", m.a.namespace, netip.AddrPort{}, to, "proxy1")
+	m.waitConnections(1, 1)
+	checkConnections := func() {
+		t.Helper()
+		check(t, m.d.CheckConnections(1, m.one.path()))
+	}
+	skew := func(by int64) {
+		t.Helper()
+		var l datapathTenantLoad
+		check(t, m.d.maps[datapathMapLoads].Lookup(uint32(1), &l))
+		l.Connections += by
+		check(t, m.d.maps[datapathMapLoads].Update(uint32(1), l, ebpf.UpdateExist))
+	}
+	checkConnections()
+	checkConnections()
+	m.waitConnections(1, 1)
+	skew(1000)
+	if !shed(t, m.a.namespace, to) {
+		t.Fatal("with a wrong count it isn't full")
+	}
+	checkConnections()
+	if n, err := m.d.Connections(1); err != nil || n != 1001 {
+		t.Errorf("one look is enough to correct: %d, %v", n, err)
+	}
+	checkConnections()
+	m.waitConnections(1, 1)
+	m.greets("corrected", m.a.namespace, to, "proxy1")
+	skew(-2000)
+	checkConnections()
+	for range 19 {
+		_, _, err := dial(t, m.a.namespace, netip.AddrPort{}, to)
+		check(t, err)
+	}
+	if n, err := m.d.Connections(1); err != nil || n < 19 {
+		t.Errorf("%d connections are counted, %v", n, err)
+	}
+	if _, err := os.Stat(filepath.Join(m.one.CgroupV2, "cgroup.procs")); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.d.CheckConnections(1, "/nowhere"); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("a namespace that isn't there: %v", err)
+	}
+}

@@ -1,0 +1,65 @@
+// How many connections a tenant takes.
+#pragma once
+
+#define NSEC_PER_SEC 1000000000ULL
+
+// What of a tenant's bounds is in use. Programs write it; the agent doesn't, or it
+// would undo what they count at the same time.
+struct tenant_load {
+	struct bpf_spin_lock lock;
+	__u32 pad;
+	// When the next connection would be due at the pace of new_per_second. It may
+	// run ahead of the clock by a second: so many connections at once are taken
+	// after a rest.
+	__u64 due;
+	// That the tenant's processes have accepted and not closed: see observe.h.
+	__s64 connections;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_TENANTS);
+	__type(key, __u32);
+	__type(value, struct tenant_load);
+} loads SEC(".maps");
+
+enum admitted { ADMITTED, TOO_MANY, TOO_FAST };
+
+// admit says whether a tenant takes a new connection. One that it doesn't take is
+// dropped, not answered: the client's kernel tries it again after 1, 3, 7 s, which
+// slows down who opens too many, and lets those through that came a moment early.
+// An answer would cost more than it saves, and bring the next SYN at once.
+static __noinline enum admitted admit(__u32 tenant, const struct tenant *t)
+{
+	if (!t)
+		return TOO_MANY;
+	__u32 most = t->max_connections, rate = t->new_per_second;
+	__s64 correction = t->connections_correction;
+	if (!most && !rate)
+		return ADMITTED;
+	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);
+	// The agent makes it before it sets a bound.
+	if (!l)
+		return TOO_MANY;
+	if (most && l->connections + correction >= (__s64)most)
+		return TOO_MANY;
+	if (!rate)
+		return ADMITTED;
+	__u64 now = bpf_ktime_get_ns(), pace = NSEC_PER_SEC / rate;
+	enum admitted answer = ADMITTED;
+	bpf_spin_lock(&l->lock);
+	__u64 due = l->due < now ? now : l->due;
+	if (due - now > NSEC_PER_SEC - pace)
+		answer = TOO_FAST;
+	else
+		l->due = due + pace;
+	bpf_spin_unlock(&l->lock);
+	return answer;
+}
+
+static __always_inline void count_connection(__u32 tenant, __s64 change)
+{
+	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);
+	if (l)
+		__sync_fetch_and_add(&l->connections, change);
+}
