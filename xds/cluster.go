@@ -24,7 +24,8 @@ const (
 	// tunnelIdle is how long a tunnel without a connection in it stays.
 	tunnelIdle = time.Minute
 	// tunnelAge is when a tunnel takes no new connections, so that a certificate
-	// isn't used long past its rotation. Those in it go on.
+	// isn't used long past its rotation. Those in it go on. Servers of ours have an
+	// age that follows the certificates' lives (decision 22).
 	tunnelAge = 30 * time.Minute
 	// userTimeout is how long the kernel waits for a tunnel's peer to acknowledge
 	// data, or after an outage pools stay dead for a quarter of an hour.
