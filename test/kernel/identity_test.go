@@ -2,9 +2,11 @@ package kernel
 
 import (
 	"bytes"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -286,4 +288,56 @@ func TestOperatorAway(t *testing.T) {
 	}
 	flow{from: l.A1, to: l.B2}.check(t, 4)
 	flow{from: l.B2, to: l.A1}.check(t, 4)
+	keysStay(t, l.Node1)
+	keysStay(t, l.Node2)
+}
+
+// keysStay checks that the keys of a node are in their directory and in no other file
+// of the agent's and its proxies', last good configuration and logs among them.
+func keysStay(t *testing.T, n *lab.Node) {
+	t.Helper()
+	directory := filepath.Join(n.Isolation().RunDir, "keys")
+	files, err := filepath.Glob(filepath.Join(directory, "*.pem"))
+	lab.Check(t, err)
+	secrets := [][]byte{[]byte("PRIVATE KEY")}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		lab.Check(t, err)
+		_, key, ok := bytes.Cut(b, []byte("-----BEGIN PRIVATE KEY-----\n"))
+		if !ok {
+			t.Fatalf("%s has no key", file)
+		}
+		block, _ := pem.Decode(append([]byte("-----BEGIN PRIVATE KEY-----\n"), key...))
+		// In the text there is a line of 64 characters with the middle of the key in it.
+		secrets = append(secrets, key[64+1:64+1+40], block.Bytes[len(block.Bytes)/2:len(block.Bytes)/2+20])
+	}
+	if len(files) < len(n.Pods)-1 {
+		t.Fatalf("%s has the keys of %d identities", n.Name, len(files))
+	}
+	looked := 0
+	lab.Check(t, filepath.WalkDir(n.Dir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case path == directory, path == filepath.Join(n.Isolation().RunDir, "netns"), path == filepath.Join(n.Dir, "bpf"):
+			return filepath.SkipDir
+		case err != nil || !d.Type().IsRegular():
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		looked++
+		if bytes.HasPrefix(b, []byte("\x7fELF")) {
+			return err // Envoy, which knows the words
+		}
+		for _, s := range secrets {
+			if bytes.Contains(b, s) {
+				t.Errorf("%s holds a key", path)
+			}
+		}
+		return err
+	}))
+	if looked < 5 {
+		t.Fatalf("%s has %d files: looking there proves nothing", n.Name, looked)
+	}
 }
