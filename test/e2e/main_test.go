@@ -40,6 +40,8 @@ type env struct {
 	root  string
 	nodes []string // with a pod of each application, sorted
 	pods  map[harness.Echo]map[string]harness.Pod
+	// roots is the change of roots that goes on while the tests run.
+	roots *rootChange
 }
 
 var e *env
@@ -101,7 +103,8 @@ spec:
 			return nil, err
 		}
 	}
-	return e, nil
+	e.roots, err = e.changeRoots(ctx)
+	return e, err
 }
 
 func (e *env) pod(a harness.Echo, i int) harness.Pod { return e.pods[a][e.nodes[i]] }

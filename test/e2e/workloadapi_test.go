@@ -21,14 +21,14 @@ import (
 const workloadName = "workload"
 
 // workloadPod is a pod that has the Workload API's directory mounted.
-func workloadPod(namespace, node string) string {
-	return strings.NewReplacer("NAMESPACE", namespace, "NAME", workloadName, "NODE", node, "IMAGE", harness.EchoImage).Replace(`---
+func workloadPod(namespace, name, account, node string) string {
+	return strings.NewReplacer("NAMESPACE", namespace, "NAME", name, "ACCOUNT", account, "NODE", node, "IMAGE", harness.EchoImage).Replace(`---
 apiVersion: v1
 kind: Pod
 metadata: {name: NAME, namespace: NAMESPACE, labels: {app: NAME}}
 spec:
   nodeName: NODE
-  serviceAccountName: web
+  serviceAccountName: ACCOUNT
   terminationGracePeriodSeconds: 1
   securityContext: {runAsUser: 65532, runAsGroup: 65532, runAsNonRoot: true}
   containers:
@@ -47,13 +47,30 @@ spec:
 }
 
 // fetchSVIDs runs the client, which is go-spiffe's, in a pod.
-func fetchSVIDs(ctx context.Context, namespace string) (app.WorkloadResult, error) {
+func fetchSVIDs(ctx context.Context, namespace, name string) (app.WorkloadResult, error) {
 	var r app.WorkloadResult
-	err := e.ExecJSON(ctx, &r, namespace, workloadName, "echo", "workload", "--audience", "e2e")
+	err := e.ExecJSON(ctx, &r, namespace, name, "echo", "workload", "--audience", "e2e")
 	if r.Failure != "" || r.OK {
 		return r, nil
 	}
 	return r, err
+}
+
+func waitWorkload(t *testing.T, namespace, name string) (pod corev1.Pod) {
+	t.Helper()
+	if err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, "pod "+namespace+"/"+name, func(ctx context.Context) error {
+		pods, err := e.Pods(ctx, namespace, "app="+name)
+		if err == nil && len(pods) != 1 {
+			err = fmt.Errorf("%d pods are ready", len(pods))
+		}
+		if err == nil {
+			pod = pods[0]
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return pod
 }
 
 // TestWorkloadAPI is an application that fetches its SVIDs on a real node: real
@@ -70,24 +87,16 @@ func TestWorkloadAPI(t *testing.T) {
 		}
 	})
 	for _, namespace := range namespaces {
-		if err := e.Apply(t.Context(), workloadPod(namespace, node)); err != nil {
+		if err := e.Apply(t.Context(), workloadPod(namespace, workloadName, "web", node)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, namespace := range namespaces {
-		if err := harness.Wait(t.Context(), time.Minute, 500*time.Millisecond, "pod of "+namespace, func(ctx context.Context) error {
-			pods, err := e.Pods(ctx, namespace, "app="+workloadName)
-			if err == nil && (len(pods) != 1 || len(pods[0].Status.ContainerStatuses) != 1 || !pods[0].Status.ContainerStatuses[0].Ready) {
-				err = fmt.Errorf("%d pods", len(pods))
-			}
-			return err
-		}); err != nil {
-			t.Fatal(err)
-		}
+		waitWorkload(t, namespace, workloadName)
 	}
 	mustFetch := func(echo harness.Echo) app.WorkloadResult {
 		t.Helper()
-		r, err := fetchSVIDs(t.Context(), echo.Namespace)
+		r, err := fetchSVIDs(t.Context(), echo.Namespace, workloadName)
 		want := harness.Pod{Echo: echo}.Identity(trustDomain)
 		if err != nil || !r.OK || r.ID != want || r.Subject != want {
 			t.Errorf("a pod of %s got %+v, %v; want %s", echo.Namespace, r, err, want)
@@ -113,7 +122,7 @@ func TestWorkloadAPI(t *testing.T) {
 	if _, err := jwtsvid.ParseAndValidate(got.Token, bundle, []string{"other"}); err == nil {
 		t.Error("another audience takes it")
 	}
-	if r, err := fetchSVIDs(t.Context(), webO.Namespace); err != nil || r.OK || r.ID != "" || !strings.Contains(r.Failure, "PermissionDenied") {
+	if r, err := fetchSVIDs(t.Context(), webO.Namespace, workloadName); err != nil || r.OK || r.ID != "" || !strings.Contains(r.Failure, "PermissionDenied") {
 		t.Errorf("a pod outside of the mesh got %+v, %v", r, err)
 	}
 	// The next agent's socket is in the same directory.
@@ -129,7 +138,7 @@ func TestWorkloadAPI(t *testing.T) {
 		}
 	}
 	if err := harness.Wait(t.Context(), 2*time.Minute, time.Second, "the next agent", func(ctx context.Context) error {
-		r, err := fetchSVIDs(ctx, webA.Namespace)
+		r, err := fetchSVIDs(ctx, webA.Namespace, workloadName)
 		if err == nil && !r.OK {
 			err = fmt.Errorf("%s", r.Failure)
 		}

@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"time"
 
@@ -14,8 +15,13 @@ import (
 type WorkloadResult struct {
 	OK bool `json:"ok"`
 	// ID and Serial are of the X.509-SVID.
-	ID     string `json:"id,omitempty"`
-	Serial string `json:"serial,omitempty"`
+	ID      string    `json:"id,omitempty"`
+	Serial  string    `json:"serial,omitempty"`
+	Expires time.Time `json:"expires,omitzero"`
+	// Root is the serial number of the one that it chains to, of the Roots that are
+	// trusted.
+	Root  string `json:"root,omitempty"`
+	Roots int    `json:"roots,omitempty"`
 	// Token is the JWT-SVID, Subject whose it is.
 	Token   string `json:"token,omitempty"`
 	Subject string `json:"subject,omitempty"`
@@ -39,6 +45,8 @@ func (c *command) workload() error {
 	return c.finish(r.OK, r)
 }
 
+func serial(c *x509.Certificate) string { return c.SerialNumber.Text(16) }
+
 func fetchSVIDs(ctx context.Context, audience string) (r WorkloadResult, err error) {
 	client, err := workloadapi.New(ctx)
 	if err != nil {
@@ -50,10 +58,16 @@ func fetchSVIDs(ctx context.Context, audience string) (r WorkloadResult, err err
 		return r, fmt.Errorf("fetch X.509-SVID: %w", err)
 	}
 	svid := x.DefaultSVID()
-	if _, _, err := x509svid.Verify(svid.Certificates, x.Bundles); err != nil {
+	_, chains, err := x509svid.Verify(svid.Certificates, x.Bundles)
+	if err != nil {
 		return r, fmt.Errorf("verify X.509-SVID: %w", err)
 	}
-	r.ID, r.Serial = svid.ID.String(), svid.Certificates[0].SerialNumber.Text(16)
+	bundle, err := x.Bundles.GetX509BundleForTrustDomain(svid.ID.TrustDomain())
+	if err != nil {
+		return r, fmt.Errorf("verify X.509-SVID: %w", err)
+	}
+	r.ID, r.Serial, r.Expires = svid.ID.String(), serial(svid.Certificates[0]), svid.Certificates[0].NotAfter
+	r.Root, r.Roots = serial(chains[0][len(chains[0])-1]), len(bundle.X509Authorities())
 	token, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
 	if err != nil {
 		return r, fmt.Errorf("fetch JWT-SVID: %w", err)

@@ -1,0 +1,198 @@
+package e2e
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+const issuerName = "bulkhead-issuer"
+
+// rootChange is the change from the mesh's own root to one of a Secret. A new root is
+// published for two minutes before anything is signed under it, so it begins before
+// the tests, goes on under them and is looked at by TestIssuer.
+type rootChange struct {
+	issuer *corev1.Secret // as cert-manager writes it
+	load   chan loadEnd
+}
+
+type loadEnd struct {
+	result app.RunResult
+	err    error
+}
+
+// changeRoots names an issuer, and has one pod call another from before the change to
+// after it. A cluster on which tests ran before has the issuer already.
+func (e *env) changeRoots(ctx context.Context) (*rootChange, error) {
+	c := &rootChange{load: make(chan loadEnd, 1)}
+	secrets := e.Kube.CoreV1().Secrets(harness.SystemNamespace)
+	var err error
+	if c.issuer, err = secrets.Get(ctx, issuerName, metav1.GetOptions{}); apierrors.IsNotFound(err) {
+		made, err := newIssuerSecret(time.Now())
+		if err != nil {
+			return nil, err
+		}
+		if c.issuer, err = secrets.Create(ctx, made, metav1.CreateOptions{}); err != nil {
+			return nil, err
+		}
+	} else if err != nil {
+		return nil, err
+	}
+	started := make(chan struct{})
+	go func() {
+		r, err := e.Load(ctx, e.pod(webB, 1), started, "load", "--protocol", "tcp", "--connections", "10", "--rate", "20",
+			"--new-connection-ratio", "0.5", "--duration", "170s", hostPort(e.pod(webB, 0).IPv4, app.GreetPort))
+		c.load <- loadEnd{r, err}
+	}()
+	select {
+	case <-started:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	_, err = e.Kubectl(ctx, "", "patch", "meshtopology", "e2e", "--type=merge", "--patch", `{"spec":{"identity":{"issuerSecret":"`+issuerName+`"}}}`)
+	return c, err
+}
+
+// newIssuerSecret is an intermediate of somebody else's root: RSA, as cert-manager
+// makes them by default.
+func newIssuerSecret(now time.Time) (*corev1.Secret, error) {
+	rootKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	root, err := signAuthority("Example Corporation root", nil, rootKey.Public(), rootKey, now.Add(24*time.Hour))
+	if err != nil {
+		return nil, err
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, err
+	}
+	intermediate, err := signAuthority("Example Corporation mesh", root, key.Public(), rootKey, now.Add(12*time.Hour))
+	if err != nil {
+		return nil, err
+	}
+	return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: issuerName}, Type: corev1.SecretTypeTLS, Data: map[string][]byte{
+		"tls.crt": encode("CERTIFICATE", intermediate.Raw), "ca.crt": encode("CERTIFICATE", root.Raw),
+		"tls.key": encode("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key)),
+	}}, nil
+}
+
+func encode(kind string, der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
+
+func signAuthority(name string, parent *x509.Certificate, key crypto.PublicKey, by crypto.Signer, end time.Time) (*x509.Certificate, error) {
+	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: end.Add(-48 * time.Hour), NotAfter: end,
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	if parent == nil {
+		parent = template
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key, by)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
+}
+
+// TestIssuer looks at the change of roots that has gone on under the other tests, and
+// at issuers that can't be used.
+func TestIssuer(t *testing.T) {
+	block, _ := pem.Decode(e.roots.issuer.Data["ca.crt"])
+	root, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identityReady(t, 3*time.Minute, "", "ChangingRoots", "Ready") // nothing is wrong
+	if err := harness.Wait(t.Context(), 3*time.Minute, time.Second, "the new root to sign", func(ctx context.Context) error {
+		for _, says := range []string{"under the new root since", "Secret " + harness.SystemNamespace + "/" + issuerName} {
+			message, err := e.Kubectl(ctx, "", "get", "meshtopology", "e2e", "-o", `jsonpath={.status.conditions[?(@.type=="IdentityReady")].message}`)
+			if err != nil || strings.Contains(message, says) {
+				return err
+			}
+		}
+		return fmt.Errorf("not yet")
+	}); err != nil {
+		t.Fatal(err)
+	}
+	published, err := e.Kube.CoreV1().ConfigMaps(harness.SystemNamespace).Get(t.Context(), "bulkhead-trust-bundle", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(published.Data["ca.crt"], string(e.roots.issuer.Data["ca.crt"])) {
+		t.Errorf("the issuer's root isn't published: %s", published.Data["ca.crt"])
+	}
+	issued := func(name string) harness.Pod {
+		t.Helper()
+		pod, r := newIdentity(t, name)
+		if want := root.SerialNumber.Text(16); r.Root != want {
+			t.Errorf("%s: it chains to the root %s, not to %s", name, r.Root, want)
+		}
+		if n := strings.Count(published.Data["ca.crt"], "BEGIN CERTIFICATE"); r.Roots != n {
+			t.Errorf("%s: it trusts %d roots, %d are published", name, r.Roots, n)
+		}
+		// Those whom it talks to were signed for under the old root.
+		peer := e.pod(webB, 1)
+		mustCall(t, pod, pod.IPv4, "tcp", hostPort(peer.IPv4, app.GreetPort))
+		mustCall(t, peer, peer.IPv4, "tcp", hostPort(pod.IPv4, app.GreetPort))
+		return pod
+	}
+	issued("under-the-new-root")
+
+	other, err := newIssuerSecret(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	expired, err := newIssuerSecret(time.Now().Add(-13 * time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	authority := secret(t, "bulkhead-ca").Data["intermediate.crt"]
+	for _, bad := range []struct {
+		name, says string
+		change     map[string][]byte
+	}{
+		{"of another key", "tls.key isn't the key", map[string][]byte{"tls.key": other.Data["tls.key"]}},
+		{"expired", "ended at", expired.Data},
+	} {
+		restore := spoil(t, issuerName, bad.change)
+		took := identityReady(t, 20*time.Second, bad.says, "InvalidIssuer")
+		if bad.name == "expired" {
+			issued("though-it-expired")
+		} else {
+			// Of two in a few minutes the API has one event, with the words of the first.
+			told(t, issuerName, "InvalidIssuer", bad.says)
+		}
+		restore()
+		back := identityReady(t, 20*time.Second, "", "ChangingRoots", "Ready")
+		t.Logf("an issuer %s: told after %s, and that it is mended after %s", bad.name, took, back)
+	}
+	if now := secret(t, "bulkhead-ca").Data["intermediate.crt"]; string(now) != string(authority) {
+		t.Error("what signs has changed")
+	}
+	if load := <-e.roots.load; load.err != nil || load.result.Failures.Total > 0 || load.result.Exchanges < 170*20*8/10 {
+		t.Errorf("while roots changed: %v, %d exchanges, %d failures, first %+v", load.err, load.result.Exchanges, load.result.Failures.Total, load.result.Failures.First)
+	}
+}
