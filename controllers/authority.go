@@ -42,8 +42,7 @@ const (
 	// authorityCheck is how often the authority's age is looked at.
 	authorityCheck = time.Hour
 	// issuerCheck is how often somebody else's issuer is read again, and what isn't
-	// right is looked at. RBAC names each Secret, so that a watch for one would have
-	// to come and go with the field that names it.
+	// right is looked at (decision 29).
 	issuerCheck = 10 * time.Second
 )
 
