@@ -14,7 +14,7 @@ have     = $(wildcard $(1)/*.go)
 packages = $(foreach d,$(1),$(if $(shell find $(d) -name '*_test.go' 2>/dev/null | head -1),./$(d)/...))
 
 # Packages whose tests need root, a real kernel or a real Envoy.
-kernel_packages = $(call packages,agent bpf cmd/cni hack/cluster hack/envoy identity isolation test/kernel xds)
+kernel_packages = $(call packages,agent bpf cmd/cni hack/cluster hack/envoy identity isolation netfilter test/kernel xds)
 # Packages that aren't for `go test ./...`: they need a cluster, or hours.
 slow_folders = test/e2e|test/conformance|test/soak|test/kernel
 

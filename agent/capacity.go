@@ -3,7 +3,7 @@ package agent
 import (
 	"time"
 
-	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // capacityPeriod is the least time between two looks at how full the kernel's maps
@@ -13,7 +13,7 @@ const capacityPeriod = 10 * time.Second
 // usageSource tells how full the maps are that a datapath keeps pods and
 // connections in. Not every datapath has such.
 type usageSource interface {
-	Usage() ([]bpf.Usage, error)
+	Usage() ([]steer.Usage, error)
 }
 
 // checkCapacity returns what will be full soon, "" if nothing will.
@@ -28,7 +28,7 @@ func (a *Agent) checkCapacity() string {
 	a.capacityAt = time.Now()
 	all, err := source.Usage()
 	if err == nil {
-		err = bpf.NearlyFull(all)
+		err = steer.NearlyFull(all)
 	}
 	problem := ""
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 const (
@@ -25,7 +26,7 @@ const (
 // steer gives a pod its way. A pod that ran before it was steered, or was another
 // tenant's, keeps its connections; those of one that was redirected in another way
 // are its tenant's.
-func (a *Agent) steer(want bpf.Pod, record sandboxRecord, known, former bool) error {
+func (a *Agent) steer(want steer.Pod, record sandboxRecord, known, former bool) error {
 	if !known && (former || record.ContainerID != "") {
 		return a.datapath.UpdatePod(want) // it waits in the CNI plugin and has none
 	}

@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // ensureTenant runs one tenant's proxy. again is 0 if nothing has to be looked at
@@ -21,8 +21,8 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	if err != nil {
 		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
 	}
-	if err := a.datapath.UpdateTenant(bpf.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
-		TenantIfindex: b.TenantIfindex, HostMAC: b.HostMAC, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections}); err != nil {
+	if err := a.datapath.UpdateTenant(steer.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
+		TenantIfindex: b.TenantIfindex, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections}); err != nil {
 		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
 	}
 	state, _ := a.bulkheads.State(t)

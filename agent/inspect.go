@@ -12,8 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // Inspection is what an agent reads back from its node's kernel about the tenant
@@ -119,7 +119,7 @@ func (a *Agent) inspect() (Inspection, error) {
 	if _, ok := now.datapath.(eventSource); !ok && now.datapath != nil {
 		i.Missing = []string{"events of single connections"}
 	}
-	var counters map[uint16]bpf.Counters
+	var counters map[uint16]steer.Counters
 	if now.datapath != nil {
 		if counters, err = now.Counters(); err != nil {
 			return i, fmt.Errorf("read counters: %w", err)
@@ -136,7 +136,7 @@ func (a *Agent) inspect() (Inspection, error) {
 			t.Generations[g].Role, t.Generations[g].Serving = string(o.round.placed[tp.tenant].role(p)), o.takes(tp.tenant, p)
 		}
 		if l, ok := now.datapath.(limiter); ok {
-			if t.Connections, err = l.Connections(state.Index); err != nil && !errors.Is(err, bpf.ErrUnknownTenant) {
+			if t.Connections, err = l.Connections(state.Index); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
 				return i, err
 			}
 		}
@@ -162,7 +162,7 @@ func (a *Agent) inspect() (Inspection, error) {
 			continue
 		}
 		t := InspectedTenant{Name: name.String(), Reason: "it has no pods here any more and ends soon",
-			Limits: InspectedLimits(enforcedLimits(state.Limits, bpf.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
+			Limits: InspectedLimits(enforcedLimits(state.Limits, steer.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
 		i.Tenants = append(i.Tenants, t)
 	}
@@ -170,7 +170,7 @@ func (a *Agent) inspect() (Inspection, error) {
 }
 
 // read adds what runs and what was counted.
-func (t *InspectedTenant) read(state isolation.State, counters map[uint16]bpf.Counters) {
+func (t *InspectedTenant) read(state isolation.State, counters map[uint16]steer.Counters) {
 	if c, ok := counters[state.Index]; ok {
 		t.Steered, t.Drops, t.Excluded, t.Bypassed = c.Steered, drops(c), c.Excluded, c.Bypassed
 	}
@@ -180,7 +180,7 @@ func (t *InspectedTenant) read(state isolation.State, counters map[uint16]bpf.Co
 }
 
 // drops names the counters that aren't zero.
-func drops(c bpf.Counters) map[string]uint64 {
+func drops(c steer.Counters) map[string]uint64 {
 	m := map[string]uint64{
 		"refused": c.Refused, "spoofed": c.Dropped.Spoofed, "fragment": c.Dropped.Fragment, "malformed": c.Dropped.Malformed,
 		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,

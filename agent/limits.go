@@ -6,14 +6,14 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // limiter is a datapath that can bound a tenant's connections. Not every one can.
 type limiter interface {
-	ConnectionLimits(index uint16) (bpf.ConnectionLimits, error)
+	ConnectionLimits(index uint16) (steer.ConnectionLimits, error)
 	CheckConnections(index uint16, netns string) error
 	Connections(index uint16) (int64, error)
 }
@@ -24,26 +24,26 @@ func processLimits(l v1alpha1.Limits) isolation.Limits {
 }
 
 // connectionLimits are what steering holds of connections.
-func connectionLimits(l v1alpha1.Limits) bpf.ConnectionLimits {
+func connectionLimits(l v1alpha1.Limits) steer.ConnectionLimits {
 	bounded := func(n int64) uint32 { return uint32(max(0, min(n, math.MaxInt32))) }
-	return bpf.ConnectionLimits{Concurrent: bounded(l.Connections), NewPerSecond: bounded(l.NewConnections)}
+	return steer.ConnectionLimits{Concurrent: bounded(l.Connections), NewPerSecond: bounded(l.NewConnections)}
 }
 
 // enforcedLimits are both, as they were read back.
-func enforcedLimits(l isolation.Limits, c bpf.ConnectionLimits) v1alpha1.Limits {
+func enforcedLimits(l isolation.Limits, c steer.ConnectionLimits) v1alpha1.Limits {
 	return v1alpha1.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids,
 		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond)}
 }
 
 // enforcedConnections reads back the bounds of a tenant's connections, and says
 // which of those that are wanted the node can't hold.
-func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have bpf.ConnectionLimits, unenforced []string) {
+func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have steer.ConnectionLimits, unenforced []string) {
 	steering := a.steering()
 	l, can := steering.datapath.(limiter)
 	if can {
 		// A tenant that isn't there yet has none.
 		have, _ = l.ConnectionLimits(state.Index)
-	} else if tp.connections != (bpf.ConnectionLimits{}) {
+	} else if tp.connections != (steer.ConnectionLimits{}) {
 		return have, []string{fmt.Sprintf("connections: redirection %s bounds none; use %s", steering.kind, v1alpha1.RedirectionEBPF)}
 	}
 	if tp.connections.Concurrent != 0 && state.CgroupV2 == "" {

@@ -10,10 +10,10 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // plan is what should run on the node.
@@ -35,7 +35,7 @@ type plan struct {
 
 // traffic is what of a pod's connections doesn't go the mesh's way.
 type traffic struct {
-	exclusions     []bpf.Exclusion
+	exclusions     []steer.Exclusion
 	strict, bypass bool
 }
 
@@ -44,7 +44,7 @@ type tenantPlan struct {
 	tenant model.Tenant
 	limits isolation.Limits
 	// connections that it takes.
-	connections bpf.ConnectionLimits
+	connections steer.ConnectionLimits
 	// version of Envoy that is to serve it.
 	version string
 	// canary is to serve beside it; nil for none.
@@ -138,10 +138,10 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 }
 
 // exclusions are those that make sense.
-func exclusions(list []v1alpha1.Exclusion) (out []bpf.Exclusion, err error) {
+func exclusions(list []v1alpha1.Exclusion) (out []steer.Exclusion, err error) {
 	var errs []error
 	for _, e := range list {
-		x := bpf.Exclusion{Inbound: e.Direction == v1alpha1.DirectionInbound, Port: uint16(e.Port)}
+		x := steer.Exclusion{Inbound: e.Direction == v1alpha1.DirectionInbound, Port: uint16(e.Port)}
 		var err error
 		switch {
 		case e.Direction != v1alpha1.DirectionInbound && e.Direction != v1alpha1.DirectionOutbound:

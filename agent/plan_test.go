@@ -12,10 +12,10 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 func nodeProxy() *v1alpha1.NodeProxy {
@@ -168,7 +168,7 @@ func TestMakeStatus(t *testing.T) {
 		return observation{
 			redirection: v1alpha1.RedirectionEBPF,
 			round: round{plan: p, known: true, serving: map[model.Tenant]process{a: {pid: 40}, b: {pid: 40}}, problems: map[model.Tenant]string{},
-				steered: map[string]bpf.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
+				steered: map[string]steer.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
 			states: map[model.Tenant]isolation.State{
 				a: {Limits: isolation.Limits{CPUMillis: 500}, Processes: []isolation.Process{live(0, "1.39.3"), live(1, "1.40.0")}},
 				b: {Processes: []isolation.Process{live(0, "1.40.0")}},
@@ -187,7 +187,7 @@ func TestMakeStatus(t *testing.T) {
 		t.Errorf("redirection %q, conditions %+v", s.Redirection, s.Conditions)
 	}
 	flags := good()
-	flags.round.steered["1"] = bpf.Pod{Strict: true, Bypass: true}
+	flags.round.steered["1"] = steer.Pod{Strict: true, Bypass: true}
 	if s := makeStatus(flags); s.Tenants[0].StrictPods != 1 || s.Tenants[0].BypassedPods != 1 || s.Tenants[1].StrictPods != 0 || s.Tenants[1].BypassedPods != 0 {
 		t.Errorf("strict and bypassed pods: %+v", s.Tenants)
 	}

@@ -9,9 +9,9 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 const (
@@ -34,7 +34,7 @@ type round struct {
 	// problems of tenants, for people.
 	problems map[model.Tenant]string
 	// steered pods, with the veth that carries their programs.
-	steered map[string]bpf.Pod
+	steered map[string]steer.Pod
 	// redirectionProblem is why pods aren't redirected as planned.
 	redirectionProblem string
 	// capacityProblem is what of the kernel's will be full soon.
@@ -75,7 +75,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return next
 	}
 	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
-		steered: map[string]bpf.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{}}
+		steered: map[string]steer.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{}}
 	a.identities.SetPods(p.pods)
 	if err := a.ensureRedirection(p.redirection); err != nil {
 		a.log.Error("redirection isn't as planned", "error", err)
@@ -165,7 +165,7 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCou
 			next = min(next, soon)
 			continue
 		}
-		want := bpf.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
+		want := steer.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
 			Exclusions: t.exclusions, Strict: t.strict, Bypass: t.bypass}
 		if err := a.steer(want, record, slices.Contains(steered, pod.UID), slices.Contains(former, pod.UID)); err != nil {
 			if !a.linkExists(record) {
@@ -233,7 +233,7 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, steered map[string]bpf.Pod) time.Duration {
+func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, steered map[string]steer.Pod) time.Duration {
 	next := resync
 	used := map[uint16]bool{}
 	for _, pod := range steered {
@@ -378,7 +378,7 @@ func (a *Agent) isBypassed(uid string) bool {
 
 // servesPod reports whether a pod still is where it was steered, and that tenant
 // is still there.
-func (a *Agent) servesPod(was bpf.Pod, record sandboxRecord) bool {
+func (a *Agent) servesPod(was steer.Pod, record sandboxRecord) bool {
 	_, there := a.tenantOf(was.Tenant)
 	return there && was.Ifindex == record.Ifindex
 }

@@ -14,12 +14,13 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/netfilter"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// datapath leads pods' connections to their tenants' proxies. It is *bpf.Datapath,
-// whose words it uses, or byNetfilter.
+// datapath leads pods' connections to their tenants' proxies. It is *bpf.Datapath
+// or *netfilter.Datapath.
 type datapath interface {
-	UpdateTenant(bpf.Tenant) error
+	UpdateTenant(steer.Tenant) error
 	DeleteTenant(index uint16) error
 	Tenants() ([]uint16, error)
 
@@ -27,8 +28,8 @@ type datapath interface {
 	ClearListeners(index uint16, generation int) error
 	SetWeight(index uint16, canaryPercent int) error
 
-	UpdatePod(bpf.Pod) error
-	MovePod(bpf.Pod, model.FlowReader) error
+	UpdatePod(steer.Pod) error
+	MovePod(steer.Pod, model.FlowReader) error
 	ReleasePod(uid string, established model.FlowReader) error
 	DeletePod(uid string) error
 	Pods() ([]string, error)
@@ -36,54 +37,13 @@ type datapath interface {
 	SweepFlows(idle time.Duration) error
 
 	SetNodeAddresses([]netip.Addr) error
-	Counters() (map[uint16]bpf.Counters, error)
+	Counters() (map[uint16]steer.Counters, error)
 	Close() error
 }
 
 // eventSource tells of single connections. Not every datapath can.
 type eventSource interface {
 	Events(buffer int) (*bpf.EventReader, error)
-}
-
-// byNetfilter is a netfilter.Datapath in the words of the package bpf.
-type byNetfilter struct{ *netfilter.Datapath }
-
-func (d byNetfilter) UpdateTenant(t bpf.Tenant) error {
-	return d.Datapath.UpdateTenant(netfilter.Tenant{Index: t.Index, Netns: t.Netns, HostIfindex: t.HostIfindex, TenantIfindex: t.TenantIfindex, TenantMAC: t.TenantMAC})
-}
-
-func netfilterPod(p bpf.Pod) (netfilter.Pod, error) {
-	if p.Bypass || len(p.Exclusions) > 0 {
-		return netfilter.Pod{}, fmt.Errorf("pod %s: redirection %s can leave nothing out of the mesh: take its exclusions or bypass back, or use %s",
-			p.UID, v1alpha1.RedirectionNetfilter, v1alpha1.RedirectionEBPF)
-	}
-	return netfilter.Pod{UID: p.UID, Tenant: p.Tenant, Ifindex: p.Ifindex, IPs: p.IPs, MAC: p.MAC, Strict: p.Strict}, nil
-}
-
-func (d byNetfilter) UpdatePod(p bpf.Pod) error {
-	pod, err := netfilterPod(p)
-	if err != nil {
-		return err
-	}
-	return d.Datapath.UpdatePod(pod)
-}
-
-func (d byNetfilter) MovePod(p bpf.Pod, established model.FlowReader) error {
-	pod, err := netfilterPod(p)
-	if err != nil {
-		return err
-	}
-	return d.Datapath.MovePod(pod, established)
-}
-
-func (d byNetfilter) Counters() (map[uint16]bpf.Counters, error) {
-	counters, err := d.Datapath.Counters()
-	all := map[uint16]bpf.Counters{}
-	for index, c := range counters {
-		all[index] = bpf.Counters{Steered: c.Steered, Outbound: c.Outbound, Inbound: c.Inbound, Plain: c.Plain, NodePlain: c.NodePlain,
-			Refused: c.Refused, Dropped: bpf.Drops(c.Dropped)}
-	}
-	return all, err
 }
 
 // steering is the datapath that is at work, and the one before it while that has
@@ -156,11 +116,7 @@ func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {
 		if err := netfilter.Probe(); err != nil {
 			return nil, fmt.Errorf("this node's kernel can't steer by nftables: %w", err)
 		}
-		d, err := netfilter.Open(netfilter.Options{Gone: a.wake, Log: a.log})
-		if err != nil {
-			return nil, err
-		}
-		return byNetfilter{d}, nil
+		return netfilter.Open(netfilter.Options{Gone: a.wake, Log: a.log})
 	}
 	if err := bpf.Probe(); err != nil {
 		return nil, fmt.Errorf("this node's kernel can't steer by eBPF: %w", err)

@@ -20,10 +20,10 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/bpf"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 const maxMessage = 4096 // of 32768 that the API takes
@@ -50,7 +50,7 @@ type observation struct {
 
 // boundedConnections are a tenant's bounds as they were read back.
 type boundedConnections struct {
-	limits     bpf.ConnectionLimits
+	limits     steer.ConnectionLimits
 	unenforced []string
 }
 
@@ -63,7 +63,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,
-		Limits:             enforcedLimits(o.limits, bpf.ConnectionLimits{}),
+		Limits:             enforcedLimits(o.limits, steer.ConnectionLimits{}),
 		Unenforced:         o.unenforced,
 	}
 	if problem := o.round.limitProblem; problem != "" {

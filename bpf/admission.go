@@ -8,38 +8,16 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// maxPerSecond is the most that the programs can pace: a connection a microsecond.
-const maxPerSecond = 1_000_000
-
-// ConnectionLimits bound the connections that a tenant's proxy takes, from its pods
-// and to them; 0 is no limit. A tunnel counts as one, whatever is in it. What is
-// beyond a limit is dropped before it costs the tenant anything, without an answer,
-// and counted as Drops.TooMany and TooFast; those that have begun go on.
-type ConnectionLimits struct {
-	// Concurrent is the most at a time. It needs Tenant.CgroupV2: without, nobody
-	// counts, and it doesn't hold. Connections that open at the same instant can go
-	// beyond it by as many.
-	Concurrent uint32
-	// NewPerSecond is how many may open in a second, at most 1,000,000; after a
-	// second without any, so many at once.
-	NewPerSecond uint32
-}
-
-func (l ConnectionLimits) validate() error {
-	if l.NewPerSecond > maxPerSecond {
-		return fmt.Errorf("%d new connections per second: at most %d", l.NewPerSecond, maxPerSecond)
-	}
-	return nil
-}
-
 // ConnectionLimits are those that the programs hold for a tenant.
-func (d *Datapath) ConnectionLimits(index uint16) (ConnectionLimits, error) {
+func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	t, err := d.tenant(index)
-	return ConnectionLimits{Concurrent: t.MaxConnections, NewPerSecond: t.NewPerSecond}, err
+	return steer.ConnectionLimits{Concurrent: t.MaxConnections, NewPerSecond: t.NewPerSecond}, err
 }
 
 // Connections is how many connections a tenant's processes have accepted and not

@@ -13,10 +13,12 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // counting puts tenant 1's proxy into a cgroup, where its connections are counted.
-func (m *mesh) counting(l ConnectionLimits) {
+func (m *mesh) counting(l steer.ConnectionLimits) {
 	m.t.Helper()
 	cgroup := makeCgroup(m.t)
 	m.proxy1.stop()
@@ -61,7 +63,7 @@ func (m *mesh) waitConnections(index uint16, want int64) {
 func TestConcurrentConnections(t *testing.T) {
 	m := newMesh(t)
 	const most = 6
-	m.counting(ConnectionLimits{Concurrent: most})
+	m.counting(steer.ConnectionLimits{Concurrent: most})
 	remote := remoteAddresses
 	var held []net.Conn
 	hold := func(n *namespace, to netip.AddrPort) {
@@ -132,14 +134,14 @@ func TestConcurrentConnections(t *testing.T) {
 	// Without the limit nobody is kept out, and who has begun is counted.
 	m.proxy1 = startProxyIn(t, m.one.namespace, "proxy1", m.one.CgroupV2)
 	check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
-	m.one.Connections = ConnectionLimits{}
+	m.one.Connections = steer.ConnectionLimits{}
 	check(t, m.d.UpdateTenant(m.one.Tenant))
 	held = nil
 	for range most + 2 {
 		hold(m.a.namespace, at(remote.v4, 80))
 	}
 	m.waitConnections(1, most+2)
-	if l, err := m.d.ConnectionLimits(1); err != nil || l != (ConnectionLimits{}) {
+	if l, err := m.d.ConnectionLimits(1); err != nil || l != (steer.ConnectionLimits{}) {
 		t.Errorf("limits %+v, %v", l, err)
 	}
 }
@@ -148,7 +150,7 @@ func TestConcurrentConnections(t *testing.T) {
 func TestNewConnectionsPerSecond(t *testing.T) {
 	m := newMesh(t)
 	const rate = 50
-	m.one.Connections = ConnectionLimits{NewPerSecond: rate}
+	m.one.Connections = steer.ConnectionLimits{NewPerSecond: rate}
 	check(t, m.d.UpdateTenant(m.one.Tenant))
 	const seconds = 4
 	var opened [3]atomic.Int64
@@ -207,7 +209,7 @@ func TestNewConnectionsPerSecond(t *testing.T) {
 	if l, err := m.d.ConnectionLimits(1); err != nil || l.NewPerSecond != rate {
 		t.Errorf("limits after a restart: %+v, %v", l, err)
 	}
-	m.one.Connections = ConnectionLimits{NewPerSecond: 2_000_000}
+	m.one.Connections = steer.ConnectionLimits{NewPerSecond: 2_000_000}
 	if err := m.d.UpdateTenant(m.one.Tenant); err == nil {
 		t.Error("2,000,000 connections a second are accepted")
 	}
@@ -216,7 +218,7 @@ func TestNewConnectionsPerSecond(t *testing.T) {
 // A count that is wrong, whatever made it so, doesn't close a tenant for ever.
 func TestConnectionsAreChecked(t *testing.T) {
 	m := newMesh(t)
-	m.counting(ConnectionLimits{Concurrent: 20})
+	m.counting(steer.ConnectionLimits{Concurrent: 20})
 	to := at(remoteAddresses.v4, 80)
 	m.hold(new([]heldFlow), "held", m.a.namespace, netip.AddrPort{}, to, "proxy1")
 	m.waitConnections(1, 1)

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // A pod joins, changes tenant and leaves all the time, while it has connections
@@ -74,7 +76,7 @@ func TestMoveUnderLoad(t *testing.T) {
 	if c := m.pod1("a"); c.Direct == 0 || c.Outbound == 0 || c.Plain == 0 || moves["released"] == 0 {
 		t.Errorf("%v, %+v", moves, c)
 	}
-	if n := m.pod1("a").Dropped; n != (Drops{}) {
+	if n := m.pod1("a").Dropped; n != (steer.Drops{}) {
 		t.Logf("dropped: %+v", n)
 	}
 	check(t, m.d.DeletePod("a"))

@@ -5,89 +5,23 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
-
-// Counters are what has happened to one tenant since UpdateTenant made it. Steering
-// doesn't see TCP's flags: a late packet of a connection that has ended counts as
-// a new connection, too.
-type Counters struct {
-	// Steered are new connections per generation.
-	Steered [Generations]uint64
-	// Outbound, Inbound, Plain and NodePlain are new connections per listener.
-	Outbound, Inbound, Plain, NodePlain uint64
-	// Refused are new connections that found no listener.
-	Refused uint64
-	// Excluded and Bypassed are new connections that passed in the clear, by an
-	// Exclusion or by Pod.Bypass.
-	Excluded, Bypassed uint64
-	// EventsLost are connection events that found no room.
-	EventsLost uint64
-	// Dropped are packets.
-	Dropped Drops
-}
-
-// Drops are dropped packets by reason.
-type Drops struct {
-	// Spoofed: a pod used a source that isn't its address.
-	Spoofed uint64
-	// Fragment: a fragment of a TCP packet.
-	Fragment uint64
-	// Malformed: headers that can't be read to their end.
-	Malformed uint64
-	// NoTenant: the pod's tenant isn't known or has no network namespace.
-	NoTenant uint64
-	// NotThePod: to a pod's veth, but not to its address.
-	NotThePod uint64
-	// Deliver: from the deliver address to others than the tenant's own pods.
-	Deliver uint64
-	// Foreign: the tenant sent what is neither from nor to its own pods.
-	Foreign uint64
-	// Protocol: the tenant sent other things than TCP.
-	Protocol uint64
-	// Unsteered: TCP of no pod of the tenant reached its namespace.
-	Unsteered uint64
-	// Midstream: in the middle of a connection that isn't known, of a pod whose
-	// new ones pass in the clear.
-	Midstream uint64
-	// FlowsFull: a connection that would pass in the clear, of a pod that has
-	// 8,192 such ones already, or where the map of connections is full.
-	FlowsFull uint64
-	// PlainText: a new connection from outside of the mesh to a pod that is Strict.
-	PlainText uint64
-	// TooMany: a new connection of a tenant that has as many as it may
-	// (ConnectionLimits). One that is tried again counts again.
-	TooMany uint64
-	// TooFast: a new connection of a tenant that opens them faster than it may.
-	TooFast uint64
-}
-
-// PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
-// are of TCP on its veth, from the IP header on; packets that the kernel
-// handles in one piece count with one header.
-type PodCounters struct {
-	// Outbound, Inbound, Plain and NodePlain are new connections per listener of
-	// its tenant, Direct are those in the clear that are written down: of
-	// exclusions, the bypass, and while it leaves.
-	Outbound, Inbound, Plain, NodePlain, Direct uint64
-	// BytesSent are by the pod.
-	BytesSent, BytesReceived uint64
-	// Dropped are packets at its veth.
-	Dropped Drops
-}
 
 // Counters returns the counters of all tenants; what belongs to no tenant is
 // under 0.
-func (d *Datapath) Counters() (map[uint16]Counters, error) {
+func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	all := map[uint16]Counters{}
+	all := map[uint16]steer.Counters{}
 	var index uint32
 	var perCPU []datapathTenantCounters
 	entries := d.maps[datapathMapCounters].Iterate()
 	for entries.Next(&index, &perCPU) {
-		var sum Counters
+		var sum steer.Counters
 		for i := range perCPU {
-			sum.add(&perCPU[i])
+			addTenant(&sum, &perCPU[i])
 		}
 		all[uint16(index)] = sum
 	}
@@ -97,22 +31,25 @@ func (d *Datapath) Counters() (map[uint16]Counters, error) {
 	return all, nil
 }
 
-func (c *Counters) add(o *datapathTenantCounters) {
+func addTenant(c *steer.Counters, o *datapathTenantCounters) {
 	for i, n := range o.Steered {
 		c.Steered[i] += n
 	}
-	c.Outbound += o.Listener[datapathListenerLISTENER_OUTBOUND]
-	c.Inbound += o.Listener[datapathListenerLISTENER_INBOUND]
-	c.Plain += o.Listener[datapathListenerLISTENER_PLAIN]
-	c.NodePlain += o.Listener[datapathListenerLISTENER_NODE_PLAIN]
+	addListeners(&c.PerListener, o.Listener)
 	c.Refused += o.Refused
 	c.Excluded += o.Excluded
 	c.Bypassed += o.Bypassed
 	c.EventsLost += o.EventsLost
-	c.Dropped.add(&o.Dropped)
+	addDrops(&c.Dropped, &o.Dropped)
 }
 
-func (d *Drops) add(o *datapathDrops) {
+func addListeners(p *steer.PerListener, counted [listenerCount]uint64) {
+	for l, n := range counted {
+		p.Add(listeners[l], n)
+	}
+}
+
+func addDrops(d *steer.Drops, o *datapathDrops) {
 	d.Spoofed += o.Spoofed
 	d.Fragment += o.Fragment
 	d.Malformed += o.Malformed
@@ -130,10 +67,10 @@ func (d *Drops) add(o *datapathDrops) {
 }
 
 // PodCounters returns the counters of all pods, by UID.
-func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
+func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	all := map[string]PodCounters{}
+	all := map[string]steer.PodCounters{}
 	for uid, has := range d.pods {
 		for ifindex := range has.veths {
 			var perCPU []datapathPodCounters
@@ -145,7 +82,7 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 			}
 			sum := all[uid]
 			for i := range perCPU {
-				sum.add(&perCPU[i])
+				addPod(&sum, &perCPU[i])
 			}
 			all[uid] = sum
 		}
@@ -153,15 +90,12 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 	return all, nil
 }
 
-func (c *PodCounters) add(o *datapathPodCounters) {
-	c.Outbound += o.Listener[datapathListenerLISTENER_OUTBOUND]
-	c.Inbound += o.Listener[datapathListenerLISTENER_INBOUND]
-	c.Plain += o.Listener[datapathListenerLISTENER_PLAIN]
-	c.NodePlain += o.Listener[datapathListenerLISTENER_NODE_PLAIN]
+func addPod(c *steer.PodCounters, o *datapathPodCounters) {
+	addListeners(&c.PerListener, o.Listener)
 	c.Direct += o.Direct
 	c.BytesSent += o.BytesSent
 	c.BytesReceived += o.BytesReceived
-	c.Dropped.add(&o.Dropped)
+	addDrops(&c.Dropped, &o.Dropped)
 }
 
 // addCounters makes a tenant's counters unless they are there.

@@ -17,18 +17,6 @@ import (
 // DefaultPinDir is where links, programs and maps are pinned by default.
 const DefaultPinDir = "/sys/fs/bpf/bulkhead"
 
-// The addresses from which Envoy delivers to pods what came from the node's own
-// addresses. They are the same in every tenant's network namespace, and reach no
-// other than that tenant's own pods.
-var (
-	DeliverIPv4 = netip.MustParseAddr("169.254.96.1")
-	DeliverIPv6 = netip.MustParseAddr("fd69:8::1")
-)
-
-// ErrUnknownTenant says that UpdateTenant hasn't been called for a tenant, or
-// DeleteTenant has.
-var ErrUnknownTenant = errors.New("unknown tenant")
-
 // Options configure Open. The zero value works.
 type Options struct {
 	// PinDir is a folder on a BPF file system (see Mount), made by Open; its

@@ -15,6 +15,8 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf/ringbuf"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // EventKind is what happened to a connection.
@@ -182,7 +184,7 @@ func parseEvent(raw []byte) (Event, error) {
 
 // reasons are the fields of the programs' struct drops.
 var reasons = func() (names []string) {
-	t := reflect.TypeFor[Drops]()
+	t := reflect.TypeFor[steer.Drops]()
 	for i := range t.NumField() {
 		names = append(names, t.Field(i).Name)
 	}

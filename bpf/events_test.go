@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // events reads events until the test's end.
@@ -151,7 +153,7 @@ func TestEventsInTheClear(t *testing.T) {
 	m := newMesh(t)
 	serve(t, m.remote, 80)
 	serve(t, m.a.namespace, 8080)
-	check(t, m.d.SetExclusions([]Exclusion{{}, {Inbound: true}}))
+	check(t, m.d.SetExclusions([]steer.Exclusion{{}, {Inbound: true}}))
 	r := m.events(1000)
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, flow := range []struct {
@@ -235,7 +237,7 @@ func TestEventsOfDenials(t *testing.T) {
 func TestEventsLost(t *testing.T) {
 	m := newMesh(t)
 	serve(t, m.remote, 80)
-	check(t, m.d.SetExclusions([]Exclusion{{}}))
+	check(t, m.d.SetExclusions([]steer.Exclusion{{}}))
 	fill := func() {
 		// A connection is two events of about 130 bytes.
 		m.a.do(t, func() {
@@ -319,7 +321,7 @@ func TestPodCounters(t *testing.T) {
 	next := m.a.Pod
 	next.UID = "next"
 	check(t, m.d.UpdatePod(next))
-	if c := m.pod1("next"); c != (PodCounters{}) {
+	if c := m.pod1("next"); c != (steer.PodCounters{}) {
 		t.Errorf("another pod at the same veth begins with %+v", c)
 	}
 }

@@ -3,51 +3,21 @@ package bpf
 import (
 	"fmt"
 	"net/netip"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
-
-// Exclusion leaves connections out of the mesh: they pass in the clear, between
-// the pod and its peer. It concerns new ones; one that has begun stays where it
-// is. Of two exclusions it is enough that one fits. Tunnels to the pod (port
-// 15008) are never excluded: they end at its tenant.
-type Exclusion struct {
-	// Inbound is for connections that are made to the pod, otherwise it is for
-	// those that it makes.
-	Inbound bool
-	// Port is that of the destination; 0 is every port.
-	Port uint16
-	// Peer is the pod's peer; the zero Prefix is everyone.
-	Peer netip.Prefix
-}
-
-// String is such as "outbound 10.0.0.0/8:443", "inbound *:8080" or "outbound *".
-func (e Exclusion) String() string {
-	direction, peer, port := "outbound", "*", ""
-	if e.Inbound {
-		direction = "inbound"
-	}
-	if e.Peer.IsValid() {
-		peer = e.Peer.String()
-	}
-	if e.Port != 0 {
-		port = fmt.Sprintf(":%d", e.Port)
-	}
-	return direction + " " + peer + port
-}
 
 // peerBits are those of the key before the address.
 const peerBits = 64
 
 // key says what the programs look up; ifindex 0 is for all pods.
-func (e Exclusion) key(ifindex int) (datapathExclusion, error) {
+func exclusionKey(e steer.Exclusion, ifindex int) (datapathExclusion, error) {
 	k := datapathExclusion{Prefixlen: peerBits, Ifindex: uint32(ifindex), Port: e.Port<<8 | e.Port>>8}
 	if !e.Inbound {
 		k.Outbound = 1
 	}
-	switch {
-	case e.Peer == netip.Prefix{}:
-		return k, nil
-	case !e.Peer.IsValid() || e.Peer != e.Peer.Masked() || e.Peer.Addr().Is4In6():
-		return k, fmt.Errorf("exclusion of peer %q: want an IPv4 or IPv6 network", e.Peer)
+	if err := e.Validate(); err != nil || e.Peer == (netip.Prefix{}) {
+		return k, err
 	}
 	k.Peer.Bytes = e.Peer.Addr().As16()
 	k.Prefixlen += uint32(e.Peer.Bits())
@@ -59,7 +29,7 @@ func (e Exclusion) key(ifindex int) (datapathExclusion, error) {
 
 // SetExclusions says what is left out of the mesh for all pods; Pod.Exclusions
 // are beside these. Default: nothing.
-func (d *Datapath) SetExclusions(all []Exclusion) error {
+func (d *Datapath) SetExclusions(all []steer.Exclusion) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.setExclusions(0, all); err != nil {
@@ -68,12 +38,12 @@ func (d *Datapath) SetExclusions(all []Exclusion) error {
 	return nil
 }
 
-func (d *Datapath) setExclusions(ifindex int, all []Exclusion) error {
+func (d *Datapath) setExclusions(ifindex int, all []steer.Exclusion) error {
 	m := d.maps[datapathMapExclusions]
 	has := d.exclusions[uint32(ifindex)]
 	wanted := map[datapathExclusion]bool{}
 	for _, e := range all {
-		key, err := e.key(ifindex)
+		key, err := exclusionKey(e, ifindex)
 		if err != nil {
 			return err
 		}

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -21,22 +23,22 @@ func TestExclusions(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name     string
-		all, own []Exclusion
+		all, own []steer.Exclusion
 		// Which connections of pod a, and of pod c, pass in the clear: out to
 		// ports 80 and 81 of the remote, in from there to its own.
 		want map[string]string
 	}{
 		{"nothing", nil, nil, map[string]string{"a": "", "c": ""}},
-		{"outbound port of all", []Exclusion{{Port: 81}}, nil, map[string]string{"a": "out81", "c": "out81"}},
-		{"inbound port of all", []Exclusion{{Port: 81, Inbound: true}}, nil, map[string]string{"a": "in81", "c": "in81"}},
-		{"outbound port of one", nil, []Exclusion{{Port: 80}}, map[string]string{"a": "out80", "c": ""}},
-		{"inbound port of one", nil, []Exclusion{{Port: 80, Inbound: true}}, map[string]string{"a": "in80", "c": ""}},
-		{"outbound networks of all", []Exclusion{{Peer: prefix("192.0.2.0/24")}, {Peer: prefix("2001:db8::/64")}}, nil, map[string]string{"a": "out80 out81", "c": "out80 out81"}},
-		{"other networks", []Exclusion{{Peer: prefix("192.0.3.0/24")}, {Peer: prefix("2001:db8:1::/64")}, {Peer: prefix("192.0.2.3/32")}, {Peer: prefix("2001:db8::3/128")}}, nil, map[string]string{"a": "", "c": ""}},
-		{"port and network", []Exclusion{{Peer: prefix("192.0.2.2/32"), Port: 80}, {Peer: prefix("2001:db8::2/128"), Port: 80}}, nil, map[string]string{"a": "out80", "c": "out80"}},
-		{"inbound networks of one", nil, []Exclusion{{Inbound: true, Peer: prefix("192.0.0.0/8")}, {Inbound: true, Peer: prefix("2000::/3")}}, map[string]string{"a": "in80 in81", "c": ""}},
-		{"all and one", []Exclusion{{Port: 80}}, []Exclusion{{Port: 81}}, map[string]string{"a": "out80 out81", "c": "out80"}},
-		{"a whole pod", nil, []Exclusion{{}, {Inbound: true}}, map[string]string{"a": "out80 out81 in80 in81", "c": ""}},
+		{"outbound port of all", []steer.Exclusion{{Port: 81}}, nil, map[string]string{"a": "out81", "c": "out81"}},
+		{"inbound port of all", []steer.Exclusion{{Port: 81, Inbound: true}}, nil, map[string]string{"a": "in81", "c": "in81"}},
+		{"outbound port of one", nil, []steer.Exclusion{{Port: 80}}, map[string]string{"a": "out80", "c": ""}},
+		{"inbound port of one", nil, []steer.Exclusion{{Port: 80, Inbound: true}}, map[string]string{"a": "in80", "c": ""}},
+		{"outbound networks of all", []steer.Exclusion{{Peer: prefix("192.0.2.0/24")}, {Peer: prefix("2001:db8::/64")}}, nil, map[string]string{"a": "out80 out81", "c": "out80 out81"}},
+		{"other networks", []steer.Exclusion{{Peer: prefix("192.0.3.0/24")}, {Peer: prefix("2001:db8:1::/64")}, {Peer: prefix("192.0.2.3/32")}, {Peer: prefix("2001:db8::3/128")}}, nil, map[string]string{"a": "", "c": ""}},
+		{"port and network", []steer.Exclusion{{Peer: prefix("192.0.2.2/32"), Port: 80}, {Peer: prefix("2001:db8::2/128"), Port: 80}}, nil, map[string]string{"a": "out80", "c": "out80"}},
+		{"inbound networks of one", nil, []steer.Exclusion{{Inbound: true, Peer: prefix("192.0.0.0/8")}, {Inbound: true, Peer: prefix("2000::/3")}}, map[string]string{"a": "in80 in81", "c": ""}},
+		{"all and one", []steer.Exclusion{{Port: 80}}, []steer.Exclusion{{Port: 81}}, map[string]string{"a": "out80 out81", "c": "out80"}},
+		{"a whole pod", nil, []steer.Exclusion{{}, {Inbound: true}}, map[string]string{"a": "out80 out81 in80 in81", "c": ""}},
 		{"nothing again", nil, nil, map[string]string{"a": "", "c": ""}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -81,7 +83,7 @@ func TestExclusions(t *testing.T) {
 	t.Run("held", func(t *testing.T) {
 		var held []heldFlow
 		m.hold(&held, "before", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")
-		check(t, m.d.SetExclusions([]Exclusion{{Port: 80}}))
+		check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 80}}))
 		m.hold(&held, "excluded", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.2")
 		goOn(t, "excluded", held)
 		check(t, m.d.SetExclusions(nil))
@@ -89,20 +91,20 @@ func TestExclusions(t *testing.T) {
 		m.greets("not excluded any more", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
 	})
 	t.Run("tunnel", func(t *testing.T) {
-		check(t, m.d.SetExclusions([]Exclusion{{Inbound: true}}))
+		check(t, m.d.SetExclusions([]steer.Exclusion{{Inbound: true}}))
 		m.greets("a plain connection", m.remote, at(m.a.v4, 80), "app 192.0.2.2")
 		m.greets("a tunnel", m.remote, at(m.a.v4, 15008), "proxy1")
 	})
 	// A peer that comes from an excluded port must not come in thereby.
 	t.Run("source port", func(t *testing.T) {
-		check(t, m.d.SetExclusions([]Exclusion{{Port: 82}}))
+		check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 82}}))
 		_, greeting, err := dial(t, m.remote, at(remoteAddresses.v4, 82), at(m.a.v4, 80))
 		if greeting != "proxy1" {
 			t.Errorf("%q, %v", greeting, err)
 		}
 	})
 	t.Run("limit of a pod", func(t *testing.T) {
-		check(t, m.d.SetExclusions([]Exclusion{{Port: 80}}))
+		check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 80}}))
 		var v datapathVeth
 		veths := m.d.maps[datapathMapVeths]
 		check(t, veths.Lookup(uint32(m.a.Ifindex), &v))
@@ -115,7 +117,7 @@ func TestExclusions(t *testing.T) {
 		m.greets("swept", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
 	})
 	t.Run("deleted", func(t *testing.T) {
-		m.a.Exclusions = []Exclusion{{Port: 1}}
+		m.a.Exclusions = []steer.Exclusion{{Port: 1}}
 		check(t, m.d.SetExclusions(nil))
 		check(t, m.d.UpdatePod(m.a.Pod))
 		if n := size(t, m.d.maps[datapathMapExclusions]); n != 1 {
@@ -129,8 +131,8 @@ func TestExclusions(t *testing.T) {
 			t.Errorf("%d exclusions are left", n)
 		}
 	})
-	for _, e := range []Exclusion{{Peer: netip.PrefixFrom(netip.MustParseAddr("10.0.0.1"), 8)}, {Peer: prefix("::ffff:10.0.0.0/104")}, {Peer: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), 40)}} {
-		if err := m.d.SetExclusions([]Exclusion{e}); err == nil {
+	for _, e := range []steer.Exclusion{{Peer: netip.PrefixFrom(netip.MustParseAddr("10.0.0.1"), 8)}, {Peer: prefix("::ffff:10.0.0.0/104")}, {Peer: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), 40)}} {
+		if err := m.d.SetExclusions([]steer.Exclusion{e}); err == nil {
 			t.Errorf("%v is accepted", e)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // hbonePort is HBONE_PORT of maps.h.
@@ -101,8 +102,8 @@ func addrPort(ip []byte, port uint16) netip.AddrPort {
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
 // can be repeated. Connections of a pod are read twice if it is new to the mesh.
-func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
-	if err := p.validate(); err != nil {
+func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
+	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
 	}
 	d.mu.Lock()
@@ -113,7 +114,7 @@ func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
+func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 	from, known, err := d.learnFlows(p.UID)
 	if err != nil {
 		return err
@@ -147,7 +148,7 @@ func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
 // HeldFlows has none of it. Packets of connections that are neither held nor
 // opened since are dropped. A pod that isn't known is no error.
 func (d *Datapath) ReleasePod(uid string, established model.FlowReader) error {
-	if err := validateUID(uid); err != nil {
+	if err := steer.ValidateUID(uid); err != nil {
 		return fmt.Errorf("release pod %q: %w", uid, err)
 	}
 	d.mu.Lock()
@@ -163,7 +164,7 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err != nil || !known || from == 0 {
 		return err
 	}
-	p := Pod{UID: uid}
+	p := steer.Pod{UID: uid}
 	err = d.changePodEntries(uid, func(e *datapathPod) { p.Ifindex = int(e.Ifindex) })
 	if err != nil {
 		return err
@@ -213,7 +214,7 @@ func (d *Datapath) changePodEntries(uid string, change func(*datapathPod)) error
 }
 
 // keepFlows writes down where the connections of a pod go until they end.
-func (d *Datapath) keepFlows(p Pod, from uint16, established model.FlowReader) error {
+func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowReader) error {
 	if established == nil {
 		return nil
 	}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // reader reads the flows of a pod in the namespace where it was.
@@ -284,7 +285,7 @@ func TestFlowEnds(t *testing.T) {
 		m.hold(&held, "held", m.a.namespace, from, to, want)
 		return held[0].Conn.(*net.TCPConn)
 	}
-	excluded := []Exclusion{{Port: 80}}
+	excluded := []steer.Exclusion{{Port: 80}}
 	check(t, m.d.SetExclusions(excluded))
 	c := hold("app 10.77.0.2")
 	forgePacket(t, m.remote, to, from, 4)
@@ -388,7 +389,7 @@ func TestMidstream(t *testing.T) {
 	})
 }
 
-func (m *mesh) pod1(uid string) PodCounters {
+func (m *mesh) pod1(uid string) steer.PodCounters {
 	m.t.Helper()
 	all, err := m.d.PodCounters()
 	check(m.t, err)

@@ -17,6 +17,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // echo says something on a connection and hears it again.
@@ -231,10 +233,10 @@ func TestWeight(t *testing.T) {
 	if workers["0"] < 100 || workers["1"] < 100 {
 		t.Errorf("connections of the canary's workers: %v", workers)
 	}
-	if err := m.d.SetWeight(9, 10); !errors.Is(err, ErrUnknownTenant) {
+	if err := m.d.SetWeight(9, 10); !errors.Is(err, steer.ErrUnknownTenant) {
 		t.Errorf("weight of an unknown tenant: %v", err)
 	}
-	if err := m.d.SetListeners(1, 0, os.Getpid()); !errors.Is(err, ErrNotListening) {
+	if err := m.d.SetListeners(1, 0, os.Getpid()); !errors.Is(err, steer.ErrNotListening) {
 		t.Errorf("a process that doesn't listen: %v", err)
 	}
 	if got := count(1); got["proxy1"] != 1 {
@@ -347,7 +349,7 @@ func size(t *testing.T, m *ebpf.Map) (n int) {
 func TestValidation(t *testing.T) {
 	mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
 	ips := []netip.Addr{netip.MustParseAddr("10.0.0.1")}
-	for _, p := range []Pod{
+	for _, p := range []steer.Pod{
 		{UID: "../x", Tenant: 1, Ifindex: 1, IPs: ips, MAC: mac},
 		{UID: "", Tenant: 1, Ifindex: 1, IPs: ips, MAC: mac},
 		{UID: fmt.Sprintf("%041d", 0), Tenant: 1, Ifindex: 1, IPs: ips, MAC: mac},
@@ -357,12 +359,12 @@ func TestValidation(t *testing.T) {
 		{UID: "x", Tenant: 1, Ifindex: 1, MAC: mac},
 		{UID: "x", Tenant: 1, Ifindex: 1, IPs: ips},
 	} {
-		if p.validate() == nil {
+		if p.Validate() == nil {
 			t.Errorf("%+v is accepted", p)
 		}
 	}
-	if p := (Pod{UID: "3a6c1c9e-0d0b-4e4e-8a1f-0f6b4d3c2b1a", Tenant: MaxTenantIndex, Ifindex: 1, IPs: ips, MAC: mac}); p.validate() != nil {
-		t.Errorf("%+v: %v", p, p.validate())
+	if p := (steer.Pod{UID: "3a6c1c9e-0d0b-4e4e-8a1f-0f6b4d3c2b1a", Tenant: steer.MaxTenantIndex, Ifindex: 1, IPs: ips, MAC: mac}); p.Validate() != nil {
+		t.Errorf("%+v: %v", p, p.Validate())
 	}
 	for _, ip := range []string{"0.0.0.0", "fe80::1%eth0"} {
 		if _, err := addrKey(netip.MustParseAddr(ip)); err == nil {

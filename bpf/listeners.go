@@ -3,33 +3,26 @@ package bpf
 import (
 	"errors"
 	"fmt"
-	"net/netip"
-	"os"
 	"path/filepath"
-	"strconv"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
-)
 
-// Generations is how many processes of a tenant can run side by side: 0 and 1.
-const Generations = len(datapathTenant{}.Workers)
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
 
 const listenerCount = int(datapathListenerLISTENERS)
 
-// listenerPorts is where Envoy listens, by what the programs call it.
-var listenerPorts = [listenerCount]int{
-	datapathListenerLISTENER_OUTBOUND:   15001,
-	datapathListenerLISTENER_INBOUND:    15008,
-	datapathListenerLISTENER_PLAIN:      15006,
-	datapathListenerLISTENER_NODE_PLAIN: 15007,
+// What the programs keep for each generation.
+var _ [steer.Generations]uint8 = datapathTenant{}.Workers
+
+// listeners are Envoy's, by what the programs call them.
+var listeners = [listenerCount]steer.Listener{
+	datapathListenerLISTENER_OUTBOUND:   steer.Outbound,
+	datapathListenerLISTENER_INBOUND:    steer.Inbound,
+	datapathListenerLISTENER_PLAIN:      steer.Plain,
+	datapathListenerLISTENER_NODE_PLAIN: steer.NodePlain,
 }
-
-// generationStep is between the ports of one generation and those of the next.
-const generationStep = 100
-
-// ErrNotListening says that a process doesn't listen on all ports; it may yet.
-var ErrNotListening = errors.New("not listening")
 
 // SetListeners gives new connections of a tenant to the listening sockets of a
 // process, which it duplicates: ports 15001, 15008, 15006 and 15007 on [::],
@@ -50,7 +43,7 @@ func (d *Datapath) SetListeners(index uint16, generation, pid int) error {
 // ClearListeners gives a generation no new connections; those that it has stay.
 // The other generation gets all. Without both, connections are refused.
 func (d *Datapath) ClearListeners(index uint16, generation int) error {
-	if err := checkGeneration(generation); err != nil {
+	if err := steer.CheckGeneration(generation); err != nil {
 		return fmt.Errorf("clear listeners of tenant %d: %w", index, err)
 	}
 	d.mu.Lock()
@@ -68,15 +61,8 @@ func (d *Datapath) ClearListeners(index uint16, generation int) error {
 	return nil
 }
 
-func checkGeneration(generation int) error {
-	if generation < 0 || generation >= Generations {
-		return fmt.Errorf("generation %d is not between 0 and %d", generation, Generations-1)
-	}
-	return nil
-}
-
 func (d *Datapath) setListeners(index uint16, generation, pid int) error {
-	if err := checkGeneration(generation); err != nil {
+	if err := steer.CheckGeneration(generation); err != nil {
 		return err
 	}
 	m, err := d.knownListeners(index)
@@ -84,26 +70,28 @@ func (d *Datapath) setListeners(index uint16, generation, pid int) error {
 		return err
 	}
 	defer m.Close()
-	sockets, err := listeningSockets(pid, generation)
-	defer func() {
-		for _, fds := range sockets {
-			closeAll(fds)
-		}
-	}()
+	all, err := steer.ListeningSockets(pid, generation)
+	defer func() { steer.Close(all) }()
 	if err != nil {
 		return err
 	}
+	var sockets [listenerCount][]int
 	workers := workersPerPort(m)
-	for listener, port := range listenerPorts {
+	for listener, l := range listeners {
+		for _, s := range all {
+			if s.Listener == l {
+				sockets[listener] = append(sockets[listener], s.FD)
+			}
+		}
 		if len(sockets[listener]) == 0 {
-			return fmt.Errorf("port %d on [::]: %w", port, ErrNotListening)
+			return fmt.Errorf("port %d on [::]: %w", l.PortOf(generation), steer.ErrNotListening)
 		}
 		workers = min(workers, len(sockets[listener]))
 	}
 	for listener := range listenerCount {
 		for worker := range workers {
 			if err := m.Put(slot(m, generation, listener, worker), uint64(sockets[listener][worker])); err != nil {
-				return fmt.Errorf("hand over the socket of port %d: %w", listenerPorts[listener], err)
+				return fmt.Errorf("hand over the socket of port %d: %w", listeners[listener].PortOf(generation), err)
 			}
 		}
 		if err := clearSlots(m, generation, listener, workers); err != nil {
@@ -126,7 +114,7 @@ func (d *Datapath) listeners(index uint16) (*ebpf.Map, error) {
 }
 
 func workersPerPort(m *ebpf.Map) int {
-	return int(m.MaxEntries()) / Generations / listenerCount
+	return int(m.MaxEntries()) / steer.Generations / listenerCount
 }
 
 func slot(m *ebpf.Map, generation, listener, worker int) uint32 {
@@ -142,73 +130,4 @@ func clearSlots(m *ebpf.Map, generation, listener, from int) error {
 		}
 	}
 	return nil
-}
-
-// listeningSockets duplicates a process's sockets that listen on the ports; the
-// caller closes them, also after an error.
-func listeningSockets(pid, generation int) (sockets [listenerCount][]int, err error) {
-	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return sockets, fmt.Errorf("open process: %w", err)
-	}
-	defer unix.Close(pidfd)
-	list, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(pid), "fd"))
-	if err != nil {
-		return sockets, fmt.Errorf("list its files: %w", err)
-	}
-	for _, e := range list {
-		number, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		fd, err := unix.PidfdGetfd(pidfd, number, 0)
-		if errors.Is(err, unix.EBADF) {
-			continue // closed in the meantime
-		}
-		if err != nil {
-			return sockets, fmt.Errorf("duplicate its file %d: %w", number, err)
-		}
-		listener, ok := listenerOf(fd, generation)
-		if !ok {
-			unix.Close(fd)
-			continue
-		}
-		sockets[listener] = append(sockets[listener], fd)
-	}
-	return sockets, nil
-}
-
-// listenerOf tells which listener of a generation a file is, if any.
-func listenerOf(fd, generation int) (int, bool) {
-	if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || v != 1 {
-		return 0, false
-	}
-	// Multipath TCP listens, too, but can't be put into a socket map.
-	if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || v != unix.IPPROTO_TCP {
-		return 0, false
-	}
-	name, err := unix.Getsockname(fd)
-	if err != nil {
-		return 0, false
-	}
-	// A socket of IPv4 alone can't be given connections of IPv6.
-	six, ok := name.(*unix.SockaddrInet6)
-	if !ok || !netip.AddrFrom16(six.Addr).IsUnspecified() {
-		return 0, false
-	}
-	if only, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY); err != nil || only != 0 {
-		return 0, false
-	}
-	for listener, port := range listenerPorts {
-		if six.Port == port || six.Port == port+generationStep*generation {
-			return listener, true
-		}
-	}
-	return 0, false
-}
-
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }

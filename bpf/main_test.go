@@ -17,6 +17,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // The test binary runs itself again: as the node, in mount and network
@@ -78,10 +80,10 @@ func runProxy(name string) int {
 	}}
 	// Like Envoy's: a socket map takes none of multipath TCP.
 	listenConfig.SetMultipathTCP(false)
-	for i := range 2 * len(listenerPorts) {
-		port, worker := listenerPorts[i/2], i%2
+	for i := range 2 * steer.Listeners {
+		port, worker := (i / 2).Port(), i%2
 		if name == "canary" {
-			port += generationStep
+			port = (i / 2).PortOf(1)
 		} else if worker > 0 {
 			continue
 		}

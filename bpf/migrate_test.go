@@ -13,6 +13,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // repin puts a map of another layout in the place of a pinned one, as a former
@@ -79,7 +81,7 @@ func TestMigrate(t *testing.T) {
 			m := newMesh(t)
 			serve(t, m.remote, 80)
 			serve(t, m.remote, 81)
-			check(t, m.d.SetExclusions([]Exclusion{{Port: 81}}))
+			check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}}))
 			check(t, m.d.SetWeight(1, 30))
 			held := m.holdAllOutbound(m.a, "proxy1")
 			m.a.Tenant = 2
@@ -168,28 +170,28 @@ func TestMigrateRefused(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	m := newMesh(t)
-	usage := func() map[string]Usage {
+	usage := func() map[string]steer.Usage {
 		list, err := m.d.Usage()
 		check(t, err)
-		all := map[string]Usage{}
+		all := map[string]steer.Usage{}
 		for _, u := range list {
 			all[u.Map] = u
 		}
 		return all
 	}
 	all := usage()
-	for name, want := range map[string]Usage{"pods": {"pods", 6, 4096}, "tenants": {"tenants", 2, 512}, "veths": {"veths", 5, 4096}, "per_pod": {"per_pod", 5, 4096}, "flows": {"flows", 0, 262144}, "counters": {"counters", 3, 513}} {
-		if all[name] != want {
-			t.Errorf("%s: %+v, want %+v", name, all[name], want)
+	for name, want := range map[string][2]int{"pods": {6, 4096}, "tenants": {2, 512}, "veths": {5, 4096}, "per_pod": {5, 4096}, "flows": {0, 262144}, "counters": {3, 513}} {
+		if got := all["BPF map "+name]; [2]int{got.Entries, got.Max} != want {
+			t.Errorf("%s: %+v, want %v", name, got, want)
 		}
 	}
 	list, err := m.d.Usage()
 	check(t, err)
-	if err := NearlyFull(list); err != nil {
+	if err := steer.NearlyFull(list); err != nil {
 		t.Errorf("of %+v: %v", list, err)
 	}
-	pod := func(n int) Pod {
-		return Pod{UID: fmt.Sprint("p", n), Tenant: 1, Ifindex: m.a.Ifindex, MAC: m.a.MAC,
+	pod := func(n int) steer.Pod {
+		return steer.Pod{UID: fmt.Sprint("p", n), Tenant: 1, Ifindex: m.a.Ifindex, MAC: m.a.MAC,
 			IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 78, byte(n >> 8), byte(n)})}}
 	}
 	pods := m.d.maps[datapathMapPods]
@@ -203,8 +205,8 @@ func TestUsage(t *testing.T) {
 	fill(3687)
 	list, err = m.d.Usage()
 	check(t, err)
-	err = NearlyFull(list)
-	if !errors.Is(err, ErrNearlyFull) || !strings.Contains(err.Error(), "map pods has 3687 of 4096 entries") || strings.Contains(err.Error(), "veths") {
+	err = steer.NearlyFull(list)
+	if !errors.Is(err, steer.ErrNearlyFull) || !strings.Contains(err.Error(), "map pods has 3687 of 4096 entries") || strings.Contains(err.Error(), "veths") {
 		t.Errorf("of %+v: %v", all["pods"], err)
 	}
 	fill(4096)

@@ -2,48 +2,20 @@ package bpf
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
-)
 
-// maxUIDLength is the size of the maps' field.
-const maxUIDLength = len(datapathPod{}.Uid)
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
 
 // podLinks are named after their programs.
 var podLinks = []string{datapathProgFromPod, datapathProgToPod}
-
-// Pod is a pod of the mesh on this node.
-type Pod struct {
-	// UID is the Kubernetes UID: letters, digits, "-" and "_", at most 40.
-	UID string
-	// Tenant is its tenant's index. While that tenant isn't known, the pod's
-	// TCP is dropped.
-	Tenant uint16
-	// Ifindex is the node's end of its veth.
-	Ifindex int
-	// IPs are all its addresses: from any other, its TCP is dropped.
-	IPs []netip.Addr
-	// MAC is that of the pod's end.
-	MAC net.HardwareAddr
-	// Exclusions are left out of the mesh for this pod, beside those of all pods.
-	Exclusions []Exclusion
-	// Strict pods take no plain text: new connections from outside of the mesh are
-	// refused before they begin, and counted as Drops.PlainText. What the node
-	// itself makes (probes, hostNetwork) and what is excluded still passes.
-	Strict bool
-	// Bypass is the emergency bypass: while it is on, new connections pass in the
-	// clear, and are counted as Counters.Bypassed; those that have begun stay where
-	// they are, also when it is switched off.
-	Bypass bool
-}
 
 // podEntries are a pod's keys in the maps.
 type podEntries struct {
@@ -56,8 +28,8 @@ type podEntries struct {
 // MovePod), but for those that an earlier MovePod kept. An address that another
 // pod had is this pod's from now on. It is idempotent and can be repeated after
 // an error.
-func (d *Datapath) UpdatePod(p Pod) error {
-	if err := p.validate(); err != nil {
+func (d *Datapath) UpdatePod(p steer.Pod) error {
+	if err := p.Validate(); err != nil {
 		return fmt.Errorf("update pod %q: %w", p.UID, err)
 	}
 	d.mu.Lock()
@@ -68,37 +40,9 @@ func (d *Datapath) UpdatePod(p Pod) error {
 	return nil
 }
 
-func validateUID(uid string) error {
-	legal := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_'
-	}
-	// It is the name of a folder, too.
-	if uid == "" || len(uid) > maxUIDLength || strings.ContainsFunc(uid, func(r rune) bool { return !legal(r) }) {
-		return fmt.Errorf("UID is not 1 to %d letters, digits, - and _", maxUIDLength)
-	}
-	return nil
-}
-
-func (p Pod) validate() error {
-	if err := validateUID(p.UID); err != nil {
-		return err
-	}
-	switch {
-	case p.Tenant == 0 || p.Tenant > MaxTenantIndex:
-		return fmt.Errorf("tenant %d is not between 1 and %d", p.Tenant, MaxTenantIndex)
-	case p.Ifindex <= 0:
-		return errors.New("index of the host's end of the veth is missing")
-	case len(p.IPs) == 0:
-		return errors.New("it has no address")
-	case len(p.MAC) != 6:
-		return fmt.Errorf("MAC address %q: want 6 bytes", p.MAC)
-	}
-	return nil
-}
-
 // updatePod writes a pod's entries and attaches its programs; with learn, they
 // write down each connection that opens.
-func (d *Datapath) updatePod(p Pod, learn bool) error {
+func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 	entry := datapathPod{Tenant: uint32(p.Tenant), Ifindex: uint32(p.Ifindex), Uid: uidBytes(p.UID)}
 	copy(entry.Mac[:], p.MAC)
 	for _, flag := range []struct {
@@ -171,7 +115,7 @@ func (d *Datapath) updatePod(p Pod, learn bool) error {
 // it still runs, its plain connections pass from then on, those through the
 // tenant end. Nothing to delete is no error.
 func (d *Datapath) DeletePod(uid string) error {
-	if err := validateUID(uid); err != nil {
+	if err := steer.ValidateUID(uid); err != nil {
 		return fmt.Errorf("delete pod %q: %w", uid, err)
 	}
 	d.mu.Lock()
@@ -313,9 +257,9 @@ func gatewayMAC(ifindex int) (net.HardwareAddr, error) {
 
 func (d *Datapath) podDir(uid string) string { return filepath.Join(d.dir, "pods", uid) }
 
-func uidBytes(uid string) (b [maxUIDLength]byte) {
+func uidBytes(uid string) (b [steer.MaxUID]byte) {
 	copy(b[:], uid)
 	return b
 }
 
-func uidString(b [maxUIDLength]byte) string { return string(bytes.TrimRight(b[:], "\x00")) }
+func uidString(b [steer.MaxUID]byte) string { return string(bytes.TrimRight(b[:], "\x00")) }

@@ -11,6 +11,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // Probe returns what the kernel lacks for the steering, each by name, joined; nil
@@ -31,7 +33,7 @@ func Probe() error {
 		{"longest-prefix maps", func() error { return features.HaveMapType(ebpf.LPMTrie) }},
 		{"sockops programs on cgroups (CONFIG_CGROUP_BPF)", func() error { return features.HaveProgramType(ebpf.SockOps) }},
 		{"list of sockets (CONFIG_INET_DIAG)", probeSocketList},
-		{"pidfd_getfd", probePidfdGetfd},
+		{"pidfd_getfd", steer.ProbeListeningSockets},
 	}
 	var lacking []error
 	for _, p := range probes {
@@ -69,16 +71,4 @@ func probeSocketList() error {
 		return nil
 	}
 	return err
-}
-
-func probePidfdGetfd() error {
-	pidfd, err := unix.PidfdOpen(unix.Getpid(), 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(pidfd)
-	if _, err := unix.PidfdGetfd(pidfd, -1, 0); !errors.Is(err, unix.EBADF) {
-		return err
-	}
-	return nil
 }

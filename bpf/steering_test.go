@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // patience is how long a test waits for what should happen at once.
@@ -142,7 +144,7 @@ func (top *topology) open() *Datapath {
 	return d
 }
 
-func (m *mesh) counters(index uint16) Counters {
+func (m *mesh) counters(index uint16) steer.Counters {
 	m.t.Helper()
 	all, err := m.d.Counters()
 	check(m.t, err)
@@ -259,7 +261,7 @@ func TestSteering(t *testing.T) {
 	if c := m.counters(1); c.Outbound == 0 || c.Inbound == 0 || c.Plain == 0 || c.Steered[0] != c.Outbound+c.Inbound+c.Plain+c.NodePlain || c.Steered[1] != 0 {
 		t.Errorf("counters %+v", c)
 	}
-	if c := m.counters(1); c.Dropped != (Drops{Protocol: c.Dropped.Protocol}) || c.Refused != 0 {
+	if c := m.counters(1); c.Dropped != (steer.Drops{Protocol: c.Dropped.Protocol}) || c.Refused != 0 {
 		t.Errorf("something was dropped on the way: %+v", c)
 	}
 }
@@ -325,20 +327,20 @@ func TestSpoofing(t *testing.T) {
 			fromAddr netip.Addr
 			to       netip.Addr
 			tenant   uint16
-			counted  func(Drops) uint64
+			counted  func(steer.Drops) uint64
 		}{
-			{"pod as another tenant's pod", m.a.namespace, b, remote, 1, func(d Drops) uint64 { return d.Spoofed }},
-			{"pod as a pod of its tenant", m.a.namespace, m.c.of(family), remote, 1, func(d Drops) uint64 { return d.Spoofed }},
-			{"pod as nobody", m.a.namespace, unknown, remote, 1, func(d Drops) uint64 { return d.Spoofed }},
-			{"pod as nobody to the node", m.a.namespace, unknown, node, 1, func(d Drops) uint64 { return d.Spoofed }},
-			{"tenant as another tenant's pod", m.one.namespace, b, remote, 1, func(d Drops) uint64 { return d.Foreign }},
-			{"tenant as nobody", m.one.namespace, unknown, remote, 1, func(d Drops) uint64 { return d.Foreign }},
-			{"tenant as nobody to another tenant's pod", m.one.namespace, unknown, b, 1, func(d Drops) uint64 { return d.Foreign }},
-			{"tenant as nobody to the node", m.one.namespace, unknown, node, 1, func(d Drops) uint64 { return d.Foreign }},
-			{"deliver address to another tenant's pod", m.one.namespace, deliver.of(family), b, 1, func(d Drops) uint64 { return d.Deliver }},
-			{"deliver address to a remote", m.one.namespace, deliver.of(family), remote, 1, func(d Drops) uint64 { return d.Deliver }},
-			{"deliver address to the node", m.one.namespace, deliver.of(family), node, 1, func(d Drops) uint64 { return d.Deliver }},
-			{"remote to nobody behind a pod's veth", m.remote, remote, unknown, 1, func(d Drops) uint64 { return d.NotThePod }},
+			{"pod as another tenant's pod", m.a.namespace, b, remote, 1, func(d steer.Drops) uint64 { return d.Spoofed }},
+			{"pod as a pod of its tenant", m.a.namespace, m.c.of(family), remote, 1, func(d steer.Drops) uint64 { return d.Spoofed }},
+			{"pod as nobody", m.a.namespace, unknown, remote, 1, func(d steer.Drops) uint64 { return d.Spoofed }},
+			{"pod as nobody to the node", m.a.namespace, unknown, node, 1, func(d steer.Drops) uint64 { return d.Spoofed }},
+			{"tenant as another tenant's pod", m.one.namespace, b, remote, 1, func(d steer.Drops) uint64 { return d.Foreign }},
+			{"tenant as nobody", m.one.namespace, unknown, remote, 1, func(d steer.Drops) uint64 { return d.Foreign }},
+			{"tenant as nobody to another tenant's pod", m.one.namespace, unknown, b, 1, func(d steer.Drops) uint64 { return d.Foreign }},
+			{"tenant as nobody to the node", m.one.namespace, unknown, node, 1, func(d steer.Drops) uint64 { return d.Foreign }},
+			{"deliver address to another tenant's pod", m.one.namespace, deliver.of(family), b, 1, func(d steer.Drops) uint64 { return d.Deliver }},
+			{"deliver address to a remote", m.one.namespace, deliver.of(family), remote, 1, func(d steer.Drops) uint64 { return d.Deliver }},
+			{"deliver address to the node", m.one.namespace, deliver.of(family), node, 1, func(d steer.Drops) uint64 { return d.Deliver }},
+			{"remote to nobody behind a pod's veth", m.remote, remote, unknown, 1, func(d steer.Drops) uint64 { return d.NotThePod }},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				if c.to == unknown {

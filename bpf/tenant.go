@@ -3,7 +3,6 @@ package bpf
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,10 +11,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-)
 
-// MaxTenantIndex is the highest tenant index; the lowest is 1.
-const MaxTenantIndex = 4095
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
 
 // Names in a tenant's pin folder.
 const (
@@ -31,31 +29,11 @@ const (
 // is checked to the last.
 var tenantLinks = []string{observeLink, noTransparentLink, steerLink, fromTenantLink}
 
-// Tenant is where a tenant's proxy on this node lives.
-type Tenant struct {
-	// Index is 1 to MaxTenantIndex.
-	Index uint16
-	// Netns is the path of its network namespace.
-	Netns string
-	// HostIfindex is the node's end of its veth, TenantMAC the address of the
-	// end in its namespace.
-	HostIfindex int
-	TenantMAC   net.HardwareAddr
-	// TenantIfindex and HostMAC are the reverse; they aren't used yet.
-	TenantIfindex int
-	HostMAC       net.HardwareAddr
-	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
-	// and no events of its connections.
-	CgroupV2 string
-	// Connections bounds what the tenant's proxy takes.
-	Connections ConnectionLimits
-}
-
 // UpdateTenant attaches the programs of a tenant, or corrects them where its
 // namespace, veth or cgroup is another one now. Its weight and listeners stay.
 // It is idempotent and can be repeated after an error.
-func (d *Datapath) UpdateTenant(t Tenant) error {
-	if err := t.validate(); err != nil {
+func (d *Datapath) UpdateTenant(t steer.Tenant) error {
+	if err := t.Validate(); err != nil {
 		return fmt.Errorf("update tenant %d: %w", t.Index, err)
 	}
 	d.mu.Lock()
@@ -66,23 +44,9 @@ func (d *Datapath) UpdateTenant(t Tenant) error {
 	return nil
 }
 
-func (t Tenant) validate() error {
-	switch {
-	case t.Index == 0 || t.Index > MaxTenantIndex:
-		return fmt.Errorf("index is not between 1 and %d", MaxTenantIndex)
-	case t.HostIfindex <= 0:
-		return errors.New("index of the host's end of the veth is missing")
-	case len(t.TenantMAC) != 6:
-		return fmt.Errorf("MAC address %q of the tenant's end of the veth: want 6 bytes", t.TenantMAC)
-	case t.Netns == "":
-		return errors.New("path of the network namespace is missing")
-	}
-	return t.Connections.validate()
-}
-
-func (d *Datapath) updateTenant(t Tenant) error {
+func (d *Datapath) updateTenant(t steer.Tenant) error {
 	former, err := d.tenant(t.Index)
-	if err != nil && !errors.Is(err, ErrUnknownTenant) {
+	if err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
 		return err
 	}
 	if err := d.addCounters(t.Index); err != nil {
@@ -115,7 +79,7 @@ func (d *Datapath) updateTenant(t Tenant) error {
 	})
 }
 
-func (d *Datapath) attachTenant(t Tenant) error {
+func (d *Datapath) attachTenant(t steer.Tenant) error {
 	dir := d.tenantDir(t.Index)
 	if err := makeDir(dir); err != nil {
 		return err
@@ -318,7 +282,7 @@ func (d *Datapath) tenant(index uint16) (datapathTenant, error) {
 	var entry datapathTenant
 	switch err := d.maps[datapathMapTenants].Lookup(uint32(index), &entry); {
 	case errors.Is(err, ebpf.ErrKeyNotExist):
-		return entry, fmt.Errorf("tenant %d: %w", index, ErrUnknownTenant)
+		return entry, fmt.Errorf("tenant %d: %w", index, steer.ErrUnknownTenant)
 	case err != nil:
 		return entry, fmt.Errorf("read tenant %d: %w", index, err)
 	}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // namespace is a network namespace without a name, so that it ends with the test.
@@ -88,7 +90,7 @@ var (
 	remoteAddresses = addresses("192.0.2.2", "2001:db8::2")
 	gateway         = addresses("169.254.1.1", "fe80::1")
 	bridgeAddresses = addresses("10.77.1.1", "fd77:1::1")
-	deliver         = pair{DeliverIPv4, DeliverIPv6}
+	deliver         = pair{steer.DeliverIPv4, steer.DeliverIPv6}
 )
 
 // topology is the node (the process's own namespace), a machine beside it, and
@@ -104,13 +106,13 @@ type testPod struct {
 	*namespace
 	pair
 	veth string
-	Pod
+	steer.Pod
 }
 
 type testTenant struct {
 	*namespace
 	veth string
-	Tenant
+	steer.Tenant
 }
 
 func newTopology(t *testing.T) *topology {
@@ -148,7 +150,7 @@ func (top *topology) pod(uid string, tenant uint16, ip pair, bridged bool) *test
 	t.Helper()
 	p := &testPod{namespace: newNamespace(t), pair: ip, veth: "bhtpod" + uid}
 	mac, ifindex := veth(t, p.veth, p.namespace)
-	p.Pod = Pod{UID: uid, Tenant: tenant, Ifindex: ifindex, IPs: ip.both(), MAC: mac}
+	p.Pod = steer.Pod{UID: uid, Tenant: tenant, Ifindex: ifindex, IPs: ip.both(), MAC: mac}
 	if bridged {
 		top.joinBridge(p.veth)
 		p.do(t, func() {
@@ -192,7 +194,7 @@ func (top *topology) tenant(index uint16) *testTenant {
 	mac, ifindex := veth(t, n.veth, n.namespace)
 	host := up(t, n.veth)
 	address(t, n.veth, gateway, 32, 64)
-	n.Tenant = Tenant{Index: index, Netns: n.path(), HostIfindex: ifindex, HostMAC: host.Attrs().HardwareAddr, TenantMAC: mac}
+	n.Tenant = steer.Tenant{Index: index, Netns: n.path(), HostIfindex: ifindex, TenantMAC: mac}
 	n.do(t, func() {
 		sysctl(t, "net/ipv4/conf/all/rp_filter=0", "net/ipv4/conf/eth0/rp_filter=0", "net/ipv6/ip_nonlocal_bind=1", "net/ipv4/ip_nonlocal_bind=1")
 		address(t, "eth0", deliver, 32, 128)

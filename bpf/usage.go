@@ -8,24 +8,15 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// ErrNearlyFull says that a map has used more than nine tenths of its entries.
-var ErrNearlyFull = errors.New("nearly full")
-
-// Usage is how full a map is.
-type Usage struct {
-	// Map is its name.
-	Map string
-	// Entries are used of Max.
-	Entries, Max int
-}
-
 // Usage returns how full each map is that can be filled, by name.
-func (d *Datapath) Usage() ([]Usage, error) {
+func (d *Datapath) Usage() ([]steer.Usage, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var all []Usage
+	var all []steer.Usage
 	for name, m := range d.maps {
 		if !countable(m) {
 			continue
@@ -34,23 +25,10 @@ func (d *Datapath) Usage() ([]Usage, error) {
 		if err != nil {
 			return nil, fmt.Errorf("count entries of map %s: %w", name, err)
 		}
-		all = append(all, Usage{name, n, int(m.MaxEntries())})
+		all = append(all, steer.Usage{Map: "BPF map " + name, Entries: n, Max: int(m.MaxEntries())})
 	}
-	slices.SortFunc(all, func(a, b Usage) int { return strings.Compare(a.Map, b.Map) })
+	slices.SortFunc(all, func(a, b steer.Usage) int { return strings.Compare(a.Map, b.Map) })
 	return all, nil
-}
-
-// NearlyFull returns an ErrNearlyFull for each map that is, naming it, joined; nil
-// if none is. What is in a map goes on to work when it is full, but nothing can
-// be added: pods that join stay closed.
-func NearlyFull(all []Usage) error {
-	var errs []error
-	for _, u := range all {
-		if u.Entries*10 > u.Max*9 {
-			errs = append(errs, fmt.Errorf("BPF map %s has %d of %d entries: %w; move pods to other nodes", u.Map, u.Entries, u.Max, ErrNearlyFull))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 func countable(m *ebpf.Map) bool {

@@ -6,52 +6,11 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// Counters are what has happened to one tenant since UpdateTenant made it. A SYN
-// that is sent again counts as a new connection, too.
-type Counters struct {
-	// Steered are new connections per generation.
-	Steered [Generations]uint64
-	PerListener
-	// Refused are new connections that found no listener.
-	Refused uint64
-	// Dropped are packets.
-	Dropped Drops
-}
-
-// PerListener are new connections per listener of a tenant.
-type PerListener struct{ Outbound, Inbound, Plain, NodePlain uint64 }
-
-func (p *PerListener) add(name string, n uint64) {
-	switch name {
-	case "outbound":
-		p.Outbound += n
-	case "inbound":
-		p.Inbound += n
-	case "plain":
-		p.Plain += n
-	case "nodeplain":
-		p.NodePlain += n
-	}
-}
-
-// Drops are dropped packets by reason, as in the package bpf.
-type Drops struct {
-	Spoofed, Fragment, Malformed, NoTenant, NotThePod uint64
-	Deliver, Foreign, Protocol, Unsteered             uint64
-	Midstream, FlowsFull, PlainText, TooMany, TooFast uint64
-}
-
-// PodCounters are what has happened to one pod. Bytes are of TCP on its veth, as
-// they pass: on the way out to the pod with the Ethernet header.
-type PodCounters struct {
-	PerListener
-	BytesSent, BytesReceived uint64
-	Dropped                  Drops
-}
-
-func (d *Drops) add(reason uint32, n uint64) {
+func addDrop(d *steer.Drops, reason uint32, n uint64) {
 	switch reason {
 	case dropSpoofed:
 		d.Spoofed += n
@@ -155,34 +114,34 @@ func (t *tenantState) connections() (list []connection, err error) {
 }
 
 // listenerOf tells a port's listener and generation.
-func listenerOf(port uint16) (name string, generation int) {
-	for g := range Generations {
-		for _, l := range listeners {
-			if l.port+uint16(generationStep*g) == port {
-				return l.name, g
+func listenerOf(port uint16) (l steer.Listener, generation int, ok bool) {
+	for g := range steer.Generations {
+		for l := range steer.Listeners {
+			if l.PortOf(g) == port {
+				return l, g, true
 			}
 		}
 	}
-	return "", 0
+	return 0, 0, false
 }
 
 // Counters returns the counters of all tenants; what belongs to no tenant is
 // under 0.
-func (d *Datapath) Counters() (map[uint16]Counters, error) {
+func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s, err := d.snapshotNow()
 	if err != nil {
 		return nil, err
 	}
-	all := map[uint16]Counters{}
+	all := map[uint16]steer.Counters{}
 	err = d.eachDrop(func(veth, reason uint32, n uint64) {
 		index := s.tenantOf(veth)
 		if e, ok := s.sets[setTenantOf][string(native(veth))]; ok {
 			index = uint16(binaryutil.NativeEndian.Uint32(e.value))
 		}
 		c := all[index]
-		c.Dropped.add(reason, n)
+		addDrop(&c.Dropped, reason, n)
 		all[index] = c
 	})
 	if err != nil {
@@ -195,7 +154,7 @@ func (d *Datapath) Counters() (map[uint16]Counters, error) {
 		}
 		c := all[index]
 		for _, k := range list {
-			name, generation := listenerOf(k.port)
+			l, generation, ok := listenerOf(k.port)
 			switch {
 			case k.port == 0 && k.pod.IsUnspecified():
 				c.Dropped.Unsteered += k.n
@@ -203,9 +162,9 @@ func (d *Datapath) Counters() (map[uint16]Counters, error) {
 				c.Dropped.PlainText += k.n
 			case k.port == 0:
 				c.Refused += k.n
-			default:
+			case ok:
 				c.Steered[generation] += k.n
-				c.add(name, k.n)
+				c.Add(l, k.n)
 			}
 		}
 		all[index] = c
@@ -214,7 +173,7 @@ func (d *Datapath) Counters() (map[uint16]Counters, error) {
 }
 
 // PodCounters returns the counters of all pods, by UID.
-func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
+func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s, err := d.snapshotNow()
@@ -225,8 +184,8 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	all := map[string]PodCounters{}
-	of := func(veth []byte, f func(*PodCounters)) {
+	all := map[string]steer.PodCounters{}
+	of := func(veth []byte, f func(*steer.PodCounters)) {
 		if e, ok := s.sets[setPods][string(veth)]; ok {
 			p := all[e.comment]
 			f(&p)
@@ -243,7 +202,7 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 				if e.Counter == nil {
 					continue
 				}
-				of(e.Key[:4], func(p *PodCounters) {
+				of(e.Key[:4], func(p *steer.PodCounters) {
 					if name == setSent {
 						p.BytesSent += e.Counter.Bytes
 					} else {
@@ -254,7 +213,7 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 		}
 	}
 	err = d.eachDrop(func(veth, reason uint32, n uint64) {
-		of(native(veth), func(p *PodCounters) { p.Dropped.add(reason, n) })
+		of(native(veth), func(p *steer.PodCounters) { addDrop(&p.Dropped, reason, n) })
 	})
 	if err != nil {
 		return nil, err
@@ -266,8 +225,8 @@ func (d *Datapath) PodCounters() (map[string]PodCounters, error) {
 		}
 		for _, k := range list {
 			e, ok := s.sets[setAddresses+familyOf(k.pod).version][string(addressKey(k.pod))]
-			if name, _ := listenerOf(k.port); ok && name != "" {
-				of(e.value, func(p *PodCounters) { p.add(name, k.n) })
+			if l, _, is := listenerOf(k.port); ok && is {
+				of(e.value, func(p *steer.PodCounters) { p.Add(l, k.n) })
 			}
 		}
 	}

@@ -17,17 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The addresses from which Envoy delivers to pods what came from the node's own
-// addresses, as with every redirection.
-var (
-	DeliverIPv4 = netip.MustParseAddr("169.254.96.1")
-	DeliverIPv6 = netip.MustParseAddr("fd69:8::1")
-)
-
-// ErrUnknownTenant says that UpdateTenant hasn't been called for a tenant, or
-// DeleteTenant has.
-var ErrUnknownTenant = errors.New("unknown tenant")
-
 // DefaultMark is none that kube-proxy, Calico, Cilium or the CNI plugins use.
 const DefaultMark = 0x1000
 

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // storedFlow is one that is written down.
@@ -40,8 +41,8 @@ func (f family) parseFlow(k []byte) model.Flow {
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
 // can be repeated. Connections of a pod are read twice if it is new to the mesh.
-func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
-	if err := p.validate(); err != nil {
+func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
+	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
 	}
 	d.mu.Lock()
@@ -52,7 +53,7 @@ func (d *Datapath) MovePod(p Pod, established model.FlowReader) error {
 	return nil
 }
 
-func (d *Datapath) movePod(p Pod, established model.FlowReader) error {
+func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 	from, known, err := d.pod(p.UID)
 	if err != nil {
 		return err

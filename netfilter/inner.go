@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // inner is the table in a tenant's network namespace.
@@ -43,7 +45,7 @@ const hashSeed = 0xb01df00d
 // innerState is what the table says.
 type innerState struct {
 	pods, nodes, strict map[netip.Addr]bool
-	active              [Generations]bool
+	active              [steer.Generations]bool
 	weight              int
 	// made is false before the first time.
 	made bool
@@ -213,7 +215,7 @@ func innerChains(s innerState) (chains []chain) {
 			join(source, isIn(setInnerNodes+v, regKey), goTo("nodeplain"+v)),
 			goTo("plain" + v),
 		}})
-		for _, l := range listeners {
+		for l := range steer.Listeners {
 			chains = append(chains, f.listener(l, s)...)
 		}
 		chains = append(chains, chain{"strict" + v, append([]rule{join(opens(), destination, f.count(plainTextPort))}, refuse()...)}, chain{"unsteered" + v, []rule{
@@ -223,6 +225,11 @@ func innerChains(s innerState) (chains []chain) {
 	return chains
 }
 
+// chainOf is the name of a listener's chain, without the family's version.
+func chainOf(l steer.Listener) string {
+	return [steer.Listeners]string{"outbound", "inbound", "plain", "nodeplain"}[l]
+}
+
 // count counts a connection of the pod whose address is loaded.
 func (f family) count(port uint16) rule {
 	return join(immediate(regKey+f.words(), portKey(port)...), put(setConnections+f.version, regKey, 0, 0, &expr.Counter{}))
@@ -230,16 +237,16 @@ func (f family) count(port uint16) rule {
 
 // listener are the chains of one listener: which generation gets a connection, and
 // what is counted.
-func (f family) listener(l listener, s innerState) []chain {
+func (f family) listener(l steer.Listener, s innerState) []chain {
 	v := f.version
 	pod := network(f.destination, f.length, regKey)
-	if l.name == "outbound" {
+	if l == steer.Outbound {
 		pod = network(f.source, f.length, regKey)
 	}
 	var rules []rule
 	var chains []chain
 	take := func(generation int, when rule) {
-		port := l.port + uint16(generationStep*generation)
+		port := l.PortOf(generation)
 		rules = append(rules, join(when, immediate(regTemp, big16(port)...),
 			rule{&expr.TProxy{Family: f.proto, TableFamily: unix.NFPROTO_INET, RegPort: regTemp}}, goTo("took_"+strconv.Itoa(int(port))+"_"+v)))
 	}
@@ -260,19 +267,19 @@ func (f family) listener(l listener, s innerState) []chain {
 	}
 	rules = append(rules, join(opens(), pod, f.count(0)))
 	rules = append(rules, refuse()...)
-	for generation := range Generations {
-		port := l.port + uint16(generationStep*generation)
+	for generation := range steer.Generations {
+		port := l.PortOf(generation)
 		chains = append(chains, chain{"took_" + strconv.Itoa(int(port)) + "_" + v, []rule{join(opens(), pod, f.count(port)), accept()}})
 	}
-	return append(chains, chain{l.name + v, rules})
+	return append(chains, chain{chainOf(l) + v, rules})
 }
 
 // refuse leaves it to the kernel to refuse what has no socket. Envoy's own may be
 // there, and are not to be found in any other way.
 func refuse() (rules []rule) {
-	for generation := range Generations {
-		for _, l := range listeners {
-			rules = append(rules, join(transport(2, 2, regTemp), equal(regTemp, big16(l.port+uint16(generationStep*generation))...), drop()))
+	for generation := range steer.Generations {
+		for l := range steer.Listeners {
+			rules = append(rules, join(transport(2, 2, regTemp), equal(regTemp, big16(l.PortOf(generation))...), drop()))
 		}
 	}
 	return append(rules, accept())

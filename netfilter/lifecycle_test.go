@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // inNode runs f in a network namespace of its own, which ends with it.
@@ -56,7 +57,7 @@ func veth(t *testing.T, name string, netns *os.File) netlink.Link {
 }
 
 // tenant makes a namespace for a tenant.
-func tenant(t *testing.T, index uint16) Tenant {
+func tenant(t *testing.T, index uint16) steer.Tenant {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "netns")
 	check(t, os.WriteFile(path, nil, 0o600))
@@ -75,13 +76,13 @@ func tenant(t *testing.T, index uint16) Tenant {
 	check(t, err)
 	defer ns.Close()
 	host := veth(t, "tenant"+string(rune('0'+index)), ns)
-	return Tenant{Index: index, Netns: path, HostIfindex: host.Attrs().Index, TenantIfindex: host.Attrs().ParentIndex, TenantMAC: host.Attrs().HardwareAddr}
+	return steer.Tenant{Index: index, Netns: path, HostIfindex: host.Attrs().Index, TenantIfindex: host.Attrs().ParentIndex, TenantMAC: host.Attrs().HardwareAddr}
 }
 
-func pod(t *testing.T, uid string, tenant uint16, addresses ...string) Pod {
+func pod(t *testing.T, uid string, tenant uint16, addresses ...string) steer.Pod {
 	t.Helper()
 	host := veth(t, "pod"+uid, nil)
-	p := Pod{UID: uid, Tenant: tenant, Ifindex: host.Attrs().Index, MAC: host.Attrs().HardwareAddr}
+	p := steer.Pod{UID: uid, Tenant: tenant, Ifindex: host.Attrs().Index, MAC: host.Attrs().HardwareAddr}
 	for _, a := range addresses {
 		p.IPs = append(p.IPs, netip.MustParseAddr(a))
 	}
@@ -108,7 +109,7 @@ func TestLifecycle(t *testing.T) {
 		check(t, err)
 		one, two := tenant(t, 1), tenant(t, 2)
 		a, b := pod(t, "a", 1, "10.0.0.1", "fd00::1"), pod(t, "b", 2, "10.0.0.2")
-		if err := d.SetWeight(1, 10); !errors.Is(err, ErrUnknownTenant) {
+		if err := d.SetWeight(1, 10); !errors.Is(err, steer.ErrUnknownTenant) {
 			t.Errorf("weight of a tenant that isn't known: %v", err)
 		}
 		check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two), d.UpdatePod(a), d.UpdatePod(b), d.SetWeight(1, 30)))
@@ -229,10 +230,10 @@ func TestBadInput(t *testing.T) {
 		}
 	}
 	d := &Datapath{}
-	good := Pod{UID: "a", Tenant: 1, Ifindex: 1, IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, MAC: []byte{0, 1, 2, 3, 4, 5}}
-	for name, change := range map[string]func(*Pod){
-		"UID": func(p *Pod) { p.UID = "" }, "tenant": func(p *Pod) { p.Tenant = MaxTenantIndex + 1 }, "veth": func(p *Pod) { p.Ifindex = 0 },
-		"address": func(p *Pod) { p.IPs = nil }, "MAC": func(p *Pod) { p.MAC = nil }, "zone": func(p *Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("fe80::1%x")} },
+	good := steer.Pod{UID: "a", Tenant: 1, Ifindex: 1, IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, MAC: []byte{0, 1, 2, 3, 4, 5}}
+	for name, change := range map[string]func(*steer.Pod){
+		"UID": func(p *steer.Pod) { p.UID = "" }, "tenant": func(p *steer.Pod) { p.Tenant = steer.MaxTenantIndex + 1 }, "veth": func(p *steer.Pod) { p.Ifindex = 0 },
+		"address": func(p *steer.Pod) { p.IPs = nil }, "MAC": func(p *steer.Pod) { p.MAC = nil }, "zone": func(p *steer.Pod) { p.IPs = []netip.Addr{netip.MustParseAddr("fe80::1%x")} },
 	} {
 		p := good
 		change(&p)

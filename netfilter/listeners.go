@@ -1,32 +1,12 @@
 package netfilter
 
 import (
-	"errors"
 	"fmt"
-	"net/netip"
-	"os"
-	"path/filepath"
-	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
-
-// Generations is how many processes of a tenant can run side by side: 0 and 1.
-const Generations = 2
-
-// generationStep is between the ports of one generation and those of the next.
-const generationStep = 100
-
-// listener is one of Envoy's, for the connections that fit.
-type listener struct {
-	name string
-	port uint16
-}
-
-var listeners = []listener{{"outbound", 15001}, {"inbound", portInbound}, {"plain", 15006}, {"nodeplain", 15007}}
-
-// ErrNotListening says that a process doesn't listen on all ports; it may yet.
-var ErrNotListening = errors.New("not listening")
 
 // SetListeners gives new connections of a tenant to the listening sockets of a
 // process: ports 15001, 15008, 15006 and 15007 on [::], for IPv4 too, those of
@@ -37,7 +17,7 @@ var ErrNotListening = errors.New("not listening")
 func (d *Datapath) SetListeners(index uint16, generation, pid int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := checkGeneration(generation)
+	err := steer.CheckGeneration(generation)
 	if err == nil {
 		err = makeTransparent(pid, generation)
 	}
@@ -55,7 +35,7 @@ func (d *Datapath) SetListeners(index uint16, generation, pid int) error {
 func (d *Datapath) ClearListeners(index uint16, generation int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := checkGeneration(generation)
+	err := steer.CheckGeneration(generation)
 	if err == nil {
 		err = d.setState(index, func(s *innerState) { s.active[generation] = false })
 	}
@@ -81,70 +61,25 @@ func (d *Datapath) SetWeight(index uint16, canaryPercent int) error {
 	return nil
 }
 
-func checkGeneration(generation int) error {
-	if generation < 0 || generation >= Generations {
-		return fmt.Errorf("generation %d is not between 0 and %d", generation, Generations-1)
-	}
-	return nil
-}
-
 // makeTransparent sets IP_TRANSPARENT on the sockets that a process listens with.
 func makeTransparent(pid, generation int) error {
-	pidfd, err := unix.PidfdOpen(pid, 0)
+	sockets, err := steer.ListeningSockets(pid, generation)
+	defer func() { steer.Close(sockets) }()
 	if err != nil {
-		return fmt.Errorf("open process: %w", err)
+		return err
 	}
-	defer unix.Close(pidfd)
-	list, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(pid), "fd"))
-	if err != nil {
-		return fmt.Errorf("list its files: %w", err)
+	found := map[uint16]bool{}
+	for _, s := range sockets {
+		// Also for connections of IPv4, which the socket takes.
+		if err := unix.SetsockoptInt(s.FD, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1); err != nil {
+			return fmt.Errorf("make the socket of port %d transparent: %w", s.Port, err)
+		}
+		found[s.Port] = true
 	}
-	found := map[int]bool{}
-	for _, e := range list {
-		number, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		fd, err := unix.PidfdGetfd(pidfd, number, 0)
-		if errors.Is(err, unix.EBADF) {
-			continue // closed in the meantime
-		}
-		if err != nil {
-			return fmt.Errorf("duplicate its file %d: %w", number, err)
-		}
-		port, ok := listensOn(fd)
-		if ok {
-			// Also for connections of IPv4, which the socket takes.
-			err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
-		}
-		unix.Close(fd)
-		if err != nil {
-			return fmt.Errorf("make the socket of port %d transparent: %w", port, err)
-		}
-		found[port] = ok
-	}
-	for _, l := range listeners {
-		if port := int(l.port) + generationStep*generation; !found[port] {
-			return fmt.Errorf("port %d on [::]: %w", port, ErrNotListening)
+	for l := range steer.Listeners {
+		if port := l.PortOf(generation); !found[port] {
+			return fmt.Errorf("port %d on [::]: %w", port, steer.ErrNotListening)
 		}
 	}
 	return nil
-}
-
-// listensOn tells on which port a file takes connections of both families, if it
-// does.
-func listensOn(fd int) (port int, ok bool) {
-	if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || v != 1 {
-		return 0, false
-	}
-	name, err := unix.Getsockname(fd)
-	if err != nil {
-		return 0, false
-	}
-	six, ok := name.(*unix.SockaddrInet6)
-	if !ok || !netip.AddrFrom16(six.Addr).IsUnspecified() {
-		return 0, false
-	}
-	only, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
-	return six.Port, err == nil && only == 0
 }

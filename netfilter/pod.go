@@ -3,7 +3,6 @@ package netfilter
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -11,58 +10,17 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/vishvananda/netlink"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
-
-// maxComment is how long an element's comment can be.
-const maxComment = 128
-
-// Pod is a pod of the mesh on this node.
-type Pod struct {
-	// UID is the Kubernetes UID, at most 128 characters.
-	UID string
-	// Tenant is its tenant's index. While that tenant isn't known, the pod's TCP is
-	// dropped.
-	Tenant uint16
-	// Ifindex is the node's end of its veth.
-	Ifindex int
-	// IPs are all its addresses: from any other, its TCP is dropped.
-	IPs []netip.Addr
-	// MAC is that of the pod's end.
-	MAC net.HardwareAddr
-	// Strict pods take no plain text: new connections from outside of the mesh are
-	// refused before they begin, and counted as Drops.PlainText. What the node
-	// itself makes still passes.
-	Strict bool
-}
-
-func (p Pod) validate() error {
-	switch {
-	case p.UID == "" || len(p.UID) > maxComment:
-		return fmt.Errorf("UID is not 1 to %d characters", maxComment)
-	case p.Tenant == 0 || p.Tenant > MaxTenantIndex:
-		return fmt.Errorf("tenant %d is not between 1 and %d", p.Tenant, MaxTenantIndex)
-	case p.Ifindex <= 0:
-		return errors.New("index of the host's end of the veth is missing")
-	case len(p.IPs) == 0:
-		return errors.New("it has no address")
-	case len(p.MAC) != 6:
-		return fmt.Errorf("MAC address %q: want 6 bytes", p.MAC)
-	}
-	for _, a := range p.IPs {
-		if !a.IsValid() || a.IsUnspecified() || a.Zone() != "" {
-			return fmt.Errorf("address %q: want one IPv4 or IPv6 address without a zone", a)
-		}
-	}
-	return nil
-}
 
 // UpdatePod steers a pod through its tenant, or changes where: its TCP goes to
 // another tenant at once, whereupon connections through the former one end (see
 // MovePod), but for those that an earlier MovePod kept. An address that another
 // pod had is this pod's from now on. It is idempotent and can be repeated after
 // an error.
-func (d *Datapath) UpdatePod(p Pod) error {
-	if err := p.validate(); err != nil {
+func (d *Datapath) UpdatePod(p steer.Pod) error {
+	if err := p.Validate(); err != nil {
 		return fmt.Errorf("update pod %q: %w", p.UID, err)
 	}
 	d.mu.Lock()
@@ -75,7 +33,10 @@ func (d *Datapath) UpdatePod(p Pod) error {
 
 // updatePod writes a pod's elements and chains in one step; with learn, the rules
 // write down each connection that opens. The tenant's namespace knows of it first.
-func (d *Datapath) updatePod(p Pod, learn bool) error {
+func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
+	if p.Bypass || len(p.Exclusions) > 0 {
+		return errors.New("redirection Netfilter can leave nothing out of the mesh: take its exclusions or bypass back, or use EBPF")
+	}
 	link, err := netlink.LinkByIndex(p.Ifindex)
 	if err != nil {
 		return fmt.Errorf("find interface %d: %w", p.Ifindex, err)

@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // Probe returns what the kernel lacks for the steering, each by name and with
@@ -64,7 +66,7 @@ func Probe() error {
 	if _, err := netlink.SocketDiagTCP(unix.AF_INET); err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		lacking = append(lacking, fmt.Errorf("kernel lacks the list of sockets (CONFIG_INET_DIAG, Linux 3.3): %w", err))
 	}
-	if err := probePidfdGetfd(); err != nil {
+	if err := steer.ProbeListeningSockets(); err != nil {
 		lacking = append(lacking, fmt.Errorf("kernel lacks pidfd_getfd (Linux 5.6): %w", err))
 	}
 	return errors.Join(lacking...)
@@ -85,18 +87,6 @@ func try(t *nftables.Table, write func(*nftables.Conn) error) error {
 		// One line: what depends on the first error fails as well.
 		first, _, _ := strings.Cut(err.Error(), "\n")
 		return errors.New(first)
-	}
-	return nil
-}
-
-func probePidfdGetfd() error {
-	pidfd, err := unix.PidfdOpen(unix.Getpid(), 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(pidfd)
-	if _, err := unix.PidfdGetfd(pidfd, -1, 0); !errors.Is(err, unix.EBADF) {
-		return err
 	}
 	return nil
 }

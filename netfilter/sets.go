@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // TableName is that of all tables: on the node of the families netdev and inet, in
@@ -34,11 +36,11 @@ type family struct {
 var families = []family{
 	{
 		version: "4", proto: unix.NFPROTO_IPV4, etherType: unix.ETH_P_IP, kind: nftables.TypeIPAddr, length: 4, source: 12, destination: 16,
-		headerSum: unix.NFT_PAYLOAD_CSUM_INET, headerSumAt: 10, deliver: DeliverIPv4, self: netip.MustParseAddr("169.254.96.2"),
+		headerSum: unix.NFT_PAYLOAD_CSUM_INET, headerSumAt: 10, deliver: steer.DeliverIPv4, self: netip.MustParseAddr("169.254.96.2"),
 	},
 	{
 		version: "6", proto: unix.NFPROTO_IPV6, etherType: unix.ETH_P_IPV6, kind: nftables.TypeIP6Addr, length: 16, source: 8, destination: 24,
-		headerSum: unix.NFT_PAYLOAD_CSUM_NONE, deliver: DeliverIPv6, self: netip.MustParseAddr("fd69:8::2"),
+		headerSum: unix.NFT_PAYLOAD_CSUM_NONE, deliver: steer.DeliverIPv6, self: netip.MustParseAddr("fd69:8::2"),
 	},
 }
 

@@ -15,42 +15,15 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
-
-// MaxTenantIndex is the highest tenant index; the lowest is 1.
-const MaxTenantIndex = 4095
-
-// Tenant is where a tenant's proxy on this node lives.
-type Tenant struct {
-	// Index is 1 to MaxTenantIndex.
-	Index uint16
-	// Netns is the path of its network namespace.
-	Netns string
-	// HostIfindex is the node's end of its veth, TenantIfindex the other end, and
-	// TenantMAC that one's address.
-	HostIfindex, TenantIfindex int
-	TenantMAC                  net.HardwareAddr
-}
-
-func (t Tenant) validate() error {
-	switch {
-	case t.Index == 0 || t.Index > MaxTenantIndex:
-		return fmt.Errorf("index is not between 1 and %d", MaxTenantIndex)
-	case t.HostIfindex <= 0 || t.TenantIfindex <= 0:
-		return errors.New("index of an end of the veth is missing")
-	case len(t.TenantMAC) != 6:
-		return fmt.Errorf("MAC address %q of the tenant's end of the veth: want 6 bytes", t.TenantMAC)
-	case t.Netns == "":
-		return errors.New("path of the network namespace is missing")
-	}
-	return nil
-}
 
 // UpdateTenant makes the rules of a tenant, or corrects them where its namespace
 // or veth is another one now. Its weight and listeners stay. It is idempotent and
 // can be repeated after an error.
-func (d *Datapath) UpdateTenant(t Tenant) error {
-	if err := t.validate(); err != nil {
+func (d *Datapath) UpdateTenant(t steer.Tenant) error {
+	if err := t.Validate(); err != nil {
 		return fmt.Errorf("update tenant %d: %w", t.Index, err)
 	}
 	d.mu.Lock()
@@ -61,7 +34,7 @@ func (d *Datapath) UpdateTenant(t Tenant) error {
 	return nil
 }
 
-func (d *Datapath) updateTenant(t Tenant) error {
+func (d *Datapath) updateTenant(t steer.Tenant) error {
 	link, err := netlink.LinkByIndex(t.HostIfindex)
 	if err != nil {
 		return fmt.Errorf("find interface %d: %w", t.HostIfindex, err)
@@ -214,7 +187,7 @@ type tenantState struct {
 func (d *Datapath) setState(index uint16, f func(*innerState)) error {
 	t := d.tenants[index]
 	if t == nil {
-		return ErrUnknownTenant
+		return steer.ErrUnknownTenant
 	}
 	return d.writeTenant(index, t, f)
 }
@@ -232,11 +205,11 @@ func (d *Datapath) syncTenants() error {
 
 // syncTenant tells a tenant's namespace of its pods, those of the node's table and
 // more that are about to be there, and of the node's addresses.
-func (d *Datapath) syncTenant(index uint16, t *tenantState, more ...Pod) error {
+func (d *Datapath) syncTenant(index uint16, t *tenantState, more ...steer.Pod) error {
 	return d.writeTenant(index, t, func(*innerState) {}, more...)
 }
 
-func (d *Datapath) writeTenant(index uint16, t *tenantState, f func(*innerState), more ...Pod) error {
+func (d *Datapath) writeTenant(index uint16, t *tenantState, f func(*innerState), more ...steer.Pod) error {
 	s, err := d.snapshotNow()
 	if err != nil {
 		return err

@@ -56,12 +56,16 @@ var layers = []layer{
 		reason:  "keys must be readable for the fewest eyes: what identity imports, it trusts; the leaves meet only in agent and controllers",
 	},
 	{
-		folder: "bpf", may: []string{"model", protocol},
+		folder: "steer",
+		reason: "the two ways of redirecting are told the same and tell the same, so what they share knows neither of them, nor any pod's traffic",
+	},
+	{
+		folder: "bpf", may: []string{"model", "steer", protocol},
 		inTests: []string{"hack/envoy", "test"},
 		reason:  "the steering is tried on a bare kernel, without Envoy, certificates or a cluster; the leaves meet only in agent",
 	},
 	{
-		folder: "netfilter", may: []string{"model", protocol},
+		folder: "netfilter", may: []string{"model", "steer", protocol},
 		inTests: []string{"hack/envoy", "test"},
 		reason:  "the other redirection is tried on a bare kernel as well, and must not need eBPF; the leaves meet only in agent",
 	},
@@ -71,12 +75,12 @@ var layers = []layer{
 		reason:  "the operator has no business on a node: what it imports must not be able to touch one",
 	},
 	{
-		folder: "agent", may: []string{"api", protocol, "model", "isolation", "identity", "bpf", "netfilter"}, kubernetes: true,
+		folder: "agent", may: []string{"api", protocol, "model", "isolation", "identity", "steer", "bpf", "netfilter"}, kubernetes: true,
 		inTests: []string{"xds", "hack/envoy", "test"},
 		reason:  "the agent relays configuration and never makes any, so that all of it comes from one place, the operator",
 	},
 	{
-		folder: "cmd", may: []string{"api", protocol, "model", "xds", "isolation", "identity", "bpf", "netfilter", "controllers", "agent", "config"}, kubernetes: true,
+		folder: "cmd", may: []string{"api", protocol, "model", "xds", "isolation", "identity", "steer", "bpf", "netfilter", "controllers", "agent", "config"}, kubernetes: true,
 		inTests: []string{"hack/envoy", "test"},
 		reason:  "commands put the product together; what builds or tests it must not be shipped in it",
 	},

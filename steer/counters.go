@@ -1,0 +1,102 @@
+package steer
+
+// Counters are what has happened to one tenant since UpdateTenant made it. What
+// counts as a new connection isn't exactly the same for all: with eBPF a late packet
+// of one that has ended does, too, with nftables a SYN that is sent again.
+type Counters struct {
+	// Steered are new connections per generation.
+	Steered [Generations]uint64
+	PerListener
+	// Refused are new connections that found no listener.
+	Refused uint64
+	// Excluded and Bypassed are new connections that passed in the clear, by an
+	// Exclusion or by Pod.Bypass.
+	Excluded, Bypassed uint64
+	// EventsLost are connection events that found no room.
+	EventsLost uint64
+	// Dropped are packets.
+	Dropped Drops
+}
+
+// PerListener are new connections per listener of a tenant.
+type PerListener struct{ Outbound, Inbound, Plain, NodePlain uint64 }
+
+// Add counts n connections of a listener.
+func (p *PerListener) Add(l Listener, n uint64) {
+	switch l {
+	case Outbound:
+		p.Outbound += n
+	case Inbound:
+		p.Inbound += n
+	case Plain:
+		p.Plain += n
+	case NodePlain:
+		p.NodePlain += n
+	}
+}
+
+// Drops are dropped packets by reason.
+type Drops struct {
+	// Spoofed: a pod used a source that isn't its address.
+	Spoofed uint64
+	// Fragment: a fragment of a TCP packet.
+	Fragment uint64
+	// Malformed: headers that can't be read to their end.
+	Malformed uint64
+	// NoTenant: the pod's tenant isn't known or has no network namespace.
+	NoTenant uint64
+	// NotThePod: to a pod's veth, but not to its address.
+	NotThePod uint64
+	// Deliver: from the deliver address to others than the tenant's own pods.
+	Deliver uint64
+	// Foreign: the tenant sent what is neither from nor to its own pods.
+	Foreign uint64
+	// Protocol: the tenant sent other things than TCP.
+	Protocol uint64
+	// Unsteered: TCP of no pod of the tenant reached its namespace.
+	Unsteered uint64
+	// Midstream: in the middle of a connection that isn't known, of a pod whose
+	// new ones pass in the clear.
+	Midstream uint64
+	// FlowsFull: a connection that would pass in the clear where there is no room to
+	// write it down: the map is full or, with eBPF, the pod has 8,192 such ones.
+	FlowsFull uint64
+	// PlainText: a new connection from outside of the mesh to a pod that is Strict.
+	PlainText uint64
+	// TooMany: a new connection of a tenant that has as many as it may
+	// (ConnectionLimits). One that is tried again counts again.
+	TooMany uint64
+	// TooFast: a new connection of a tenant that opens them faster than it may.
+	TooFast uint64
+}
+
+// ByReason names the reasons of which there were any.
+func (d Drops) ByReason() map[string]uint64 {
+	named := map[string]uint64{}
+	for name, n := range map[string]uint64{
+		"spoofed": d.Spoofed, "fragment": d.Fragment, "malformed": d.Malformed, "noTenant": d.NoTenant,
+		"notThePod": d.NotThePod, "deliver": d.Deliver, "foreign": d.Foreign, "protocol": d.Protocol,
+		"unsteered": d.Unsteered, "midstream": d.Midstream, "flowsFull": d.FlowsFull, "plainText": d.PlainText,
+		"tooMany": d.TooMany, "tooFast": d.TooFast,
+	} {
+		if n > 0 {
+			named[name] = n
+		}
+	}
+	return named
+}
+
+// PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
+// are of TCP on its veth, from the IP header on; packets that the kernel
+// handles in one piece count with one header.
+type PodCounters struct {
+	// New connections per listener of its tenant.
+	PerListener
+	// Direct are those in the clear that are written down: of exclusions, the bypass,
+	// and while it leaves.
+	Direct uint64
+	// BytesSent are by the pod.
+	BytesSent, BytesReceived uint64
+	// Dropped are packets at its veth, and plain text that it doesn't take.
+	Dropped Drops
+}

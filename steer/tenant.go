@@ -1,0 +1,79 @@
+package steer
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+)
+
+// MaxTenantIndex is the highest tenant index; the lowest is 1.
+const MaxTenantIndex = 4095
+
+// ErrUnknownTenant says that UpdateTenant hasn't been called for a tenant, or
+// DeleteTenant has.
+var ErrUnknownTenant = errors.New("unknown tenant")
+
+// The addresses from which Envoy delivers to pods what came from the node's own
+// addresses.
+var (
+	DeliverIPv4 = netip.MustParseAddr("169.254.96.1")
+	DeliverIPv6 = netip.MustParseAddr("fd69:8::1")
+)
+
+// Tenant is where a tenant's proxy on this node lives.
+type Tenant struct {
+	// Index is 1 to MaxTenantIndex.
+	Index uint16
+	// Netns is the path of its network namespace.
+	Netns string
+	// HostIfindex is the node's end of its veth, TenantIfindex the other end, and
+	// TenantMAC that one's address.
+	HostIfindex, TenantIfindex int
+	TenantMAC                  net.HardwareAddr
+	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
+	// and no events of its connections. Only eBPF has use for it.
+	CgroupV2 string
+	// Connections bounds what the tenant's proxy takes. Only eBPF does.
+	Connections ConnectionLimits
+}
+
+// maxPerSecond is the most that can be paced: a connection a microsecond.
+const maxPerSecond = 1_000_000
+
+// ConnectionLimits bound the connections that a tenant's proxy takes, from its pods
+// and to them; 0 is no limit. A tunnel counts as one, whatever is in it. What is
+// beyond a limit is dropped before it costs the tenant anything, without an answer,
+// and counted as Drops.TooMany and TooFast; those that have begun go on.
+type ConnectionLimits struct {
+	// Concurrent is the most at a time. It needs Tenant.CgroupV2: without, nobody
+	// counts, and it doesn't hold. Connections that open at the same instant can go
+	// beyond it by as many.
+	Concurrent uint32
+	// NewPerSecond is how many may open in a second, at most 1,000,000; after a
+	// second without any, so many at once.
+	NewPerSecond uint32
+}
+
+// Validate says what is wrong with limits.
+func (l ConnectionLimits) Validate() error {
+	if l.NewPerSecond > maxPerSecond {
+		return fmt.Errorf("%d new connections per second: at most %d", l.NewPerSecond, maxPerSecond)
+	}
+	return nil
+}
+
+// Validate says what is wrong with a tenant.
+func (t Tenant) Validate() error {
+	switch {
+	case t.Index == 0 || t.Index > MaxTenantIndex:
+		return fmt.Errorf("index is not between 1 and %d", MaxTenantIndex)
+	case t.HostIfindex <= 0 || t.TenantIfindex <= 0:
+		return errors.New("index of an end of the veth is missing")
+	case len(t.TenantMAC) != 6:
+		return fmt.Errorf("MAC address %q of the tenant's end of the veth: want 6 bytes", t.TenantMAC)
+	case t.Netns == "":
+		return errors.New("path of the network namespace is missing")
+	}
+	return t.Connections.Validate()
+}
