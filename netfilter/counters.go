@@ -3,6 +3,7 @@ package netfilter
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -35,49 +36,66 @@ func addDrop(d *steer.Drops, reason uint32, n uint64) {
 	}
 }
 
-// eachDrop calls f for everything that was counted at a veth.
-func (d *Datapath) eachDrop(f func(veth, reason uint32, n uint64)) error {
+const ethernetHeader = 14
+
+// counted reads what a set has counted under keys of two numbers, or of one.
+func (d *Datapath) counted(set string) (map[[2]uint32]uint64, error) {
 	c, err := open(0)
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	elements, err := c.GetSetElements(d.sets[setDrops])
+	elements, err := c.GetSetElements(d.sets[set])
 	if err != nil {
-		return fmt.Errorf("read what was dropped: %w", err)
+		return nil, fmt.Errorf("read set %s: %w", set, err)
 	}
+	all := map[[2]uint32]uint64{}
 	for _, e := range elements {
-		if e.Counter != nil && len(e.Key) == 8 {
-			f(binaryutil.NativeEndian.Uint32(e.Key[:4]), binaryutil.NativeEndian.Uint32(e.Key[4:]), e.Counter.Packets)
+		if e.Counter == nil || len(e.Key) < 4 {
+			continue
 		}
+		k := [2]uint32{binaryutil.NativeEndian.Uint32(e.Key[:4])}
+		if len(e.Key) == 8 {
+			k[1] = binaryutil.NativeEndian.Uint32(e.Key[4:])
+		}
+		all[k] = e.Counter.Packets
 	}
-	return nil
+	return all, nil
 }
 
-// deleteDrops forgets what was counted at veths.
-func (d *Datapath) deleteDrops(veths []uint32) error {
-	if len(veths) == 0 {
+// forgetCounted forgets what was counted of some interfaces, or of a tenant: what is
+// first in the keys of sets.
+func (d *Datapath) forgetCounted(of []uint32, sets ...string) error {
+	if len(of) == 0 {
 		return nil
 	}
 	c, err := open(0)
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	var gone []nftables.SetElement
-	err = d.eachDrop(func(veth, reason uint32, _ uint64) {
-		for _, v := range veths {
-			if v == veth {
-				gone = append(gone, nftables.SetElement{Key: key(native(veth), native(reason))})
+	for _, set := range sets {
+		all, err := d.counted(set)
+		if err != nil {
+			return err
+		}
+		var gone []nftables.SetElement
+		for k := range all {
+			if !slices.Contains(of, k[0]) {
+				continue
+			}
+			e := nftables.SetElement{Key: native(k[0])}
+			if d.sets[set].Concatenation {
+				e.Key = key(native(k[0]), native(k[1]))
+			}
+			gone = append(gone, e)
+		}
+		for part := range slices.Chunk(gone, chunk) {
+			if err := c.SetDeleteElements(d.sets[set], part); err != nil {
+				return fmt.Errorf("forget what set %s has counted: %w", set, err)
 			}
 		}
-	})
-	if err != nil || len(gone) == 0 {
-		return err
-	}
-	if err := c.SetDeleteElements(d.sets[setDrops], gone); err != nil {
-		return fmt.Errorf("forget what was dropped: %w", err)
 	}
 	if err := c.Flush(); err != nil {
-		return fmt.Errorf("forget what was dropped: %w", err)
+		return fmt.Errorf("forget what was counted: %w", err)
 	}
 	return nil
 }
@@ -130,22 +148,29 @@ func listenerOf(port uint16) (l steer.Listener, generation int, ok bool) {
 func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s, err := d.snapshotNow()
+	all := map[uint16]steer.Counters{}
+	dropped, err := d.counted(setTenantDrops)
 	if err != nil {
 		return nil, err
 	}
-	all := map[uint16]steer.Counters{}
-	err = d.eachDrop(func(veth, reason uint32, n uint64) {
-		index := s.tenantOf(veth)
-		if e, ok := s.sets[setTenantOf][string(native(veth))]; ok {
-			index = uint16(binaryutil.NativeEndian.Uint32(e.value))
-		}
-		c := all[index]
-		addDrop(&c.Dropped, reason, n)
-		all[index] = c
-	})
+	for k, n := range dropped {
+		c := all[uint16(k[0])]
+		addDrop(&c.Dropped, k[1], n)
+		all[uint16(k[0])] = c
+	}
+	passed, err := d.counted(setPassed)
 	if err != nil {
 		return nil, err
+	}
+	for k, n := range passed {
+		c := all[uint16(k[0])]
+		switch k[1] {
+		case passedExcluded:
+			c.Excluded += n
+		case passedBypassed:
+			c.Bypassed += n
+		}
+		all[uint16(k[0])] = c
 	}
 	for index, t := range d.tenants {
 		list, err := t.connections()
@@ -156,11 +181,12 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 		for _, k := range list {
 			l, generation, ok := listenerOf(k.port)
 			switch {
-			case k.port == 0 && k.pod.IsUnspecified():
+			case !k.pod.IsUnspecified(): // it is in that of all as well
+			case k.port == unsteeredPort:
 				c.Dropped.Unsteered += k.n
 			case k.port == plainTextPort:
 				c.Dropped.PlainText += k.n
-			case k.port == 0:
+			case k.port == refusedPort:
 				c.Refused += k.n
 			case ok:
 				c.Steered[generation] += k.n
@@ -206,17 +232,26 @@ func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 					if name == setSent {
 						p.BytesSent += e.Counter.Bytes
 					} else {
-						p.BytesReceived += e.Counter.Bytes
+						// On the way out a packet has its Ethernet header.
+						p.BytesReceived += e.Counter.Bytes - ethernetHeader*e.Counter.Packets
 					}
 				})
 			}
 		}
 	}
-	err = d.eachDrop(func(veth, reason uint32, n uint64) {
-		of(native(veth), func(p *steer.PodCounters) { addDrop(&p.Dropped, reason, n) })
-	})
+	dropped, err := d.counted(setDrops)
 	if err != nil {
 		return nil, err
+	}
+	for k, n := range dropped {
+		of(native(k[0]), func(p *steer.PodCounters) { addDrop(&p.Dropped, k[1], n) })
+	}
+	direct, err := d.counted(setDirect)
+	if err != nil {
+		return nil, err
+	}
+	for k, n := range direct {
+		of(native(k[0]), func(p *steer.PodCounters) { p.Direct += n })
 	}
 	for index, t := range d.tenants {
 		list, err := t.connections()
@@ -225,9 +260,18 @@ func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 		}
 		for _, k := range list {
 			e, ok := s.sets[setAddresses+familyOf(k.pod).version][string(addressKey(k.pod))]
-			if l, _, is := listenerOf(k.port); ok && is {
-				of(e.value, func(p *steer.PodCounters) { p.Add(l, k.n) })
+			if !ok {
+				continue
 			}
+			l, _, is := listenerOf(k.port)
+			of(e.value, func(p *steer.PodCounters) {
+				switch {
+				case is:
+					p.Add(l, k.n)
+				case k.port == plainTextPort:
+					p.Dropped.PlainText += k.n
+				}
+			})
 		}
 	}
 	return all, nil

@@ -101,6 +101,8 @@ func put(set string, key, data uint32, lasts time.Duration, each ...expr.Any) ru
 	return rule{&expr.Dynset{SetName: set, SrcRegKey: key, SrcRegData: data, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: lasts, Exprs: each}}
 }
 
+func counter() expr.Any { return &expr.Counter{} }
+
 func remove(set string, key, data uint32) rule {
 	return rule{&expr.Dynset{SetName: set, SrcRegKey: key, SrcRegData: data, Operation: dynsetDelete}}
 }

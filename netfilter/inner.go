@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"github.com/google/nftables"
@@ -24,14 +25,19 @@ const (
 	// setInnerStrict: addresses of pods that take no plain text.
 	setInnerStrict = "strict"
 	// setConnections counts new connections, by the pod's address and the listener's
-	// port; 0 is for those that found none, of no pod for those of nobody here, and
-	// plainTextPort for plain text that the pod doesn't take.
+	// port or one of the ports below, and with the unspecified address those of all.
 	setConnections = "connections"
 	// setState keeps what the chains were made from: stateWeight, stateActive.
 	setState = "state"
 )
 
-const plainTextPort = 1
+// Of connections that got no listener: to nobody here, in plain text that the pod
+// doesn't take, and where nobody listens.
+const (
+	unsteeredPort = iota
+	plainTextPort
+	refusedPort
+)
 
 const (
 	stateWeight = 1
@@ -137,6 +143,9 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 			}
 		}
 	}
+	if err := t.forgetConnections(c, want); err != nil {
+		return err
+	}
 	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}}
 	for g, active := range want.active {
 		value := uint32(0)
@@ -171,6 +180,39 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 		return err
 	}
 	t.have, t.generation = want, gen
+	return nil
+}
+
+// forgetConnections forgets what was counted of pods that aren't here any more: another
+// may get the address.
+func (t *tenantState) forgetConnections(c *nftables.Conn, want innerState) error {
+	gone := false
+	for a := range t.have.pods {
+		gone = gone || !want.pods[a]
+	}
+	if !gone {
+		return nil
+	}
+	sets := innerSets()
+	for _, f := range families {
+		set := sets[setConnections+f.version]
+		elements, err := c.GetSetElements(set)
+		if err != nil {
+			return fmt.Errorf("read counted connections: %w", err)
+		}
+		elements = slices.DeleteFunc(elements, func(e nftables.SetElement) bool {
+			a, _ := netip.AddrFromSlice(e.Key[:f.length])
+			return a.IsUnspecified() || want.pods[a]
+		})
+		for part := range slices.Chunk(elements, chunk) {
+			for i := range part {
+				part[i] = nftables.SetElement{Key: part[i].Key}
+			}
+			if err := c.SetDeleteElements(set, part); err != nil {
+				return fmt.Errorf("forget counted connections: %w", err)
+			}
+		}
+	}
 	return nil
 }
 
@@ -218,9 +260,9 @@ func innerChains(s innerState) (chains []chain) {
 		for l := range steer.Listeners {
 			chains = append(chains, f.listener(l, s)...)
 		}
-		chains = append(chains, chain{"strict" + v, append([]rule{join(opens(), destination, f.count(plainTextPort))}, refuse()...)}, chain{"unsteered" + v, []rule{
-			join(opens(), immediate(regKey, make([]byte, f.length)...), f.count(0)), drop(),
-		}})
+		chains = append(chains,
+			chain{"strict" + v, append(f.count(destination, plainTextPort), refuse()...)},
+			chain{"unsteered" + v, append(f.count(nil, unsteeredPort), drop())})
 	}
 	return chains
 }
@@ -230,9 +272,16 @@ func chainOf(l steer.Listener) string {
 	return [steer.Listeners]string{"outbound", "inbound", "plain", "nodeplain"}[l]
 }
 
-// count counts a connection of the pod whose address is loaded.
-func (f family) count(port uint16) rule {
-	return join(immediate(regKey+f.words(), portKey(port)...), put(setConnections+f.version, regKey, 0, 0, &expr.Counter{}))
+// count counts a connection of the pod whose address is loaded, if one is, and for
+// all.
+func (f family) count(pod rule, port uint16) (rules []rule) {
+	everyone := immediate(regKey, make([]byte, f.length)...)
+	for _, whose := range []rule{pod, everyone} {
+		if whose != nil {
+			rules = append(rules, join(opens(), whose, immediate(regKey+f.words(), portKey(port)...), put(setConnections+f.version, regKey, 0, 0, counter())))
+		}
+	}
+	return rules
 }
 
 // listener are the chains of one listener: which generation gets a connection, and
@@ -265,11 +314,10 @@ func (f family) listener(l steer.Listener, s innerState) []chain {
 			take(generation, nil)
 		}
 	}
-	rules = append(rules, join(opens(), pod, f.count(0)))
-	rules = append(rules, refuse()...)
+	rules = append(append(rules, f.count(pod, refusedPort)...), refuse()...)
 	for generation := range steer.Generations {
 		port := l.PortOf(generation)
-		chains = append(chains, chain{"took_" + strconv.Itoa(int(port)) + "_" + v, []rule{join(opens(), pod, f.count(port)), accept()}})
+		chains = append(chains, chain{"took_" + strconv.Itoa(int(port)) + "_" + v, append(f.count(pod, port), accept())})
 	}
 	return append(chains, chain{chainOf(l) + v, rules})
 }

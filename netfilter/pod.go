@@ -1,7 +1,6 @@
 package netfilter
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -34,9 +33,6 @@ func (d *Datapath) UpdatePod(p steer.Pod) error {
 // updatePod writes a pod's elements and chains in one step; with learn, the rules
 // write down each connection that opens. The tenant's namespace knows of it first.
 func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
-	if p.Bypass || len(p.Exclusions) > 0 {
-		return errors.New("redirection Netfilter can leave nothing out of the mesh: take its exclusions or bypass back, or use EBPF")
-	}
 	link, err := netlink.LinkByIndex(p.Ifindex)
 	if err != nil {
 		return fmt.Errorf("find interface %d: %w", p.Ifindex, err)
@@ -82,6 +78,7 @@ func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 	if ch.delete(setStrict, native(veth)); p.Strict {
 		ch.put(setStrict, native(veth), nil, "")
 	}
+	ch.exclude(veth, p.Exclusions, p.Bypass)
 	ch.put(setPods, native(veth), native(uint32(p.Tenant)), p.UID)
 	in, out := podChains(veth)
 	ch.hook(in, nftables.ChainHookIngress, link.Attrs().Name, goTo(chainFromPod))
@@ -143,6 +140,7 @@ func (c *change) putAddress(veth uint32, a netip.Addr, tenant uint16, learn bool
 func (c *change) forgetVeth(veth uint32) {
 	c.delete(setPods, native(veth))
 	c.delete(setStrict, native(veth))
+	c.exclude(veth, nil, false)
 	in, out := podChains(veth)
 	c.unhook(in)
 	c.unhook(out)
@@ -176,7 +174,7 @@ func (d *Datapath) deletePod(uid string) error {
 	if err := d.deleteFlowsOf(addresses); err != nil {
 		return err
 	}
-	if err := d.deleteDrops(veths); err != nil {
+	if err := d.forgetCounted(veths, setDrops, setDirect); err != nil {
 		return err
 	}
 	if err := ch.commit(); err != nil {

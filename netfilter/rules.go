@@ -47,8 +47,14 @@ func hostChains(pass uint32) []chain {
 			if out {
 				device = oif
 			}
+			why := immediate(regKey+1, native(uint32(reason))...)
 			chains = append(chains, chain{dropChain(reason, out), []rule{
-				join(device(regKey), immediate(regKey+1, native(uint32(reason))...), put(setDrops, regKey, 0, 0, &expr.Counter{})),
+				join(device(regKey), why, put(setDrops, regKey, 0, 0, counter())),
+				// Its tenant's count goes on when the pod has ended.
+				onlyMark(0),
+				join(device(regKey), find(setPods, regKey, regFound), markFound()),
+				join(device(regKey), find(setTenantOf, regKey, regFound), markFound()),
+				join(theMark(regKey), why, put(setTenantDrops, regKey, 0, 0, counter())),
 				drop(), // also where there is no room to count
 			}})
 		}
@@ -213,16 +219,22 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	held, goes := way+"_held"+v, way+"_goes"+v
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	return []chain{
-		{way + "_opens" + v, append(f.forget(flow),
+		{way + "_opens" + v, append(append(f.forget(flow),
 			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
 			onlyMark(0), tenant,
-			// A pod that isn't in the mesh (any more): what it opens is written down.
-			join(markIs(0), written, goTo(way+"_direct"+v)),
-			join(markIs(0), goTo(dropChain(dropFlowsFull, out))),
+			// A pod that isn't in the mesh (any more).
+			join(markIs(0), goTo(way+"_clear"+v))),
+			f.exempt(way, device, podIsSource)...)},
+		{way + "_excluded" + v, passes(passedExcluded, goTo(way+"_clear"+v))},
+		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
+		// What opens in the clear is written down.
+		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
+		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), goTo(way + "_direct" + v)}},
+		{way + "_steered" + v, []rule{
 			join(pod, isIn(setLearn+v, regKey), written),
 			forward(),
 			goTo(dropChain(dropNoTenant, out)),
-		)},
+		}},
 		{way + v, []rule{
 			join(flow, isIn(setFlows+v, regKey), goTo(held)),
 			onlyMark(0), tenant,

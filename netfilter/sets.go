@@ -62,13 +62,23 @@ const (
 	setTenantMACs = "tenant_macs"
 	// setTenantOf: the node's end of a tenant's veth to the tenant.
 	setTenantOf = "tenant_of"
-	// setDrops counts what was dropped, by interface and reason.
-	setDrops = "drops"
+	// setDrops counts what was dropped, by interface and reason, setTenantDrops by
+	// tenant.
+	setDrops, setTenantDrops = "drops", "tenant_drops"
 	// setSent and setReceived: a pod's veth with an address of the pod, and what the
 	// pod sent from it, or was given.
 	setSent, setReceived = "sent", "received"
 	// setStrict: veths of pods that take no plain text.
 	setStrict = "strict"
+	// setExempt: veths of pods that have exclusions or the bypass, setBypassed those of
+	// the bypass.
+	setExempt, setBypassed = "exempt", "bypassed"
+	// setExcludedIn and setExcludedOut: a pod's veth, a port or 0 for all, and a network
+	// of peers whose new connections to the pod, or from it, pass in the clear.
+	setExcludedIn, setExcludedOut = "excluded_in", "excluded_out"
+	// setPassed counts new connections in the clear, by tenant and why; setDirect does
+	// by the pod's veth, with those that no tenant has a part in.
+	setPassed, setDirect = "passed", "direct"
 	// setAddresses, setMACs and setOwners: a pod's address to its veth, to the MAC
 	// address of the pod's end, and to its tenant.
 	setAddresses, setMACs, setOwners = "addresses", "macs", "owners"
@@ -89,6 +99,8 @@ const (
 	maxFlows = 262144
 	maxVeths = 4096
 	maxDrops = 65536
+	// 32 of its namespace and 8 of its own for each of 1,000 pods, and some more.
+	maxExclusions = 65536
 )
 
 func hostSets() map[string]*nftables.Set {
@@ -103,6 +115,11 @@ func hostSets() map[string]*nftables.Set {
 	add(setTenantMACs, nftables.Set{IsMap: true, DataType: nftables.TypeEtherAddr, Size: maxVeths}, tenant)
 	add(setTenantOf, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, ifindex)
 	add(setStrict, nftables.Set{Size: maxVeths}, ifindex)
+	add(setExempt, nftables.Set{Size: maxVeths}, ifindex)
+	add(setBypassed, nftables.Set{Size: maxVeths}, ifindex)
+	add(setPassed, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, tenant, nftables.TypeMark)
+	add(setDirect, nftables.Set{Dynamic: true, Counter: true, Size: maxVeths}, ifindex)
+	add(setTenantDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, tenant, nftables.TypeMark)
 	add(setDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, ifindex, nftables.TypeMark)
 	for _, f := range families {
 		v, address := f.version, f.kind
@@ -113,6 +130,8 @@ func hostSets() map[string]*nftables.Set {
 		add(setOwners+v, nftables.Set{IsMap: true, DataType: tenant, Size: maxVeths}, address)
 		add(setSelf+v, nftables.Set{Size: maxVeths}, address, address)
 		add(setLearn+v, nftables.Set{Size: maxVeths}, address)
+		add(setExcludedIn+v, nftables.Set{Interval: true, Size: maxExclusions}, ifindex, port, address)
+		add(setExcludedOut+v, nftables.Set{Interval: true, Size: maxExclusions}, ifindex, port, address)
 		add(setNode+v, nftables.Set{Size: maxVeths}, address)
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
@@ -138,7 +157,8 @@ func key(parts ...[]byte) (k []byte) {
 	return k
 }
 
-// Reasons why a packet was dropped: the second part of the key in setDrops.
+// Reasons why a packet was dropped: the second part of the key in setDrops and
+// setTenantDrops.
 const (
 	dropSpoofed = iota + 1
 	dropFragment

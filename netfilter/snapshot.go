@@ -15,7 +15,9 @@ import (
 
 // element is what a key of a set has.
 type element struct {
-	value   []byte
+	value []byte
+	// end is the last key of a range.
+	end     []byte
 	comment string
 }
 
@@ -67,7 +69,7 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 		}
 		s.sets[name] = map[string]element{}
 		for _, e := range elements {
-			s.sets[name][string(e.Key)] = element{value: e.Val, comment: e.Comment}
+			s.sets[name][string(e.Key)] = element{value: e.Val, end: e.KeyEnd, comment: e.Comment}
 		}
 	}
 	chains, err := c.ListChainsOfTableFamily(steering.Family)
@@ -144,7 +146,7 @@ func (c *change) set(set string, k []byte, e *element) {
 }
 
 func (c *change) put(set string, k, value []byte, comment string) {
-	c.set(set, k, &element{value, comment})
+	c.set(set, k, &element{value: value, comment: comment})
 }
 
 func (c *change) delete(set string, k []byte) { c.set(set, k, nil) }
@@ -182,15 +184,15 @@ func (c *change) commit() error {
 		var del, add []nftables.SetElement
 		for k, want := range c.elements[name] {
 			old, there := have[k]
-			if want != nil && there && bytes.Equal(old.value, want.value) && old.comment == want.comment {
+			if want != nil && there && bytes.Equal(old.value, want.value) && bytes.Equal(old.end, want.end) && old.comment == want.comment {
 				continue
 			}
 			if there {
 				// The comment isn't part of the key, but with it the message is the same.
-				del = append(del, nftables.SetElement{Key: []byte(k)})
+				del = append(del, nftables.SetElement{Key: []byte(k), KeyEnd: old.end})
 			}
 			if want != nil {
-				add = append(add, nftables.SetElement{Key: []byte(k), Val: want.value, Comment: want.comment})
+				add = append(add, nftables.SetElement{Key: []byte(k), KeyEnd: want.end, Val: want.value, Comment: want.comment})
 			}
 		}
 		changed = changed || len(del)+len(add) > 0

@@ -143,7 +143,10 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	if err := d.deleteFlows(func(f storedFlow) bool { return f.tenant == index }); err != nil {
 		return err
 	}
-	if err := d.deleteDrops(veths); err != nil {
+	if err := d.forgetCounted(veths, setDrops); err != nil {
+		return err
+	}
+	if err := d.forgetCounted([]uint32{uint32(index)}, setTenantDrops, setPassed); err != nil {
 		return err
 	}
 	if state := d.tenants[index]; state != nil {

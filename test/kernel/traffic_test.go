@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"fmt"
+	"maps"
 	"os/exec"
 	"slices"
 	"strings"
@@ -118,8 +119,9 @@ func testPlainText(t *testing.T, l *lab.Lab) {
 	takes("Permissive again")
 }
 
-func TestExclusionsAndBypass(t *testing.T) {
-	l := lab.New(t)
+func TestExclusionsAndBypass(t *testing.T) { eachRedirection(t, testExclusionsAndBypass) }
+
+func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 	n := l.Node1
 	direct := func() (excluded, bypassed uint64) {
 		i := n.Tenant("team-a")
@@ -127,6 +129,8 @@ func TestExclusionsAndBypass(t *testing.T) {
 	}
 	out := v1alpha1.Exclusion{Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.9.0/24"}
 	in := v1alpha1.Exclusion{Direction: v1alpha1.DirectionInbound, Port: app.GreetPort, CIDR: "fd20:9::/64"}
+	// What has begun stays where it is, whatever comes.
+	held := openAll(t, l, "before")
 	for _, c := range []struct {
 		name       string
 		namespaces []v1alpha1.NodeNamespace
@@ -143,6 +147,21 @@ func TestExclusionsAndBypass(t *testing.T) {
 			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 2) == (p.Name == "a1") }, 2, 0},
 		{"of another pod", nil, map[string][]v1alpha1.Exclusion{"a2": {out, in}},
 			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 2) == (p.Name == "a2") }, 0, 0},
+		{"of another port", nil, map[string][]v1alpha1.Exclusion{"a1": {{Direction: v1alpha1.DirectionOutbound, Port: 1}, {Direction: v1alpha1.DirectionInbound, Port: 1}}},
+			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 2) == (p.Name == "a1") }, 0, 0},
+		{"of other networks", nil, map[string][]v1alpha1.Exclusion{"a1": {
+			{Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.8.0/24"}, {Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.9.3/32"},
+			{Direction: v1alpha1.DirectionInbound, CIDR: "fd20:8::/64"}, {Direction: v1alpha1.DirectionInbound, CIDR: "172.20.9.0/24"}, {Direction: v1alpha1.DirectionOutbound, CIDR: "fd20:9::/64"}}},
+			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 5) == (p.Name == "a1") }, 0, 0},
+		// Networks in others, of all ports and of one.
+		{"several that fit", []v1alpha1.NodeNamespace{{Name: "team-a", Exclusions: []v1alpha1.Exclusion{{Direction: v1alpha1.DirectionOutbound, CIDR: "172.16.0.0/12"}, in}}},
+			map[string][]v1alpha1.Exclusion{"a1": {
+				out, {Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.9.2/32", Port: app.GreetPort}, {Direction: v1alpha1.DirectionInbound, CIDR: "fd20:9::2/128"},
+				{Direction: v1alpha1.DirectionInbound, CIDR: "fc00::/7", Port: app.GreetPort}}},
+			func(p agent.InspectedPod) bool { return p.Name != "a1" || len(p.Excluded) == 6 }, 2, 0},
+		// A tunnel still ends at the tenant's proxy.
+		{"everything of a pod", nil, map[string][]v1alpha1.Exclusion{"a1": {{Direction: v1alpha1.DirectionOutbound, CIDR: "0.0.0.0/0"}, {Direction: v1alpha1.DirectionInbound, CIDR: "::/0"}, {Direction: v1alpha1.DirectionInbound, CIDR: "0.0.0.0/0"}}},
+			func(p agent.InspectedPod) bool { return (len(p.Excluded) == 3) == (p.Name == "a1") }, 2, 0},
 		{"bypass", []v1alpha1.NodeNamespace{{Name: "team-a", EmergencyBypass: true}}, nil, func(p agent.InspectedPod) bool { return p.Bypass }, 0, 2},
 		{"none again", nil, nil, func(p agent.InspectedPod) bool { return len(p.Excluded) == 0 && !p.Bypass }, 0, 0},
 	} {
@@ -157,6 +176,10 @@ func TestExclusionsAndBypass(t *testing.T) {
 			if excluded, bypassed := direct(); excluded-e != c.excluded || bypassed-b != c.bypassed {
 				t.Errorf("%d connections were excluded and %d bypassed, want %d and %d", excluded-e, bypassed-b, c.excluded, c.bypassed)
 			}
+			held.talk(t, c.name)
 		})
+		if c.excluded+c.bypassed > 0 {
+			maps.Copy(held, openAll(t, l, c.name))
+		}
 	}
 }
