@@ -2,12 +2,11 @@ package bpf
 
 import (
 	"errors"
-	"fmt"
 	"math"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/features"
+	have "github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -15,33 +14,31 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// Probe returns what the kernel lacks for the steering, each by name, joined; nil
-// if nothing. It needs root and changes nothing.
-func Probe() error {
-	probes := []struct {
-		name string
-		run  func() error
-	}{
-		{"BPF programs on network devices (CONFIG_NET_CLS_ACT)", func() error { return features.HaveProgramType(ebpf.SchedCLS) }},
-		{"tcx links (Linux 6.6)", probeTCX},
-		{"bpf_redirect_peer", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectPeer) }},
-		{"sk_lookup programs", func() error { return features.HaveProgramType(ebpf.SkLookup) }},
-		{"bpf_sk_assign in sk_lookup", func() error { return features.HaveProgramHelper(ebpf.SkLookup, asm.FnSkAssign) }},
-		{"socket maps (CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG)", func() error { return features.HaveMapType(ebpf.SockMap) }},
-		{"hash maps per CPU", func() error { return features.HaveMapType(ebpf.PerCPUHash) }},
-		{"ring buffers", func() error { return features.HaveMapType(ebpf.RingBuf) }},
-		{"longest-prefix maps", func() error { return features.HaveMapType(ebpf.LPMTrie) }},
-		{"sockops programs on cgroups (CONFIG_CGROUP_BPF)", func() error { return features.HaveProgramType(ebpf.SockOps) }},
-		{"list of sockets (CONFIG_INET_DIAG)", probeSocketList},
-		{"pidfd_getfd", steer.ProbeListeningSockets},
+// Probe returns one error that names what the kernel lacks for the steering, and since
+// which version there is each; nil if it lacks nothing. It needs root and changes
+// nothing.
+func Probe() error { return steer.Lacking(features()) }
+
+func features() []steer.Feature {
+	program := func(t ebpf.ProgramType) func() error { return func() error { return have.HaveProgramType(t) } }
+	helper := func(t ebpf.ProgramType, f asm.BuiltinFunc) func() error {
+		return func() error { return have.HaveProgramHelper(t, f) }
 	}
-	var lacking []error
-	for _, p := range probes {
-		if err := p.run(); err != nil {
-			lacking = append(lacking, fmt.Errorf("kernel lacks %s: %w", p.name, err))
-		}
+	kind := func(t ebpf.MapType) func() error { return func() error { return have.HaveMapType(t) } }
+	return []steer.Feature{
+		{Name: "BPF programs on network devices (CONFIG_NET_CLS_ACT)", Since: "4.1", Probe: program(ebpf.SchedCLS)},
+		{Name: "tcx links", Since: "6.6", Probe: probeTCX},
+		{Name: "bpf_redirect_peer", Since: "5.10", Probe: helper(ebpf.SchedCLS, asm.FnRedirectPeer)},
+		{Name: "sk_lookup programs", Since: "5.9", Probe: program(ebpf.SkLookup)},
+		{Name: "bpf_sk_assign in sk_lookup", Since: "5.9", Probe: helper(ebpf.SkLookup, asm.FnSkAssign)},
+		{Name: "socket maps (CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG)", Since: "4.14", Probe: kind(ebpf.SockMap)},
+		{Name: "hash maps per CPU", Since: "4.6", Probe: kind(ebpf.PerCPUHash)},
+		{Name: "ring buffers", Since: "5.8", Probe: kind(ebpf.RingBuf)},
+		{Name: "longest-prefix maps", Since: "4.11", Probe: kind(ebpf.LPMTrie)},
+		{Name: "sockops programs on cgroups (CONFIG_CGROUP_BPF)", Since: "4.13", Probe: program(ebpf.SockOps)},
+		{Name: "list of sockets (CONFIG_INET_DIAG)", Since: "3.3", Probe: probeSocketList},
+		{Name: "pidfd_getfd", Since: "5.6", Probe: steer.ProbeListeningSockets},
 	}
-	return errors.Join(lacking...)
 }
 
 // probeTCX attaches to a device that doesn't exist: a kernel that knows tcx says so.

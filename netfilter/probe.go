@@ -2,8 +2,6 @@ package netfilter
 
 import (
 	"errors"
-	"fmt"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -13,10 +11,12 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// Probe returns what the kernel lacks for the steering, each by name and with
-// since when it exists, joined; nil if nothing. It needs root and changes nothing:
-// what it writes it takes back in the same step.
-func Probe() error {
+// Probe returns one error that names what the kernel lacks for the steering, and since
+// which version there is each; nil if it lacks nothing. It needs root and changes
+// nothing: what it writes it takes back in the same step.
+func Probe() error { return steer.Lacking(features()) }
+
+func features() []steer.Feature {
 	netdev := &nftables.Table{Name: TableName + "_probe", Family: nftables.TableFamilyNetdev}
 	inet := &nftables.Table{Name: TableName + "_probe", Family: nftables.TableFamilyINet}
 	hook := func(t *nftables.Table, at *nftables.ChainHook, device string, r rule) func(*nftables.Conn) error {
@@ -40,53 +40,48 @@ func Probe() error {
 		}
 		return ingress(join(iif(regKey), remove(s.Name, regKey, 0)))(c)
 	}
-	var lacking []error
-	for _, p := range []struct {
-		name  string
-		table *nftables.Table
-		write func(*nftables.Conn) error
-	}{
-		{"nftables of devices (CONFIG_NF_TABLES_NETDEV, Linux 4.2)", netdev, ingress(nil)},
-		{"nftables on the way out of a device (CONFIG_NETFILTER_EGRESS, Linux 5.16)", netdev, hook(netdev, nftables.ChainHookEgress, "lo", nil)},
+	ranges := func(c *nftables.Conn) error {
+		s := &nftables.Set{Table: netdev, Name: "s", Interval: true, Concatenation: true, Size: 16,
+			KeyType: nftables.MustConcatSetType(nftables.TypeIFIndex, nftables.TypeIPAddr)}
+		return c.AddSet(s, nil)
+	}
+	return []steer.Feature{
+		{Name: "nftables of devices (CONFIG_NF_TABLES_NETDEV)", Since: "4.2", Probe: try(netdev, ingress(nil))},
+		{Name: "nftables on the way out of a device (CONFIG_NETFILTER_EGRESS)", Since: "5.16", Probe: try(netdev, hook(netdev, nftables.ChainHookEgress, "lo", nil))},
 		// The module of dup has fwd, too, which the library can't write.
-		{"nftables that forward between devices (CONFIG_NFT_FWD_NETDEV and CONFIG_NFT_DUP_NETDEV, Linux 4.10)", netdev,
-			ingress(join(immediate(regTemp, native(1)...), rule{&expr.Dup{RegDev: regTemp, IsRegDevSet: true}}))},
-		{"nftables' sets that rules write, with counters (Linux 5.7)", netdev, dynamic},
-		{"nftables of IPv4 and IPv6 together (CONFIG_NF_TABLES_INET, Linux 3.14)", inet, prerouting(nil)},
-		{"nftables' transparent proxies (CONFIG_NFT_TPROXY, Linux 4.19)", inet, prerouting(join(immediate(regTemp, big16(1)...),
-			rule{&expr.TProxy{Family: unix.NFPROTO_IPV4, TableFamily: unix.NFPROTO_INET, RegPort: regTemp}}))},
-		{"nftables that look for sockets (CONFIG_NFT_SOCKET, Linux 5.10)", inet, prerouting(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}})},
-		{"nftables that hash (CONFIG_NFT_HASH, Linux 4.10)", inet, prerouting(join(transport(0, 4, regKey),
-			rule{&expr.Hash{SourceRegister: regKey, DestRegister: regTemp, Length: 4, Modulus: 100, Seed: hashSeed, Type: expr.HashTypeJenkins}}))},
-	} {
-		if err := try(p.table, p.write); err != nil {
-			lacking = append(lacking, fmt.Errorf("kernel lacks %s: %w", p.name, err))
-		}
+		{Name: "nftables that forward between devices (CONFIG_NFT_FWD_NETDEV and CONFIG_NFT_DUP_NETDEV)", Since: "4.10", Probe: try(netdev,
+			ingress(join(immediate(regTemp, native(1)...), rule{&expr.Dup{RegDev: regTemp, IsRegDevSet: true}})))},
+		{Name: "nftables' sets that rules write, with counters", Since: "5.7", Probe: try(netdev, dynamic)},
+		{Name: "nftables' sets of ranges with several parts", Since: "5.6", Probe: try(netdev, ranges)},
+		{Name: "nftables of IPv4 and IPv6 together (CONFIG_NF_TABLES_INET)", Since: "3.14", Probe: try(inet, prerouting(nil))},
+		{Name: "nftables' transparent proxies (CONFIG_NFT_TPROXY)", Since: "4.19", Probe: try(inet, prerouting(join(immediate(regTemp, big16(1)...),
+			rule{&expr.TProxy{Family: unix.NFPROTO_IPV4, TableFamily: unix.NFPROTO_INET, RegPort: regTemp}})))},
+		{Name: "nftables that look for sockets (CONFIG_NFT_SOCKET)", Since: "5.10", Probe: try(inet, prerouting(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}))},
+		{Name: "nftables that hash (CONFIG_NFT_HASH)", Since: "4.10", Probe: try(inet, prerouting(join(transport(0, 4, regKey),
+			rule{&expr.Hash{SourceRegister: regKey, DestRegister: regTemp, Length: 4, Modulus: 100, Seed: hashSeed, Type: expr.HashTypeJenkins}})))},
+		{Name: "the list of sockets (CONFIG_INET_DIAG)", Since: "3.3", Probe: func() error {
+			_, err := netlink.SocketDiagTCP(unix.AF_INET)
+			if errors.Is(err, netlink.ErrDumpInterrupted) {
+				return nil
+			}
+			return err
+		}},
+		{Name: "pidfd_getfd", Since: "5.6", Probe: steer.ProbeListeningSockets},
 	}
-	if _, err := netlink.SocketDiagTCP(unix.AF_INET); err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		lacking = append(lacking, fmt.Errorf("kernel lacks the list of sockets (CONFIG_INET_DIAG, Linux 3.3): %w", err))
-	}
-	if err := steer.ProbeListeningSockets(); err != nil {
-		lacking = append(lacking, fmt.Errorf("kernel lacks pidfd_getfd (Linux 5.6): %w", err))
-	}
-	return errors.Join(lacking...)
 }
 
 // try writes and takes back.
-func try(t *nftables.Table, write func(*nftables.Conn) error) error {
-	c, err := open(0)
-	if err != nil {
-		return err
+func try(t *nftables.Table, write func(*nftables.Conn) error) func() error {
+	return func() error {
+		c, err := open(0)
+		if err != nil {
+			return err
+		}
+		c.AddTable(t)
+		if err := write(c); err != nil {
+			return err
+		}
+		c.DelTable(t)
+		return c.Flush() // of its lines the first counts: what depends on it fails as well
 	}
-	c.AddTable(t)
-	if err := write(c); err != nil {
-		return err
-	}
-	c.DelTable(t)
-	if err := c.Flush(); err != nil {
-		// One line: what depends on the first error fails as well.
-		first, _, _ := strings.Cut(err.Error(), "\n")
-		return errors.New(first)
-	}
-	return nil
 }
