@@ -38,6 +38,8 @@ type datapath interface {
 
 	SetNodeAddresses([]netip.Addr) error
 	Counters() (map[uint16]steer.Counters, error)
+	PodCounters() (map[string]steer.PodCounters, error)
+	Usage() ([]steer.Usage, error)
 	Close() error
 }
 
