@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -100,6 +99,14 @@ type InspectedPod struct {
 	Strict bool `json:"strict,omitempty"`
 	// Bypass is the emergency bypass.
 	Bypass bool `json:"bypass,omitempty"`
+	// Connections counts new ones by the listener that got them, and under direct those
+	// in the clear that are written down: excluded, bypassed, or of a pod that leaves.
+	Connections map[string]uint64 `json:"connections,omitempty"`
+	// BytesSent by the pod, and received, are of TCP, with its headers.
+	BytesSent     uint64 `json:"bytesSent"`
+	BytesReceived uint64 `json:"bytesReceived"`
+	// Drops counts packets that steering refused at its veth, by reason.
+	Drops map[string]uint64 `json:"drops,omitempty"`
 }
 
 // namespaces that a proxy has of its own.
@@ -120,9 +127,13 @@ func (a *Agent) inspect() (Inspection, error) {
 		i.Missing = []string{"events of single connections"}
 	}
 	var counters map[uint16]steer.Counters
+	var perPod map[string]steer.PodCounters
 	if now.datapath != nil {
 		if counters, err = now.Counters(); err != nil {
 			return i, fmt.Errorf("read counters: %w", err)
+		}
+		if perPod, err = now.PodCounters(); err != nil {
+			return i, fmt.Errorf("read pods' counters: %w", err)
 		}
 	}
 	status := makeStatus(o)
@@ -152,6 +163,9 @@ func (a *Agent) inspect() (Inspection, error) {
 			for _, ip := range s.IPs {
 				pod.IPs = append(pod.IPs, ip.String())
 			}
+			counted := perPod[p.UID]
+			pod.Connections, pod.Drops = podConnections(counted), counted.Dropped.ByReason()
+			pod.BytesSent, pod.BytesReceived = counted.BytesSent, counted.BytesReceived
 			t.Pods = append(t.Pods, pod)
 		}
 		i.Tenants = append(i.Tenants, t)
@@ -181,14 +195,19 @@ func (t *InspectedTenant) read(state isolation.State, counters map[uint16]steer.
 
 // drops names the counters that aren't zero.
 func drops(c steer.Counters) map[string]uint64 {
-	m := map[string]uint64{
-		"refused": c.Refused, "spoofed": c.Dropped.Spoofed, "fragment": c.Dropped.Fragment, "malformed": c.Dropped.Malformed,
-		"noTenant": c.Dropped.NoTenant, "notThePod": c.Dropped.NotThePod, "deliver": c.Dropped.Deliver,
-		"foreign": c.Dropped.Foreign, "protocol": c.Dropped.Protocol, "unsteered": c.Dropped.Unsteered,
-		"midstream": c.Dropped.Midstream, "flowsFull": c.Dropped.FlowsFull, "plainText": c.Dropped.PlainText,
-		"tooMany": c.Dropped.TooMany, "tooFast": c.Dropped.TooFast,
+	m := c.Dropped.ByReason()
+	if c.Refused > 0 {
+		m["refused"] = c.Refused
 	}
-	maps.DeleteFunc(m, func(_ string, n uint64) bool { return n == 0 })
+	return m
+}
+
+// podConnections names the counters that aren't zero.
+func podConnections(c steer.PodCounters) map[string]uint64 {
+	m := c.ByListener()
+	if c.Direct > 0 {
+		m["direct"] = c.Direct
+	}
 	return m
 }
 

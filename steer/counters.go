@@ -1,5 +1,7 @@
 package steer
 
+import "maps"
+
 // Counters are what has happened to one tenant since UpdateTenant made it. What
 // counts as a new connection isn't exactly the same for all: with eBPF a late packet
 // of one that has ended does, too, with nftables a SYN that is sent again.
@@ -33,6 +35,16 @@ func (p *PerListener) Add(l Listener, n uint64) {
 	case NodePlain:
 		p.NodePlain += n
 	}
+}
+
+// ByListener names the listeners that got any.
+func (p PerListener) ByListener() map[string]uint64 {
+	return named(map[string]uint64{"outbound": p.Outbound, "inbound": p.Inbound, "plain": p.Plain, "nodePlain": p.NodePlain})
+}
+
+func named(all map[string]uint64) map[string]uint64 {
+	maps.DeleteFunc(all, func(_ string, n uint64) bool { return n == 0 })
+	return all
 }
 
 // Drops are dropped packets by reason.
@@ -72,18 +84,12 @@ type Drops struct {
 
 // ByReason names the reasons of which there were any.
 func (d Drops) ByReason() map[string]uint64 {
-	named := map[string]uint64{}
-	for name, n := range map[string]uint64{
+	return named(map[string]uint64{
 		"spoofed": d.Spoofed, "fragment": d.Fragment, "malformed": d.Malformed, "noTenant": d.NoTenant,
 		"notThePod": d.NotThePod, "deliver": d.Deliver, "foreign": d.Foreign, "protocol": d.Protocol,
 		"unsteered": d.Unsteered, "midstream": d.Midstream, "flowsFull": d.FlowsFull, "plainText": d.PlainText,
 		"tooMany": d.TooMany, "tooFast": d.TooFast,
-	} {
-		if n > 0 {
-			named[name] = n
-		}
-	}
-	return named
+	})
 }
 
 // PodCounters are what has happened to one pod since UpdatePod made it known. Bytes
