@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"slices"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -18,7 +19,8 @@ import (
 const RootCA = "ROOTCA"
 
 // Secret returns the Envoy secret of that name for a tenant's proxy: RootCA for
-// every tenant, a SPIFFE ID only for a tenant with a live pod of that identity.
+// every tenant, a SPIFFE ID only for a tenant with a live pod of that identity, or
+// which SetFormers names.
 // Without one, denied tells whether the tenant can't have it as things are (no
 // such pod here, no such name, or the operator refuses to sign) or it is about
 // to come. Before the first SetPods nothing named by a SPIFFE ID is denied.
@@ -39,7 +41,7 @@ func (s *Store) Secret(tenant model.Tenant, name string) (r *discoveryv3.Resourc
 		return nil, false
 	}
 	e := s.entries[id]
-	if e == nil || !e.has(tenant) {
+	if e == nil || !e.has(tenant) && !slices.Contains(s.formers[tenant], id) {
 		return nil, true
 	}
 	now := s.now()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -78,6 +79,7 @@ type Store struct {
 	podsKnown bool
 	pods      map[string]Pod // by UID
 	entries   map[model.Identity]*entry
+	formers   map[model.Tenant][]model.Identity
 	stale     map[string]struct{} // files that couldn't be removed
 	keepAt    time.Time           // when to write again those that couldn't be written
 	watches   map[model.Tenant]chan struct{}
@@ -175,6 +177,21 @@ func (s *Store) SetPods(pods []Pod) {
 		}
 	}
 	s.broadcast()
+}
+
+// SetFormers says of which identities, that have pods here, a tenant goes on to get
+// the certificates although its pods are other tenants' now: it has connections of
+// theirs to finish. Call it before SetPods takes the pods from the tenant.
+func (s *Store) SetFormers(formers map[model.Tenant][]model.Identity) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.formers
+	s.formers = formers
+	for _, t := range slices.Concat(slices.Collect(maps.Keys(was)), slices.Collect(maps.Keys(formers))) {
+		if !slices.Equal(was[t], formers[t]) {
+			s.notify(t)
+		}
+	}
 }
 
 // SetBundle sets the roots (DER, 1 to MaxRoots) that peers' certificates must

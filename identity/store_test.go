@@ -207,6 +207,21 @@ func TestStoreLife(t *testing.T) {
 			t.Error("a name that is no SPIFFE ID")
 		}
 
+		// One that has left goes on to have it as long as it is told so.
+		changed := n.Changed(teamB)
+		n.SetFormers(map[model.Tenant][]model.Identity{teamB: {reviews}})
+		select {
+		case <-changed:
+		default:
+			t.Error("a former tenant isn't told")
+		}
+		n.certificate(teamB, reviews)
+		n.refused(teamB, ratings, true)
+		changed = n.Changed(teamB)
+		n.SetFormers(nil)
+		<-changed
+		n.refused(teamB, reviews, true)
+
 		// Private, and where it belongs.
 		var st unix.Statfs_t
 		if err := unix.Statfs(dir, &st); err != nil || st.Type != unix.TMPFS_MAGIC || st.Flags&statfsWanted != statfsWanted {
@@ -245,7 +260,7 @@ func TestStoreLife(t *testing.T) {
 		// The last pod takes the key along, not the last but one.
 		n.SetPods([]Pod{pod("2", reviews), pod("4", other)})
 		n.certificate(teamA, reviews)
-		changed := n.Changed(teamA)
+		changed = n.Changed(teamA)
 		n.SetPods([]Pod{pod("4", other)})
 		<-changed
 		n.refused(teamA, reviews, true)
