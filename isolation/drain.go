@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 const (
@@ -19,6 +21,32 @@ const (
 // errNoStats also is what a proxy without listeners gets: it waits for its
 // deadline, since nobody can tell.
 var errNoStats = errors.New("count connections: Envoy has no listener, or its statistics are off")
+
+// SetLeaving has a tenant's proxies take their leave of tunnels, or not any more:
+// peers get a GOAWAY with the next answer and open a new one elsewhere, for which
+// nobody waits, and what is in the tunnel goes on. Unlike a drain it can be taken
+// back. It ends with the process; of a tenant that isn't there it is no error.
+func (m *Manager) SetLeaving(ctx context.Context, name model.Tenant, leaving bool) error {
+	t := m.tenant(name)
+	if t == nil {
+		return nil
+	}
+	path := "/healthcheck/ok"
+	if leaving {
+		path = "/healthcheck/fail"
+	}
+	var errs []error
+	for _, p := range t.list() {
+		if state, _, _ := p.snapshot(); state.PID != 0 {
+			_, err := adminAsk(ctx, t.netns(), state.Generation, http.MethodPost, path, adminTimeout, 64)
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("have the proxies of %s take their leave or stay: %w", name, err)
+	}
+	return nil
+}
 
 // startDrain has the process finish its connections by itself, and returns false
 // if there are none to finish.
