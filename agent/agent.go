@@ -57,9 +57,14 @@ type Agent struct {
 	// Of the loop alone.
 	taken     map[relay.Key]process
 	idleSince map[model.Tenant]time.Time
+	// staying tenants' proxies don't take their leave of tunnels.
+	staying map[model.Tenant]bool
 	// released pods have left the mesh and may have connections to finish, since
 	// then.
 	released map[string]time.Time
+	// admissions of running pods to other tenants, by UID, and their goroutines.
+	admissions map[string]*admission
+	admitting  sync.WaitGroup
 	// swept is when connections that have ended were last looked for.
 	swept time.Time
 	// hits of tenants' limits, as of hitsAt.
@@ -98,7 +103,8 @@ func newAgent(o Options) (*Agent, error) {
 	return &Agent{
 		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
 		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}),
-		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, released: map[string]time.Time{},
+		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, staying: map[model.Tenant]bool{}, released: map[string]time.Time{},
+		admissions: map[string]*admission{},
 	}, nil
 }
 

@@ -72,7 +72,7 @@ func (a *Agent) Add(ctx context.Context, s cni.Sandbox) (bool, error) {
 	if err := a.waitFor(ctx, "its programs", func() bool { return a.isSteered(r) }); err != nil {
 		return false, err
 	}
-	if err := a.announce(ctx, r); err != nil {
+	if _, err := a.announce(ctx, r); err != nil {
 		return false, err
 	}
 	if err := a.waitFor(ctx, "its tenant's proxy to be ready", func() bool {
@@ -85,23 +85,23 @@ func (a *Agent) Add(ctx context.Context, s cni.Sandbox) (bool, error) {
 }
 
 // announce tells the operator the pod's addresses and waits until the proxy
-// serves them.
-func (a *Agent) announce(ctx context.Context, r sandboxRecord) error {
+// serves them. It returns the tenant that this is the proxy of.
+func (a *Agent) announce(ctx context.Context, r sandboxRecord) (tenant string, err error) {
 	req := &nodev1alpha1.AttachPodRequest{PodUid: r.UID, PodNamespace: r.Namespace, PodName: r.Name}
 	for _, ip := range r.IPs {
 		req.Ips = append(req.Ips, ip.String())
 	}
 	for {
-		_, err := a.operator.AttachPod(ctx, req)
+		answer, err := a.operator.AttachPod(ctx, req)
 		switch {
 		case err == nil:
-			return nil
+			return answer.GetTenant(), nil
 		case ctx.Err() != nil || status.Code(err) != codes.Unavailable:
-			return fmt.Errorf("announce its addresses to the operator: %w", err)
+			return "", fmt.Errorf("announce its addresses to the operator: %w", err)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("announce its addresses to the operator: %w", err)
+			return "", fmt.Errorf("announce its addresses to the operator: %w", err)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}

@@ -2,7 +2,10 @@ package agent
 
 import (
 	"fmt"
+	"maps"
+	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
@@ -24,11 +27,11 @@ const (
 )
 
 // steer gives a pod its way. A pod that ran before it was steered, or was another
-// tenant's, keeps its connections; those of one that was redirected in another way
-// are its tenant's.
-func (a *Agent) steer(want steer.Pod, record sandboxRecord, known, former bool) error {
-	if !known && (former || record.ContainerID != "") {
-		return a.datapath.UpdatePod(want) // it waits in the CNI plugin and has none
+// tenant's, keeps its connections. One that begins has none, and those of one that
+// was redirected in another way are its tenant's.
+func (a *Agent) steer(want steer.Pod, record sandboxRecord, begins bool) error {
+	if begins {
+		return a.datapath.UpdatePod(want)
 	}
 	return a.datapath.MovePod(want, a.connections(record))
 }
@@ -83,22 +86,60 @@ func (a *Agent) sweep() {
 }
 
 // held counts the connections that stayed with a tenant whose pods' new ones go
-// elsewhere: by pod, and by tenant index.
+// elsewhere: by pod, and by tenant index. What is written down may have ended as it
+// was, so that nobody saw the end: the tenant's sockets know.
 func (a *Agent) held() (pods map[string]int, tenants map[uint16]int) {
 	pods, tenants = map[string]int{}, map[uint16]int{}
 	flows, err := a.datapath.HeldFlows()
 	if err != nil {
 		a.log.Error("connections that stayed where they were can't be read", "error", err)
 	}
+	open := map[uint16]map[string]int{}
 	for uid, by := range flows {
 		for index, n := range by {
-			if index != 0 {
-				pods[uid] += n
-				tenants[index] += n
+			if index == 0 {
+				continue
 			}
+			if open[index] == nil {
+				open[index] = a.sockets(index)
+			}
+			if open[index] != nil {
+				n = min(n, open[index][uid])
+			}
+			pods[uid] += n
+			tenants[index] += n
 		}
 	}
 	return pods, tenants
+}
+
+// sockets counts those of a tenant's proxies that are some pod's connections, by
+// pod, tunnels left out; nil if it can't be told.
+func (a *Agent) sockets(index uint16) map[string]int {
+	count := map[string]int{}
+	s, ok := a.tenantOf(index)
+	if !ok {
+		return count
+	}
+	owner := map[netip.Addr]string{}
+	for _, uid := range a.sandboxes.uids() {
+		if r, ok := a.sandboxes.get(uid); ok {
+			for _, ip := range r.IPs {
+				owner[ip.Unmap()] = uid
+			}
+		}
+	}
+	flows, err := bpf.EstablishedFlows(s.Netns, slices.Collect(maps.Keys(owner))...)
+	if err != nil {
+		a.log.Error("a tenant's connections can't be read", "index", index, "error", err)
+		return nil
+	}
+	for _, f := range flows {
+		if !f.IsTunnel() {
+			count[owner[f.Pod.Addr()]]++
+		}
+	}
+	return count
 }
 
 // release lets a pod go that isn't in the plan any more: at once if it has ended,
@@ -122,6 +163,11 @@ func (a *Agent) release(uid string, held int) (again time.Duration, err error) {
 	}
 	if held > 0 {
 		a.log.Warn("pod that left the mesh loses connections that haven't ended", "pod", record.Namespace+"/"+record.Name, "connections", held, "after", heldLimit)
+	}
+	// Before it is so: whoever comes next must not take it for one that begins.
+	record.Left = true
+	if err := a.sandboxes.put(record); err != nil {
+		return time.Second, err
 	}
 	delete(a.released, uid)
 	return resync, a.datapath.DeletePod(uid)

@@ -56,6 +56,12 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	}
 	if g := pl.serving(ready); g != none {
 		r.serving[t] = a.taken[relay.Key{Tenant: t, Generation: g}]
+		if !a.staying[t] {
+			if err := a.bulkheads.SetLeaving(ctx, t, false); err != nil {
+				a.log.Warn("proxy takes its leave of tunnels although it stays", "tenant", t.String(), "error", err)
+			}
+			a.staying[t] = true
+		}
 	}
 	var taking [generations]process
 	for g, serves := range ready {

@@ -152,7 +152,7 @@ func (a *Agent) inspect() (Inspection, error) {
 			}
 		}
 		for _, p := range o.round.plan.pods {
-			s, ok := o.round.steered[p.UID]
+			s, ok := o.steered(p)
 			if !ok || p.Tenant != tp.tenant {
 				continue
 			}

@@ -63,6 +63,7 @@ func (a *Agent) loop(ctx context.Context) {
 		}
 		timer.Stop()
 	}
+	a.admitting.Wait()
 }
 
 // reconcile makes the node what the plan says, as far as it gets now, and returns
@@ -76,15 +77,21 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	}
 	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
 		steered: map[string]steer.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{}}
-	a.identities.SetPods(p.pods)
 	if err := a.ensureRedirection(p.redirection); err != nil {
 		a.log.Error("redirection isn't as planned", "error", err)
 		if r.redirectionProblem = err.Error(); a.steering().datapath == nil {
+			a.setIdentities(p, nil)
 			a.finishRound(r)
 			return time.Second
 		}
 	}
-
+	places, err := a.datapath.Placements()
+	if err != nil {
+		a.log.Error("steered pods can't be read", "error", err)
+		a.finishRound(r)
+		return time.Second
+	}
+	a.setIdentities(p, places)
 	if err := a.bulkheads.LimitAll(p.limits); err != nil {
 		a.log.Error("proxies together aren't limited as planned", "error", err)
 		r.limitProblem = err.Error()
@@ -108,7 +115,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	a.sweep()
 	r.capacityProblem = a.checkCapacity()
 	held := sync.OnceValues(a.held) // counted only if something is to go
-	next = min(next, a.ensurePods(p, indexes, held, &r))
+	next = min(next, a.ensurePods(ctx, places, indexes, held, &r))
 	next = min(next, a.removeTenants(ctx, p, held, r.steered), a.removeFormer(&r))
 	a.checkConnections(p)
 	r.hits = a.readHits(p)
@@ -138,8 +145,8 @@ func (a *Agent) mtu(t model.Tenant, p plan) int {
 type heldCounts func() (pods map[string]int, tenants map[uint16]int)
 
 // ensurePods steers the planned pods and lets go of all others.
-func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCounts, r *round) time.Duration {
-	next := resync
+func (a *Agent) ensurePods(ctx context.Context, places map[string]model.Placement, indexes map[model.Tenant]uint16, held heldCounts, r *round) time.Duration {
+	next, p := resync, r.plan
 	steered, err := a.datapath.Pods()
 	if err != nil {
 		a.log.Error("steered pods can't be read", "error", err)
@@ -153,21 +160,28 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCou
 		if !ok || index == 0 {
 			continue
 		}
-		// A pod that isn't steered yet either waits in the CNI plugin, or ran before
-		// its namespace joined: its traffic must have somewhere to go.
-		t := p.traffic[pod.UID]
-		if _, serving := r.serving[pod.Tenant]; !slices.Contains(steered, pod.UID) && !slices.Contains(former, pod.UID) && !serving && !t.bypass {
-			continue
+		t, place := p.traffic[pod.UID], places[pod.UID]
+		known, redirected := slices.Contains(steered, pod.UID), slices.Contains(former, pod.UID)
+		begins := !known && (redirected || record.ContainerID != "" && !record.Left)
+		to := index
+		if place.Tenant != index && !t.bypass && !(begins && redirected) {
+			// Before its proxy serves it, new connections go on where they went.
+			ready, again, err := a.canMove(ctx, pod, record, begins, r.serving)
+			if err != nil {
+				r.problems[pod.Tenant] = fmt.Sprintf("pod %s/%s goes on elsewhere: %v", pod.Namespace, pod.Name, err)
+				next = min(next, time.Second)
+			}
+			switch {
+			case ready:
+			case place.Tenant == 0:
+				continue
+			case a.hasTenant(place.Tenant):
+				to, next = place.Tenant, min(next, again)
+			}
 		}
-		if was, ok := a.last.steered[pod.UID]; ok && was.Tenant != index && r.serving[pod.Tenant] == (process{}) && a.servesPod(was, record) {
-			// Its new tenant's proxy doesn't take connections yet: they go on where they went.
-			r.steered[pod.UID] = was
-			next = min(next, soon)
-			continue
-		}
-		want := steer.Pod{UID: pod.UID, Tenant: index, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
+		want := steer.Pod{UID: pod.UID, Tenant: to, Ifindex: record.Ifindex, IPs: record.IPs, MAC: record.MAC,
 			Exclusions: t.exclusions, Strict: t.strict, Bypass: t.bypass}
-		if err := a.steer(want, record, slices.Contains(steered, pod.UID), slices.Contains(former, pod.UID)); err != nil {
+		if err := a.steer(want, record, begins); err != nil {
 			if !a.linkExists(record) {
 				a.sandboxes.drop(pod.UID) // it has ended; the plan will say so soon
 				continue
@@ -181,7 +195,21 @@ func (a *Agent) ensurePods(p plan, indexes map[model.Tenant]uint16, held heldCou
 			a.log.Warn("emergency bypass of a pod", "pod", pod.Namespace+"/"+pod.Name, "on", want.Bypass)
 		}
 		r.steered[pod.UID] = want
-		delete(a.released, pod.UID)
+		if to == index {
+			delete(a.released, pod.UID)
+			a.forgetAdmission(pod.UID)
+		}
+		if record.Left {
+			record.Left = false
+			if err := a.sandboxes.put(record); err != nil {
+				a.log.Error("pod is still taken for one that has left the mesh", "pod", pod.Namespace+"/"+pod.Name, "error", err)
+			}
+		}
+	}
+	for uid := range a.admissions {
+		if _, ok := p.pod(uid); !ok {
+			a.forgetAdmission(uid)
+		}
 	}
 	for _, uid := range steered {
 		if _, ok := p.pod(uid); ok {
@@ -251,6 +279,11 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, stee
 		if !ok {
 			since = time.Now()
 			a.idleSince[t] = since
+			// Tunnels would bring it new connections for as long as they last.
+			delete(a.staying, t)
+			if err := a.bulkheads.SetLeaving(ctx, t, true); err != nil {
+				a.log.Warn("proxy doesn't take its leave of tunnels", "tenant", t.String(), "error", err)
+			}
 		}
 		if left := a.o.Linger - time.Since(since); left > 0 {
 			next = min(next, left)
@@ -376,11 +409,9 @@ func (a *Agent) isBypassed(uid string) bool {
 	return p.traffic[uid].bypass
 }
 
-// servesPod reports whether a pod still is where it was steered, and that tenant
-// is still there.
-func (a *Agent) servesPod(was steer.Pod, record sandboxRecord) bool {
-	_, there := a.tenantOf(was.Tenant)
-	return there && was.Ifindex == record.Ifindex
+func (a *Agent) hasTenant(index uint16) bool {
+	_, there := a.tenantOf(index)
+	return there
 }
 
 func (a *Agent) isServing(t model.Tenant) bool {

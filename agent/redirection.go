@@ -33,6 +33,7 @@ type datapath interface {
 	ReleasePod(uid string, established model.FlowReader) error
 	DeletePod(uid string) error
 	Pods() ([]string, error)
+	Placements() (map[string]model.Placement, error)
 	HeldFlows() (map[string]map[uint16]int, error)
 	SweepFlows(idle time.Duration) error
 

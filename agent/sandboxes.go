@@ -32,6 +32,9 @@ type sandboxRecord struct {
 	// Netns is the path of the pod's network namespace as this process sees it, if
 	// it is known; of a pod that was found running, its processes show it.
 	Netns string `json:"netns,omitempty"`
+	// Left says that it was let go from the mesh as it ran: it may have connections
+	// in the clear.
+	Left bool `json:"left,omitempty"`
 }
 
 // sandboxes are the node's pods of the mesh whose network is known. They are kept

@@ -71,7 +71,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	}
 	pods, strict, bypassed := map[model.Tenant]int32{}, map[model.Tenant]int32{}, map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
-		steered, ok := o.round.steered[p.UID]
+		steered, ok := o.steered(p)
 		if !ok {
 			continue
 		}
@@ -150,6 +150,13 @@ func redirectedCondition(o observation) metav1.Condition {
 		c.Message = fmt.Sprintf("%s; pods stay with %s", cmp.Or(o.round.redirectionProblem, "the redirection isn't known to this agent"), cmp.Or(o.redirection, "none, and closed"))
 	}
 	return c
+}
+
+// steered is how a pod's new connections go to its tenant; of one that is about to
+// move there, they don't yet.
+func (o observation) steered(p identity.Pod) (steer.Pod, bool) {
+	s, ok := o.round.steered[p.UID]
+	return s, ok && s.Tenant == o.states[p.Tenant].Index
 }
 
 // serves reports whether connections are taken by a process that still runs: it may

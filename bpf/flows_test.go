@@ -197,9 +197,9 @@ func TestFlowsStayOnChange(t *testing.T) {
 	m.hold(&held, "delivered by the former tenant", m.one.namespace, at(remoteAddresses.v4, 0), at(m.a.v4, 8081), "app "+remoteAddresses.v4.String())
 	check(t, m.d.SweepFlows(time.Hour))
 	m.hold(&held, "upstream of the former tenant, swept", m.one.namespace, at(m.a.v6, 0), at(remoteAddresses.v6, 80), "app "+m.a.v6.String())
-	wantHolders(t, m.d, "a", 2, 1)
+	wantPlacement(t, m.d, "a", 2, 1)
 	check(t, m.d.deleteFormers(func(datapathFormer, uint64) bool { return true }))
-	wantHolders(t, m.d, "a", 2)
+	wantPlacement(t, m.d, "a", 2)
 	before := m.counters(1).Dropped.Foreign
 	syn(t, m.one.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(1).Dropped.Foreign > before })
 	// Nor can one end those of another: a reset from tenant 2.

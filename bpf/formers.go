@@ -36,28 +36,25 @@ func (d *Datapath) addFormer(uid string, tenant uint16) error {
 	return nil
 }
 
-// Holders returns the tenants that may open connections for each pod, by UID: the
-// one that its new ones go to, if there is one, and former ones.
-func (d *Datapath) Holders() (map[string][]uint16, error) {
+// Placements returns where each pod is, by UID.
+func (d *Datapath) Placements() (map[string]model.Placement, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	holders, owner := map[string][]uint16{}, map[datapathAddr]string{}
-	add := func(uid string, tenant uint32) {
-		if tenant != 0 && !slices.Contains(holders[uid], uint16(tenant)) {
-			holders[uid] = append(holders[uid], uint16(tenant))
-		}
-	}
+	places, owner := map[string]model.Placement{}, map[datapathAddr]string{}
 	for uid, has := range d.pods {
 		for address := range has.addresses {
 			owner[address] = uid
 		}
-		if err := d.changePodEntries(uid, func(e *datapathPod) { add(uid, e.Tenant) }); err != nil {
+		if err := d.changePodEntries(uid, func(e *datapathPod) { places[uid] = model.Placement{Tenant: uint16(e.Tenant)} }); err != nil {
 			return nil, err
 		}
 	}
-	return holders, d.eachFormer(func(f datapathFormer, _ uint64) {
-		if uid, ok := owner[f.Pod]; ok {
-			add(uid, f.Tenant)
+	return places, d.eachFormer(func(f datapathFormer, _ uint64) {
+		uid, ok := owner[f.Pod]
+		p := places[uid]
+		if tenant := uint16(f.Tenant); ok && tenant != p.Tenant && !slices.Contains(p.Formers, tenant) {
+			p.Formers = append(p.Formers, tenant)
+			places[uid] = p
 		}
 	})
 }

@@ -9,11 +9,11 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
-func wantHolders(t *testing.T, d *Datapath, uid string, want ...uint16) {
+func wantPlacement(t *testing.T, d *Datapath, uid string, tenant uint16, formers ...uint16) {
 	t.Helper()
-	holders, err := d.Holders()
-	if err != nil || !slices.Equal(holders[uid], want) {
-		t.Errorf("connections are opened for %s by %v, %v, want %v", uid, holders[uid], err, want)
+	places, err := d.Placements()
+	if p := places[uid]; err != nil || p.Tenant != tenant || !slices.Equal(p.Formers, formers) {
+		t.Errorf("pod %s is %+v, %v, want tenant %d and formers %v", uid, p, err, tenant, formers)
 	}
 }
 
@@ -64,10 +64,10 @@ func TestFormersEnd(t *testing.T) {
 	}
 	move(2)
 	check(t, m.d.SweepFlows(time.Hour)) // one may be on its way
-	wantHolders(t, m.d, "a", 2, 1)
+	wantPlacement(t, m.d, "a", 2, 1)
 	set(model.FormerLimit - formerLeast - time.Second)
 	check(t, m.d.SweepFlows(time.Hour))
-	wantHolders(t, m.d, "a", 2)
+	wantPlacement(t, m.d, "a", 2)
 
 	move(1)
 	var held []heldFlow
@@ -75,20 +75,17 @@ func TestFormersEnd(t *testing.T) {
 	move(2)
 	set(time.Minute)
 	check(t, m.d.SweepFlows(time.Hour))
-	holders, err := m.d.Holders()
-	if err != nil || !slices.Contains(holders["a"], 1) {
-		t.Errorf("with a connection %v, %v", holders, err)
-	}
+	wantPlacement(t, m.d, "a", 2, 1)
 	set(0)
 	before := m.counters(1).Dropped.Foreign
 	syn(t, m.one.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(1).Dropped.Foreign > before })
 	goOn(t, "the time is over", held)
 	check(t, m.d.SweepFlows(time.Hour))
-	wantHolders(t, m.d, "a", 2)
+	wantPlacement(t, m.d, "a", 2)
 
 	set(time.Minute)
 	check(t, m.d.DeleteTenant(1))
-	wantHolders(t, m.d, "a", 2)
+	wantPlacement(t, m.d, "a", 2)
 	set(time.Minute)
 	check(t, m.d.DeletePod("a"))
 	if n := size(t, m.d.maps[datapathMapFormers]); n != 0 {

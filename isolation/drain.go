@@ -37,7 +37,7 @@ func (m *Manager) SetLeaving(ctx context.Context, name model.Tenant, leaving boo
 	}
 	var errs []error
 	for _, p := range t.list() {
-		if state, _, _ := p.snapshot(); state.PID != 0 {
+		if state, _, _ := p.snapshot(); state.PID != 0 && state.Served {
 			_, err := adminAsk(ctx, t.netns(), state.Generation, http.MethodPost, path, adminTimeout, 64)
 			errs = append(errs, err)
 		}

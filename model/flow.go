@@ -15,6 +15,20 @@ type Flow struct {
 	Pod, Peer netip.AddrPort
 }
 
+// TunnelPort is where tunnels between proxies end.
+const TunnelPort = 15008
+
+// IsTunnel says that it is one between proxies, which others share.
+func (f Flow) IsTunnel() bool { return f.Pod.Port() == TunnelPort || f.Peer.Port() == TunnelPort }
+
+// Placement is which tenants have a pod's connections on its node, by index.
+type Placement struct {
+	// Tenant gets the new ones; 0 is none.
+	Tenant uint16
+	// Formers go on to open what those that they have need.
+	Formers []uint16
+}
+
 // FlowReader returns the connections that a pod has where it was until now: in
 // the network namespace of the tenant with that index, or in the pod's own if from
 // is 0. It is called with the steering locked and must not use it.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -51,6 +52,9 @@ type Datapath struct {
 	node []netip.Addr
 	// Of tenants that UpdateTenant was called for: what is in their namespaces.
 	tenants map[uint16]*tenantState
+	// left are addresses of pods that a tenant has been left by a moment ago: a SYN
+	// may be on its way there.
+	left map[former]time.Time
 }
 
 // Open makes the tables, or adopts what a former process made, also if that one
@@ -66,7 +70,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, written: map[string]bool{}}
+	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]bool{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}

@@ -35,8 +35,10 @@ func (f family) parseFlow(k []byte) model.Flow {
 
 // MovePod is UpdatePod that cuts no connection: those that the pod has, in the
 // clear or through another tenant, stay where they are until they end, and only
-// new ones go to p.Tenant. While a tenant has some of a pod that isn't its own
-// any more, it may send as that pod, in those connections only.
+// new ones go to p.Tenant. A connection whose SYN was on its way is the former
+// tenant's. That one may open others for the pod, as its clients and tunnels ask
+// for, until none is left (SweepFlows sees to it) or model.FormerLimit has passed;
+// otherwise it may send as the pod in those that it has only.
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
@@ -62,7 +64,7 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 		return d.updatePod(p, false)
 	}
 	if known {
-		if err := d.learn(p.UID, from); err != nil {
+		if err := errors.Join(d.learn(p.UID, from), d.addFormer(p.UID, from)); err != nil {
 			return err
 		}
 	}
@@ -102,7 +104,7 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err != nil || !known || from == 0 {
 		return err
 	}
-	if err := d.learn(uid, from); err != nil {
+	if err := errors.Join(d.learn(uid, from), d.addFormer(uid, from)); err != nil {
 		return err
 	}
 	if err := d.keepFlows(from, established); err != nil {
@@ -239,7 +241,7 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 	}
 	held := map[string]map[uint16]int{}
 	for _, f := range flows {
-		if f.Pod.Port() == portInbound || f.Peer.Port() == portInbound {
+		if f.IsTunnel() {
 			continue
 		}
 		uid := ""
@@ -254,14 +256,23 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 	return held, nil
 }
 
-// SweepFlows does nothing: the kernel forgets connections by itself, after 70 s if
-// they have ended, and after flowIdle without a packet.
-func (d *Datapath) SweepFlows(time.Duration) error { return nil }
+// SweepFlows ends the right of former tenants, which have none of a pod's
+// connections any more, to open some. Connections that have ended the kernel forgets
+// by itself, 70 s after that, or after flowIdle without a packet. Call it every few
+// seconds.
+func (d *Datapath) SweepFlows(time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.sweepFormers()
+}
 
 // deleteFlowsOf forgets the connections of some addresses of pods.
 func (d *Datapath) deleteFlowsOf(addresses []netip.Addr) error {
 	if len(addresses) == 0 {
 		return nil
+	}
+	if err := d.deleteFormers(func(f former, _ time.Duration) bool { return slices.Contains(addresses, f.pod) }); err != nil {
+		return err
 	}
 	return d.deleteFlows(func(f storedFlow) bool { return slices.Contains(addresses, f.Pod.Addr()) })
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -164,6 +165,84 @@ func TestLifecycle(t *testing.T) {
 		check(t, err)
 		if there, err := Installed(); there || err != nil || len(tables) > 0 || len(addresses) > 0 {
 			t.Errorf("left: %v, %d tables, %v, %v", there, len(tables), addresses, err)
+		}
+	})
+}
+
+// A tenant that a pod has left goes on with what begins on its way, for a moment, and
+// with what its connections need, as long as there are any.
+func TestFormers(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		check(t, errors.Join(d.UpdateTenant(tenant(t, 1)), d.UpdateTenant(tenant(t, 2)), d.UpdateTenant(tenant(t, 3))))
+		place := func(when string, tenant uint16, taking int, formers ...uint16) {
+			t.Helper()
+			places, err := d.Placements()
+			check(t, err)
+			p := places["a"]
+			slices.Sort(p.Formers)
+			if p.Tenant != tenant || !slices.Equal(p.Formers, formers) {
+				t.Errorf("%s: the pod is %+v, want tenant %d and formers %v", when, p, tenant, formers)
+			}
+			if n := len(d.tenants[1].have.pods); n != taking {
+				t.Errorf("%s: tenant 1 takes connections of %d addresses, want %d", when, n, taking)
+			}
+		}
+		set := func(left time.Duration) {
+			t.Helper()
+			check(t, d.deleteFormers(func(former, time.Duration) bool { return true }))
+			c, err := open(0)
+			check(t, err)
+			check(t, c.SetAddElements(d.sets[setFormers+"4"], []nftables.SetElement{{Key: former{1, netip.MustParseAddr("10.0.0.1")}.key(), Timeout: left}}))
+			check(t, c.Flush())
+		}
+		a := pod(t, "a", 1, "10.0.0.1", "fd00::1")
+		a.Strict = true
+		var flows []model.Flow
+		move := func(to uint16) {
+			t.Helper()
+			a.Tenant = to
+			check(t, d.MovePod(a, func(uint16) ([]model.Flow, error) { return flows, nil }))
+		}
+		move(1)
+		place("begins", 1, 2)
+		move(2)
+		place("moved", 2, 2, 1)
+		if n := len(d.tenants[1].have.strict); n != 2 {
+			t.Errorf("a former tenant takes plain text for a strict pod: it knows %d addresses", n)
+		}
+		check(t, d.SweepFlows(time.Hour))
+		place("swept at once", 2, 2, 1)
+		move(3)
+		place("moved on", 3, 2, 1, 2)
+		for f := range d.left {
+			d.left[f] = time.Now().Add(-leftFor - time.Second)
+		}
+		check(t, d.SweepFlows(time.Hour))
+		place("nothing is on its way", 3, 0, 1, 2)
+		set(model.FormerLimit - formerLeast - time.Second)
+		check(t, d.SweepFlows(time.Hour))
+		place("without connections", 3, 0)
+
+		move(1)
+		flows = []model.Flow{{Pod: netip.MustParseAddrPort("10.0.0.1:80"), Peer: netip.MustParseAddrPort("1.2.3.4:5000")}}
+		move(2)
+		set(time.Minute)
+		check(t, d.SweepFlows(time.Hour))
+		place("with a connection", 2, 2, 1)
+		check(t, d.DeleteTenant(1))
+		if places, err := d.Placements(); err != nil || len(places["a"].Formers) > 0 {
+			t.Errorf("of a tenant that is gone: %+v, %v", places["a"], err)
+		}
+		move(3)
+		check(t, d.DeletePod("a"))
+		for _, v := range []string{"4", "6"} {
+			c, err := open(0)
+			check(t, err)
+			if all, err := formersIn(c, d.sets[setFormers+v]); err != nil || len(all) > 0 {
+				t.Errorf("left: %v, %v", all, err)
+			}
 		}
 	})
 }

@@ -317,6 +317,11 @@ func whose(tenant uint16, name string) []chain {
 				// What it opens for a pod that is about to move.
 				join(is, markIs(uint32(tenant)), opens(), address, isIn(setLearn+f.version, regKey), flow, isNotIn(setFlows+f.version, regKey),
 					index, put(setFlows+f.version, regKey, regFound, openedLinger)),
+				// What it opens for a pod that has left it, but isn't done with it. Its answers
+				// would go to the pod's tenant, were it not written down.
+				join(is, opens(), flow, isNotIn(setFlows+f.version, regKey), immediate(regKey, native(uint32(tenant))...),
+					network(e.address, f.length, regKey+1), isIn(setFormers+f.version, regKey),
+					flow, index, put(setFlows+f.version, regKey, regFound, openedLinger), onlyMark(uint32(tenant))),
 				join(is, markIs(uint32(tenant)), yes),
 				join(is, no))
 			for _, r := range f.touch(flow, index) {

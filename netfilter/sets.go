@@ -93,6 +93,9 @@ const (
 	setFlows = "flows"
 	// setEnded: such flows of which an end was seen.
 	setEnded = "ended"
+	// setFormers: tenants with an address of a pod that has left them, for which they
+	// go on to open what its connections need.
+	setFormers = "formers"
 )
 
 const (
@@ -134,6 +137,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setExcludedOut+v, nftables.Set{Interval: true, Size: maxExclusions}, ifindex, port, address)
 		add(setNode+v, nftables.Set{Size: maxVeths}, address)
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		// The other table's: what the node sends to pods is marked.
 		marked := nftables.Set{Table: marking, Name: setMarked + v, KeyType: address, Size: maxVeths}

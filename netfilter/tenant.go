@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -140,6 +141,9 @@ func (d *Datapath) deleteTenant(index uint16) error {
 		return err
 	}
 	// Another tenant may get the index.
+	if err := d.deleteFormers(func(f former, _ time.Duration) bool { return f.tenant == index }); err != nil {
+		return err
+	}
 	if err := d.deleteFlows(func(f storedFlow) bool { return f.tenant == index }); err != nil {
 		return err
 	}
@@ -220,7 +224,8 @@ func (d *Datapath) writeTenant(index uint16, t *tenantState, f func(*innerState)
 	pods, nodes, strict := map[netip.Addr]bool{}, map[netip.Addr]bool{}, map[netip.Addr]bool{}
 	for _, family := range families {
 		for k, e := range s.sets[setOwners+family.version] {
-			if a, _ := netip.AddrFromSlice([]byte(k)); string(e.value) == string(native(uint32(index))) {
+			a, _ := netip.AddrFromSlice([]byte(k))
+			if _, left := d.left[former{index, a}]; left || string(e.value) == string(native(uint32(index))) {
 				pods[a] = true
 				veth := s.sets[setAddresses+family.version][k].value
 				if _, ok := s.sets[setStrict][string(veth)]; ok {

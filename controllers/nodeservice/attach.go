@@ -114,7 +114,7 @@ func (s *Service) AttachPod(ctx context.Context, r *nodev1alpha1.AttachPodReques
 		}
 		return nil, status.Errorf(code, "pod %s: proxy of tenant %s on node %s: %v", ref, p.tenant, caller.Node, err)
 	}
-	return &nodev1alpha1.AttachPodResponse{}, nil
+	return &nodev1alpha1.AttachPodResponse{Tenant: p.tenant.String()}, nil
 }
 
 // parseAddrs takes one or two addresses, as a pod has: at most one of each family.

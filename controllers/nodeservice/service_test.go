@@ -304,8 +304,8 @@ func TestAttachPod(t *testing.T) {
 			}
 			s := w.service(func(o *Options) { o.AttachTimeout = 50 * time.Millisecond })
 			r, err := s.AttachPod(t.Context(), &nodev1alpha1.AttachPodRequest{PodUid: "u1", PodNamespace: "team-a", PodName: "reviews-0", Ips: c.ips})
-			if status.Code(err) != c.code || (r != nil) != (err == nil) {
-				t.Errorf("%v, want %v", err, c.code)
+			if status.Code(err) != c.code || (r.GetTenant() == "team-a") != (err == nil) {
+				t.Errorf("%v, %v, want %v", r, err, c.code)
 			}
 			if refused := c.code == codes.InvalidArgument || c.code == codes.PermissionDenied; refused && len(w.announced) > 0 {
 				t.Errorf("announced %v", w.announced)

@@ -33,6 +33,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/netfilter"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
@@ -370,6 +371,19 @@ func (n *Node) serveConfiguration() {
 	go g.Serve(listener)
 	n.StopOperator = g.Stop
 	t.Cleanup(g.Stop)
+}
+
+// AttachPod waits for the pod's proxy.
+func (s *signer) AttachPod(ctx context.Context, r *nodev1alpha1.AttachPodRequest) (*nodev1alpha1.AttachPodResponse, error) {
+	i := slices.IndexFunc(s.node.Pods, func(p *Host) bool { return p.Name == r.PodUid })
+	if i < 0 {
+		return nil, status.Errorf(codes.PermissionDenied, "%s has no pod %s", s.node.Name, r.PodUid)
+	}
+	tenant := s.node.Pods[i].Tenant
+	if err := s.node.configuration.WaitServed(ctx, model.ProxyKey{Node: s.node.Name, Tenant: tenant}, r.PodUid); err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &nodev1alpha1.AttachPodResponse{Tenant: tenant.String()}, nil
 }
 
 // signer signs for the node's own pods.

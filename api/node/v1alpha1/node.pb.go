@@ -414,7 +414,9 @@ func (x *AttachPodRequest) GetIps() []string {
 }
 
 type AttachPodResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The tenant whose proxy serves the pod: a running pod may be about to get another.
+	Tenant        string `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -449,6 +451,13 @@ func (*AttachPodResponse) Descriptor() ([]byte, []int) {
 	return file_api_node_v1alpha1_node_proto_rawDescGZIP(), []int{7}
 }
 
+func (x *AttachPodResponse) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
 var File_api_node_v1alpha1_node_proto protoreflect.FileDescriptor
 
 const file_api_node_v1alpha1_node_proto_rawDesc = "" +
@@ -476,8 +485,9 @@ const file_api_node_v1alpha1_node_proto_rawDesc = "" +
 	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12#\n" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x19\n" +
 	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x10\n" +
-	"\x03ips\x18\x04 \x03(\tR\x03ips\"\x13\n" +
-	"\x11AttachPodResponse2\xc6\x03\n" +
+	"\x03ips\x18\x04 \x03(\tR\x03ips\"+\n" +
+	"\x11AttachPodResponse\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant2\xc6\x03\n" +
 	"\vNodeService\x12r\n" +
 	"\x0fSignCertificate\x12..bulkhead.node.v1alpha1.SignCertificateRequest\x1a/.bulkhead.node.v1alpha1.SignCertificateResponse\x12Z\n" +
 	"\aSignJWT\x12&.bulkhead.node.v1alpha1.SignJWTRequest\x1a'.bulkhead.node.v1alpha1.SignJWTResponse\x12`\n" +

@@ -51,10 +51,10 @@ type NodeServiceClient interface {
 	//
 	// Errors: as SignCertificate; InvalidArgument is for the audiences.
 	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
-	// AttachPod tells the addresses of a pod whose network was just made: the
-	// kubelet writes them to the API only after the pod has started, too late for
-	// its first connection. It returns when the tenant's proxy on this node has
-	// acknowledged configuration that serves the pod, so a CNI ADD can wait for it.
+	// AttachPod tells the addresses of a pod whose network was just made, or which
+	// joins or changes its tenant: the kubelet writes them to the API only after the
+	// pod has started, too late for its first connection. It returns when the tenant's proxy on this node has
+	// acknowledged configuration that serves the pod, so a CNI ADD, or the pod's move, can wait for it.
 	// What it says is believed only as far as the API agrees: the pod is bound to
 	// the calling node, the addresses are in the node's pod ranges, and no other
 	// live pod holds them.
@@ -141,10 +141,10 @@ type NodeServiceServer interface {
 	//
 	// Errors: as SignCertificate; InvalidArgument is for the audiences.
 	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
-	// AttachPod tells the addresses of a pod whose network was just made: the
-	// kubelet writes them to the API only after the pod has started, too late for
-	// its first connection. It returns when the tenant's proxy on this node has
-	// acknowledged configuration that serves the pod, so a CNI ADD can wait for it.
+	// AttachPod tells the addresses of a pod whose network was just made, or which
+	// joins or changes its tenant: the kubelet writes them to the API only after the
+	// pod has started, too late for its first connection. It returns when the tenant's proxy on this node has
+	// acknowledged configuration that serves the pod, so a CNI ADD, or the pod's move, can wait for it.
 	// What it says is believed only as far as the API agrees: the pod is bound to
 	// the calling node, the addresses are in the node's pod ranges, and no other
 	// live pod holds them.
