@@ -1,7 +1,9 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,27 +13,40 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
-// The pods of a node get other tenants while they talk: what has begun goes on in
-// the former proxies to its end, and what begins finds a proxy. The switch doesn't
-// wait until the new proxy knows the pod, so a connection that begins right then may
-// be closed, and the next isn't. With Netfilter that lasts for a second or two.
-func TestTenantsChange(t *testing.T) {
-	l := lab.New(t)
-	const connections = 300
+// The pods of a node get other tenants while they talk, and get them back: 1,000
+// connections go on to their ends in the proxies that they began in, and of those
+// that begin all the time, in each direction, none fails.
+func TestTenantsChange(t *testing.T) { testTenantsChange(t, lab.New(t)) }
+
+func testTenantsChange(t *testing.T, l *lab.Lab) {
+	const lasts = 30 * time.Second
 	n := l.Node1
-	type result struct {
+	type way struct {
 		what string
+		from *lab.Host
+		to   lab.Pair
+		// held connections; further ones begin at a rate.
+		held int
+	}
+	type running struct {
+		way
 		wait func(any)
 	}
-	var held []result
-	hold := func(what string, from *lab.Host, to lab.Pair) {
-		held = append(held, result{what, from.Begin(t, "hold", "--connections", fmt.Sprint(connections), "--interval", "500ms", "--duration", "15s", lab.At(to.V4, app.GreetPort).String())})
+	var held, begun []running
+	for _, w := range []way{
+		{"to a pod of the node", l.A1, l.B1.Pair, 300},
+		{"from another node", l.B2, l.A1.Pair, 300},
+		{"to another node", l.A2, l.B2.Pair, 200},
+		{"from outside", l.Outside, l.A2.Pair, 100},
+		{"to outside", l.B1, l.Outside.Pair, 100},
+	} {
+		to := lab.At(w.to.V4, app.GreetPort).String()
+		held = append(held, running{w, w.from.Begin(t, "hold", fmt.Sprint("--connections=", w.held), "--interval=500ms", fmt.Sprint("--duration=", lasts), to)})
+		begun = append(begun, running{w, w.from.Begin(t, "load", "--protocol=tcp", "--connections=4", "--rate=25", "--new-connection-ratio=1", "--timeout=3s", fmt.Sprint("--duration=", lasts), to)})
 	}
-	hold("to a pod of the node", l.A1, l.B1.Pair)
-	hold("from another node", l.B2, l.A1.Pair)
-	hold("from outside", l.Outside, l.A2.Pair)
-	// All of them have begun: those of a1 are both ways.
-	for pod, want := range map[*lab.Host]int{l.A1: 2 * connections, l.A2: connections} {
+	end := time.Now().Add(lasts)
+	// All that are held have begun: those between a1 and b1 are at both.
+	for pod, want := range map[*lab.Host]int{l.A1: 600, l.A2: 300, l.B1: 400} {
 		lab.Eventually(t, "the connections of "+pod.Name, func() error {
 			open, err := bpf.EstablishedFlows(pod.Path, pod.V4)
 			if err == nil && len(open) < want {
@@ -40,54 +55,93 @@ func TestTenantsChange(t *testing.T) {
 			return err
 		})
 	}
-	shared := model.Tenant{Scope: model.ScopeNode}
-	for _, p := range n.Pods {
-		p.Tenant = shared
-	}
-	l.Publish()
-	n.WritePlan()
-	deadline := time.Now().Add(20 * time.Second)
-	closed := 0
-	for attempts, done := 0, false; !done; attempts++ {
-		r := l.A1.Call(t, "tcp", "--timeout", "3s", lab.At(l.B1.V4, app.GreetPort).String())
-		if closed++; r.OK {
-			closed = 0
-		} else if closed > 1 {
-			t.Errorf("attempt %d of a new connection, after one that was closed: %+v", attempts, r.Failure)
+	for _, rule := range []struct {
+		name   string
+		tenant func(model.Identity) model.Tenant
+	}{
+		{"Node for one namespace", func(id model.Identity) model.Tenant {
+			if id.Namespace == "team-b" {
+				return model.Tenant{Scope: model.ScopeNode}
+			}
+			return model.NamespaceTenant(id.Namespace)
+		}},
+		{"Node", func(model.Identity) model.Tenant { return model.Tenant{Scope: model.ScopeNode} }},
+		{"ServiceAccount", func(id model.Identity) model.Tenant {
+			return model.Tenant{Scope: model.ScopeServiceAccount, Namespace: id.Namespace, Name: id.ServiceAccount}
+		}},
+		{"Namespace", func(id model.Identity) model.Tenant { return model.NamespaceTenant(id.Namespace) }},
+	} {
+		want := map[string]int{}
+		for _, p := range n.Pods {
+			p.Tenant = rule.tenant(p.Identity)
+			want[p.Tenant.String()]++
 		}
-		i, err := n.Inspect()
-		lab.Check(t, err)
-		for _, tenant := range i.Tenants {
-			done = done || tenant.Name == "_node" && tenant.Ready && len(tenant.Pods) == len(n.Pods)
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the pods don't move: %+v", i.Tenants)
-		}
-	}
-	eachFamily(t, func(t *testing.T, family int) {
-		for _, f := range flows(l) {
-			t.Run(f.name, func(t *testing.T) { f.check(t, family) })
-			// Two namespaces share a proxy: each keeps its own identity.
-			if f.mesh {
-				wantIdentities(t, f, family)
+		if rule.name == "Node" {
+			// The proxy is there, and hears of these pods later than their agent.
+			n.WritePlan()
+			lab.Eventually(t, "the plan", func() error {
+				if leaving := n.Tenant("team-a"); !strings.Contains(leaving.Reason, "ends soon") {
+					return errors.New(leaving.Reason)
+				}
+				return nil
+			})
+			for _, f := range flows(l) {
+				f.check(t, 4)
+			}
+			if shared := n.Tenant("_node"); len(shared.Pods) != 1 {
+				t.Errorf("a proxy that doesn't serve them has got the pods %+v", shared.Pods)
 			}
 		}
-	})
-	for _, h := range held {
-		var r app.RunResult
-		if h.wait(&r); r.Failures.Total > 0 || r.Held != connections {
-			t.Errorf("%s: %d of %d connections held, %d failures, first %+v", h.what, r.Held, connections, r.Failures.Total, r.Failures.First)
+		l.Publish()
+		n.WritePlan()
+		lab.Eventually(t, "tenants of "+rule.name, func() error {
+			i, err := n.Inspect()
+			if err != nil {
+				return err
+			}
+			ready := 0
+			for _, tenant := range i.Tenants {
+				if tenant.Ready && len(tenant.Pods) == want[tenant.Name] {
+					ready += len(tenant.Pods)
+				}
+			}
+			if ready != len(n.Pods) {
+				return fmt.Errorf("%d pods are where they should be: %+v", ready, i.Tenants)
+			}
+			return nil
+		})
+		for _, f := range flows(l) {
+			f.check(t, 4)
+			f.check(t, 6)
+			// Two namespaces may share a proxy: each keeps its own identity. A tunnel to the
+			// former proxy had room for one more.
+			if f.mesh {
+				f.check(t, 4)
+				wantIdentities(t, f, 4)
+			}
 		}
 	}
-	// One that was closed at the switch is written down for 130 s.
-	for end := time.Now().Add(3 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
+	if time.Now().After(end) {
+		t.Error("the changes took longer than the connections were to be held")
+	}
+	for _, r := range held {
+		var result app.RunResult
+		if r.wait(&result); result.Failures.Total > 0 || result.Held != r.held {
+			t.Errorf("%s: %d of %d connections held, %d failures, first %+v", r.what, result.Held, r.held, result.Failures.Total, result.Failures.First)
+		}
+	}
+	for _, r := range begun {
+		var result app.RunResult
+		if r.wait(&result); !result.OK || result.Connections < 300 {
+			t.Errorf("%s: %d of %d new connections failed: %+v", r.what, result.Failures.Total, result.Connections, result.Failures)
+		}
+		t.Logf("%s: %d new connections, p99 %.0f ms, longest %.0f", r.what, result.Connections, result.Latency.P99, result.Latency.Max)
+	}
+	lab.Eventually(t, "the end of the former tenants", func() error {
 		i, err := n.Inspect()
-		lab.Check(t, err)
-		if len(i.Tenants) == 1 {
-			break
+		if err == nil && len(i.Tenants) != 2 {
+			err = fmt.Errorf("there are %d", len(i.Tenants))
 		}
-		if time.Now().After(end) {
-			t.Fatalf("the former tenants don't end: %+v", i.Tenants)
-		}
-	}
+		return err
+	})
 }
