@@ -311,7 +311,12 @@ func whose(tenant uint16, name string) []chain {
 			address, flow := network(e.address, f.length, regKey), f.flow(e.podIsSource)
 			chains[i].rules = append(chains[i].rules,
 				join(is, onlyMark(0)),
-				join(is, address, find(setOwners+f.version, regKey, regFound), markFound()),
+				join(is, address, find(setOwners+f.version, regKey, regFound), markFound()))
+			// One with another tenant that has ended makes room for one with the same ports.
+			for _, r := range f.forget(flow) {
+				chains[i].rules = append(chains[i].rules, join(is, markIs(uint32(tenant)), opens(), r))
+			}
+			chains[i].rules = append(chains[i].rules,
 				join(is, flow, find(setFlows+f.version, regKey, regFound), markFound()),
 				join(is, markIs(uint32(tenant)), flow, isIn(setFlows+f.version, regKey), jump(touch.name)),
 				// What it opens for a pod that is about to move.

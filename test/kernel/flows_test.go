@@ -141,22 +141,25 @@ func testIdleAgent(t *testing.T, l *lab.Lab) {
 // certificate, its own, and the addresses.
 func wantIdentities(t *testing.T, f flow, family int) {
 	t.Helper()
+	lab.Eventually(t, f.name+" in the log of its server's proxy", func() error { return f.identities(family) })
+}
+
+// identities looks for the flow in the log of its server's proxy.
+func (f flow) identities(family int) error {
 	server := f.to.Of(family)
 	want := map[string]string{
 		"bulkhead": "inbound", "code": "200", "peer": f.from.Identity.String(), "own": f.to.Identity.String(),
 		"source": f.from.Of(family).String(), "destination": lab.At(server, 15008).String(), "authority": lab.At(server, app.GreetPort).String(),
 	}
-	lab.Eventually(t, f.name+" in the log of its server's proxy", func() error {
-		lines := f.to.Node.AccessLog(f.to.Tenant.String())
-		for _, line := range lines {
-			matches := true
-			for k, v := range want {
-				matches = matches && line[k] == v
-			}
-			if matches {
-				return nil
-			}
+	lines := f.to.Node.AccessLog(f.to.Tenant.String())
+	for _, line := range lines {
+		matches := true
+		for k, v := range want {
+			matches = matches && line[k] == v
 		}
-		return fmt.Errorf("none of %d lines is %v", len(lines), want)
-	})
+		if matches {
+			return nil
+		}
+	}
+	return fmt.Errorf("none of %d lines is %v", len(lines), want)
 }
