@@ -1,7 +1,10 @@
 package controllers
 
 import (
+	"fmt"
+	"reflect"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -110,4 +113,93 @@ func TestRoutesFollowWhatTheyReferTo(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("the kind is back", "Accepted", "BackendNotFound", 1)
+}
+
+// A namespace with thousands of routes, most of them wrong, hears of each what is wrong
+// with it, and costs the others nothing: their routes stay, and a change of one of the
+// thousands is handled in time.
+func TestThousandsOfRoutes(t *testing.T) {
+	const n = 5000
+	kinds := []struct {
+		parent, backend    string
+		accepted, resolved string
+	}{
+		{"web", "web", "Accepted", "ResolvedRefs"}, // to itself
+		{"web", "v2", "Accepted", "ResolvedRefs"},
+		{"v2", "web", "Accepted", "ResolvedRefs"}, // and back
+		{"web", "gone", "Accepted", "BackendNotFound"},
+		{"gone", "web", "NoMatchingParent", "ResolvedRefs"},
+		{"web", "other-port", "Accepted", "BackendNotFound"},
+	}
+	objects := []client.Object{newTopology("t", "mesh"), newNamespace("a", "mesh"), newNamespace("b", "mesh"), newHTTPService("web", 80), newHTTPService("v2", 80), newHTTPService("other-port", 81)}
+	good, service := newHTTPRoute("good", "web", "web"), newHTTPService("web", 80)
+	good.Namespace, service.Namespace, service.Spec.ClusterIPs = "b", "b", []string{"10.96.0.2"}
+	objects = append(objects, good, service)
+	for i := range n {
+		k := kinds[i%len(kinds)]
+		r := newHTTPRoute(fmt.Sprintf("r%04d", i), k.parent, k.backend)
+		path := fmt.Sprintf("/%d", i)
+		r.Spec.Rules[0].Matches = []gatewayv1.HTTPRouteMatch{{Path: &gatewayv1.HTTPPathMatch{Value: &path}}}
+		objects = append(objects, r)
+	}
+	began := time.Now()
+	c := newCluster(t, objects...)
+	t.Logf("%d routes: %s", n, time.Since(began))
+	mine := model.ServiceKey{Namespace: "b", Name: "web"}
+	before := c.store.Routings(mine)
+	if len(before) != 1 || len(before[0].Rules) != 1 {
+		t.Fatalf("another namespace has %+v", before)
+	}
+	limited := 0
+	for i := range n {
+		k := kinds[i%len(kinds)]
+		key := translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: "a", Name: fmt.Sprintf("r%04d", i)}
+		outcomes, known := c.routeOutcomes(c.routing.routes[key])
+		if !known || len(outcomes) != 1 {
+			t.Fatalf("%s has no outcome", key)
+		}
+		status := translate.RouteStatus(c.routing.routes[key], outcomes, nil, metav1.NewTime(born))
+		accepted := meta.FindStatusCondition(status[0].Conditions, "Accepted").Reason
+		if accepted == translate.ReasonLimitExceeded {
+			limited++
+			accepted = "Accepted"
+		}
+		if resolved := meta.FindStatusCondition(status[0].Conditions, "ResolvedRefs").Reason; accepted != k.accepted || resolved != k.resolved {
+			t.Fatalf("%s, to %s of %s: %s, %s", key, k.backend, k.parent, accepted, resolved)
+		}
+		if i < len(kinds) {
+			if a, r := said(t, c, key.Name); a != k.accepted || r != k.resolved {
+				t.Errorf("%s says %s, %s", key, a, r)
+			}
+		}
+	}
+	if want := n - n/6 - translate.MaxMatches - n/6; limited < want-10 || limited > want+10 {
+		t.Errorf("%d routes are beyond the limit; want %d", limited, want)
+	}
+	// One of them changes, again and again.
+	const changes = 10
+	began = time.Now()
+	for i := range changes {
+		var r gatewayv1.HTTPRoute
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: "r0000"}, &r); err != nil {
+			t.Fatal(err)
+		}
+		path := fmt.Sprintf("/changed-%d", i)
+		r.Spec.Rules[0].Matches[0].Path.Value = &path
+		if err := c.Update(t.Context(), &r); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.syncRoute(t.Context(), translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: "a", Name: "r0000"}); err != nil {
+			t.Fatal(err)
+		}
+		c.drain()
+	}
+	took := time.Since(began) / changes
+	t.Logf("a change: %s", took)
+	if took > 500*time.Millisecond {
+		t.Errorf("a change of one route takes %s", took)
+	}
+	if after := c.store.Routings(mine); !reflect.DeepEqual(after, before) {
+		t.Errorf("another namespace's routes changed: %+v", after)
+	}
 }
