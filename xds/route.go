@@ -36,6 +36,9 @@ func Routes(vip netip.AddrPort, service model.ServiceKey, r model.Routing) (*rou
 	for _, rule := range rules {
 		host.Routes = append(host.Routes, b.route(rule))
 	}
+	if leaves := indexed(rules); leaves != nil {
+		host.Matcher, host.Routes = p.routeTree(leaves, host.Routes), nil
+	}
 	config := &routev3.RouteConfiguration{
 		Name: HTTPName(vip), VirtualHosts: []*routev3.VirtualHost{host},
 		// Clusters are on their own way, and there before.
