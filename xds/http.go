@@ -59,7 +59,7 @@ func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
 			}},
 			HttpFilters: []*hcmv3.HttpFilter{
 				p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // pools are each source's own by it
-				p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true}),
+				p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)}),
 			},
 			OriginalIpDetectionExtensions: p.believeConnection(),
 			Http2ProtocolOptions:          applicationHTTP2(),
