@@ -21,6 +21,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
@@ -100,7 +101,7 @@ func startSidecar(b *testing.B, h *lab.Host) int {
 		}
 		lab.Check(b, cmd.Start())
 	})
-	inContainer(b, "sidecar", cmd.Process.Pid)
+	container.Put(b, "sidecar", cmd.Process.Pid)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()

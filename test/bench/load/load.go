@@ -19,6 +19,21 @@ import (
 const (
 	RequestPort = 9100
 	BulkPort    = 9101
+	// HTTPPort answers requests that proxies have read and written anew, HTTP2Port
+	// those of HTTP/2, gRPC among them.
+	HTTPPort  = 9102
+	HTTP2Port = 9103
+)
+
+// Protocol is what Run speaks.
+type Protocol string
+
+// The protocols.
+const (
+	Opaque Protocol = "" // bytes that arrive as they were sent
+	HTTP1  Protocol = "HTTP/1.1"
+	HTTP2  Protocol = "HTTP/2"
+	GRPC   Protocol = "gRPC"
 )
 
 // What goes each way: no proxy here reads it, but it has the size of small HTTP.
@@ -42,7 +57,8 @@ type Options struct {
 	To netip.AddrPort
 	// Connections at the same time, each with one request under way. Not of Bulk.
 	Connections int
-	// New makes a connection for each request.
+	Protocol    Protocol
+	// New makes a connection for each request. Of Opaque only.
 	New bool
 	// Bulk sends one stream as fast as it goes.
 	Bulk bool
@@ -69,6 +85,9 @@ type Result struct {
 func Run(o Options) (Result, error) {
 	if o.Bulk {
 		return bulk(o)
+	}
+	if o.Protocol == HTTP2 || o.Protocol == GRPC {
+		return requests2(o)
 	}
 	return requests(o)
 }
@@ -126,13 +145,18 @@ func requests(o Options) (r Result, err error) {
 		return r, err
 	}
 	r.CPU = after.minus(before)
-	r.Requests = len(c.samples)
-	slices.Sort(c.samples)
-	if r.Requests > 0 {
-		r.P50 = time.Duration(c.samples[r.Requests/2])
-		r.P99 = time.Duration(c.samples[r.Requests*99/100])
-	}
+	r.count(c.samples)
 	return r, nil
+}
+
+// count takes in how long each request took, in nanoseconds.
+func (r *Result) count(samples []uint32) {
+	slices.Sort(samples)
+	r.Requests = len(samples)
+	if r.Requests > 0 {
+		r.P50 = time.Duration(samples[r.Requests/2])
+		r.P99 = time.Duration(samples[r.Requests*99/100])
+	}
 }
 
 // connect begins a connection.
@@ -192,11 +216,18 @@ func (c *client) handle(fd int, events uint32) error {
 	if err != nil || n == 0 {
 		return fmt.Errorf("read an answer: %d bytes, %w", n, errors.Join(err, unix.Errno(unix.ECONNRESET)))
 	}
-	if rest := response[c.got[fd]:]; n > len(rest) || string(c.buffer[:n]) != rest[:n] {
-		return fmt.Errorf("the answer goes on with %q", c.buffer[:n])
-	}
-	if c.got[fd] += n; c.got[fd] < len(response) {
-		return nil
+	if c.o.Protocol == HTTP1 {
+		// Proxies may add headers, but such an answer comes in one piece.
+		if !bytes.HasPrefix(c.buffer[:n], []byte("HTTP/1.1 200 OK\r\n")) || !bytes.HasSuffix(c.buffer[:n], []byte("\r\n\r\nok\n")) {
+			return fmt.Errorf("the answer is %q", c.buffer[:n])
+		}
+	} else {
+		if rest := response[c.got[fd]:]; n > len(rest) || string(c.buffer[:n]) != rest[:n] {
+			return fmt.Errorf("the answer goes on with %q", c.buffer[:n])
+		}
+		if c.got[fd] += n; c.got[fd] < len(response) {
+			return nil
+		}
 	}
 	now := time.Now()
 	c.samples = append(c.samples, uint32(min(now.Sub(c.began[fd]), patience)))

@@ -1,4 +1,5 @@
-package datapath
+// Package container puts the ends of a benchmark's load where pods have theirs.
+package container
 
 import (
 	"bytes"
@@ -19,11 +20,11 @@ import (
 // cgroupRoot is where the node's cgroups are.
 const cgroupRoot = "/sys/fs/cgroup"
 
-// inContainer puts a process into a cgroup of its own of every hierarchy, as deep
+// Put puts a process into a cgroup of its own of every hierarchy, as deep
 // as the tenants' Envoys are and with the same limits: what runs in pods does so.
 // Without it, the scheduler would give it a larger share than a tenant's Envoy, and
 // nothing would count its memory. The process must have ended before the benchmark.
-func inContainer(b *testing.B, name string, pid int) {
+func Put(b *testing.B, name string, pid int) {
 	b.Helper()
 	for _, h := range hierarchies(b) {
 		parent := filepath.Join(h, "bhtest-bench")
