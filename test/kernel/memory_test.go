@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -15,10 +16,10 @@ func TestOutOfMemory(t *testing.T) {
 	const neighbours, greedy = 300, 6000
 	l := lab.New(t)
 	n := l.Node1
-	n.MemoryMax = map[string]int64{"team-b": 72 << 20}
+	n.Limits = map[string]v1alpha1.Limits{"team-b": {MemoryMax: 72 << 20}}
 	n.WritePlan()
 	lab.Eventually(t, "the limit", func() error {
-		if got := n.Tenant("team-b").Limits.MemoryMax; got != n.MemoryMax["team-b"] {
+		if got := n.Tenant("team-b").Limits.MemoryMax; got != n.Limits["team-b"].MemoryMax {
 			return fmt.Errorf("it is %d", got)
 		}
 		return nil

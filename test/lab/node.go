@@ -69,8 +69,8 @@ type Node struct {
 	Promoted bool
 	// Drain is how long one that isn't wanted any more may last; 0 is the default.
 	Drain time.Duration
-	// MemoryMax limits tenants' proxies, in bytes. Default 1 GiB.
-	MemoryMax map[string]int64
+	// Limits of tenants' proxies. Default 1 GiB of memory.
+	Limits map[string]v1alpha1.Limits
 
 	// StopOperator ends the operator as this node sees it.
 	StopOperator func()
@@ -161,7 +161,7 @@ func (n *Node) WritePlan() string {
 	for _, p := range n.Planned {
 		if name := p.Tenant.String(); !seen[name] {
 			seen[name] = true
-			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": object{"memoryMax": cmp.Or(n.MemoryMax[name], 1<<30)}}
+			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": cmp.Or(n.Limits[name], v1alpha1.Limits{MemoryMax: 1 << 30})}
 			if n.Canary > 0 {
 				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, dist.Default), "weight": n.Canary, "promoted": n.Promoted}
 			}
