@@ -44,7 +44,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	}
 	// What runs is looked at even if the update fails: bad input changes nothing.
 	updateErr := errors.Join(placeErr, retireErr, a.bulkheads.Update(ctx, isolation.Spec{
-		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Generations: wanted, Drain: a.o.Drain}))
+		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Workers: tp.workers, Generations: wanted, Drain: a.o.Drain}))
 	a.closeEnded(tp, wanted)
 	ready, err := a.takeListeners(tp, pl, b)
 	if err != nil {
@@ -54,7 +54,11 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	if pl.waits != "" || pl.former != none && pl.first != none && ready[pl.first] {
 		again = soon // the next step is due
 	}
-	if g := pl.serving(ready); g != none {
+	g := pl.serving(ready)
+	if g == none && pl.canary != none && ready[pl.canary] {
+		g = pl.canary // while the first is away, all goes there
+	}
+	if g != none {
 		r.serving[t] = a.taken[relay.Key{Tenant: t, Generation: g}]
 		if !a.staying[t] {
 			if err := a.bulkheads.SetLeaving(ctx, t, false); err != nil {

@@ -63,6 +63,8 @@ type InspectedLimits struct {
 	// Connections at a time, and new ones in a second.
 	Connections    int64 `json:"connections"`
 	NewConnections int64 `json:"newConnections"`
+	// Concurrency is how many threads of a process serve connections.
+	Concurrency int64 `json:"concurrency"`
 }
 
 // InspectedGeneration is one Envoy process, as /proc shows it.

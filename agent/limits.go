@@ -53,6 +53,29 @@ func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have 
 	return have, unenforced
 }
 
+// minStandby is the least memory for two Envoys.
+const minStandby = 96 << 20
+
+// standbyProblem is why limits leave no room for a second Envoy, "" if they do.
+func standbyProblem(l v1alpha1.Limits) string {
+	if l.MemoryMax > 0 && l.MemoryMax < minStandby {
+		return fmt.Sprintf("warmStandby: memory.max is %d, and two Envoys need at least %d", l.MemoryMax, minStandby)
+	}
+	return ""
+}
+
+// threads are those with which the tenant's processes serve, the most of them, and
+// who waits for another number.
+func threads(tp tenantPlan, state isolation.State) (have int64, unenforced []string) {
+	for _, p := range state.Processes {
+		have = max(have, int64(p.Workers))
+		if tp.workers != 0 && p.Workers != 0 && p.Workers != tp.workers {
+			unenforced = append(unenforced, fmt.Sprintf("concurrency: generation %d has %d threads until it starts again", p.Generation, p.Workers))
+		}
+	}
+	return have, unenforced
+}
+
 // checkPeriod is how often counts of connections are compared with the kernel's
 // sockets.
 const checkPeriod = 10 * time.Second

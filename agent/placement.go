@@ -25,8 +25,10 @@ type placement struct {
 	// former served before the plan asked for another version. It serves on until
 	// the first is ready. Mostly none.
 	former int
-	// canary is the generation of the planned canary, or none.
-	canary int
+	// canary is the generation of the planned canary, or none; standby says that it
+	// is no canary but a warm standby.
+	canary  int
+	standby bool
 	// versions of the wanted generations; "" for those that aren't wanted.
 	versions [generations]string
 	// waits says what holds the plan up that time alone will change, "" if nothing.
@@ -78,7 +80,7 @@ func place(tp tenantPlan, running []isolation.Process, prior *placement, ready [
 			return pl, err
 		}
 	}
-	pl.canary, pl.versions[other] = other, c.version
+	pl.canary, pl.standby, pl.versions[other] = other, c.standby, c.version
 	return pl, err
 }
 
@@ -113,6 +115,9 @@ func (pl *placement) placeFirst(tp tenantPlan, hint int, at [generations]string,
 		if version != "" && (serving == none || ready[g] && (tp.canary == nil || version != tp.canary.version)) {
 			serving = g
 		}
+	}
+	if tp.canary != nil && tp.canary.standby && hint != none && at[hint] != "" && ready[hint] {
+		serving = hint // the standby makes room, which has no connections to finish
 	}
 	if serving == none {
 		pl.first = max(0, slices.Index(leaving[:], false))
@@ -186,6 +191,8 @@ func (pl placement) role(p isolation.Process) v1alpha1.GenerationRole {
 		return v1alpha1.RoleLeaving
 	case p.Generation == pl.first:
 		return v1alpha1.RoleFirst
+	case p.Generation == pl.canary && pl.standby:
+		return v1alpha1.RoleStandby
 	case p.Generation == pl.canary:
 		return v1alpha1.RoleCanary
 	case p.Generation == pl.former:

@@ -17,7 +17,8 @@ func TestPlace(t *testing.T) {
 		p.DrainUntil = time.Unix(100, 0)
 		return p
 	}
-	canary := func(version string, weight int) *canaryPlan { return &canaryPlan{version, weight} }
+	canary := func(version string, weight int) *canaryPlan { return &canaryPlan{version: version, weight: weight} }
+	standby := func(version string) *canaryPlan { return &canaryPlan{version: version, standby: true} }
 	errGone := errors.New("gone")
 	for _, tc := range []struct {
 		name     string
@@ -47,6 +48,16 @@ func TestPlace(t *testing.T) {
 			versions: [2]string{a, a}, first: 0, former: none, second: 1, share: 10},
 		{name: "the same, the other way round", version: a, canary: canary(a, 10), running: []isolation.Process{run(0, a), run(1, a)}, ready: [2]bool{true, true},
 			prior: &placement{first: 1}, versions: [2]string{a, a}, first: 1, former: none, second: 0, share: 90},
+		{name: "standby begins", version: a, canary: standby(a), running: []isolation.Process{run(0, a)}, ready: [2]bool{true},
+			versions: [2]string{a, a}, first: 0, former: none, second: 1},
+		{name: "the first died, and the standby serves", version: a, canary: standby(a), running: []isolation.Process{run(0, a), run(1, a)}, ready: [2]bool{false, true},
+			prior: &placement{first: 0}, versions: [2]string{a, a}, first: 0, former: none, second: 1},
+		{name: "standby of a first in generation 1", version: a, canary: standby(a), running: []isolation.Process{run(0, a), run(1, a)}, ready: [2]bool{true, true},
+			prior: &placement{first: 1}, versions: [2]string{a, a}, first: 1, former: none, second: 0, share: 100},
+		{name: "the standby makes room for another version", version: b, canary: standby(b), running: []isolation.Process{run(0, a), run(1, a)}, ready: [2]bool{true, true},
+			prior: &placement{first: 0}, versions: [2]string{a, ""}, first: none, former: 0, second: none, waits: true},
+		{name: "standby isn't wanted any more", version: a, running: []isolation.Process{run(0, a), run(1, a)}, ready: [2]bool{true, true},
+			prior: &placement{first: 0}, versions: [2]string{a, ""}, first: 0, former: none, second: none},
 		{name: "promoted", version: b, running: []isolation.Process{run(0, a), run(1, b)}, ready: [2]bool{true, true},
 			versions: [2]string{"", b}, first: 1, former: none, second: none, share: 100},
 		{name: "promoted before it is ready", version: b, running: []isolation.Process{run(0, a), run(1, b)}, ready: [2]bool{true, false},

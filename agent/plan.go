@@ -45,10 +45,14 @@ type tenantPlan struct {
 	limits isolation.Limits
 	// connections that it takes.
 	connections steer.ConnectionLimits
+	// workers of each process, 0 by default.
+	workers int
 	// version of Envoy that is to serve it.
 	version string
 	// canary is to serve beside it; nil for none.
 	canary *canaryPlan
+	// standby is why there is no warm standby that is wanted, "" otherwise.
+	standby string
 }
 
 // canaryPlan is a second process of a tenant.
@@ -56,6 +60,9 @@ type canaryPlan struct {
 	version string
 	// weight is its share of new connections, in percent.
 	weight int
+	// standby: it is the warm standby, without a share. The kernel leads to it what
+	// the first doesn't take.
+	standby bool
 }
 
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
@@ -86,12 +93,18 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			tenant:      tenant,
 			limits:      processLimits(t.Limits),
 			connections: connectionLimits(t.Limits),
+			workers:     int(max(0, min(t.Limits.Concurrency, isolation.MaxWorkers))),
 			version:     t.Version,
 		}
 		if c := t.Canary; c != nil && c.Promoted {
 			tp.version = c.Version
 		} else if c != nil {
 			tp.canary = &canaryPlan{version: c.Version, weight: int(c.Weight)}
+		} else if t.Standby {
+			tp.standby = standbyProblem(t.Limits)
+			if tp.standby == "" {
+				tp.canary = &canaryPlan{version: t.Version, standby: true}
+			}
 		}
 		p.tenants = append(p.tenants, tp)
 	}

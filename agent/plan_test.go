@@ -53,6 +53,22 @@ func TestMakePlan(t *testing.T) {
 	if !ok || pod.Identity.String() != "spiffe://cluster.local/ns/team-b/sa/web" || pod.Tenant != model.NamespaceTenant("team-b") {
 		t.Errorf("pod 2 is %+v, %v", pod, ok)
 	}
+	np := nodeProxy()
+	np.Spec.Tenants[0].Standby, np.Spec.Tenants[0].Limits = true, v1alpha1.Limits{Concurrency: 3, Connections: 9, NewConnections: 5}
+	np.Spec.Tenants[1].Standby = true // it has a canary
+	if p, err = makePlan(np); err != nil {
+		t.Fatal(err)
+	}
+	if b := p.tenants[1]; b.canary == nil || *b.canary != (canaryPlan{version: "1.40.0", standby: true}) || b.workers != 3 || b.connections != (steer.ConnectionLimits{Concurrent: 9, NewPerSecond: 5}) {
+		t.Errorf("team-b is planned as %+v", b)
+	}
+	if a := p.tenants[0]; a.canary == nil || a.canary.standby || a.canary.weight != 25 {
+		t.Errorf("a canary gives way to a standby: %+v", a)
+	}
+	np.Spec.Tenants[0].Limits.MemoryMax = 64 << 20
+	if p, _ = makePlan(np); p.tenants[1].canary != nil || p.tenants[1].standby == "" {
+		t.Errorf("a standby without memory for it: %+v", p.tenants[1])
+	}
 	if _, ok := p.pod("3"); ok {
 		t.Error("a pod that isn't planned was found")
 	}

@@ -182,6 +182,12 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		Limits: enforcedLimits(state.Limits, o.connections[tp.tenant].limits), Unenforced: slices.Concat(state.Unenforced, o.connections[tp.tenant].unenforced), Hits: o.round.hits[tp.tenant].status(),
 		Weight: int32(o.round.weights[tp.tenant]),
 	}
+	var more []string
+	t.Limits.Concurrency, more = threads(tp, state)
+	if tp.standby != "" {
+		more = append(more, tp.standby)
+	}
+	t.Unenforced = append(t.Unenforced, more...)
 	for _, p := range state.Processes {
 		g := v1alpha1.GenerationStatus{Generation: int32(p.Generation), Version: p.Version, PID: int32(p.PID),
 			Role: o.round.placed[tp.tenant].role(p), Serving: o.takes(tp.tenant, p),

@@ -59,7 +59,7 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		if err != nil {
 			return err
 		}
-		p.Limits, p.Strict = translate.Limits(policies, p.Bounds), p.Strict || translate.IsStrict(policies)
+		p.Limits, p.Standby, p.Strict = translate.Limits(policies, p.Bounds), translate.Standby(policies, p.Bounds), p.Strict || translate.IsStrict(policies)
 		plan.namespaces[namespace] = p
 	}
 	had := map[string]bool{}

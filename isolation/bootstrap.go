@@ -63,13 +63,24 @@ func bootstrap(t model.Tenant, generation int) ([]byte, error) {
 	})
 }
 
-// arguments of Envoy. One worker for each CPU that the tenant may use, two at
-// most: memory and connection pools are per worker.
-func arguments(l Limits) []string {
-	workers := min(2, runtime.NumCPU())
-	if l.CPUMillis > 0 && l.CPUMillis <= 1000 {
-		workers = 1
+// MaxWorkers is the most threads of a process that serve connections: steering has
+// room for so many sockets of a port.
+const MaxWorkers = 4
+
+// workers is how many a process gets. By default one for each CPU that the tenant may
+// use, two at most: memory and connection pools are per worker.
+func workers(wanted int, l Limits) int {
+	switch {
+	case wanted > 0:
+		return wanted
+	case l.CPUMillis > 0 && l.CPUMillis <= 1000:
+		return 1
 	}
+	return min(2, runtime.NumCPU())
+}
+
+// arguments of Envoy.
+func arguments(workers int) []string {
 	return []string{
 		"--config-path", rootBootstrap, "--disable-hot-restart",
 		"--concurrency", strconv.Itoa(workers), "--log-level", "warning",

@@ -30,8 +30,11 @@ type Spec struct {
 	Tenant model.Tenant
 	// MTU of its veth: the smallest of its pods. 0 leaves the kernel's.
 	MTU int
-	// Limits take effect at once; the number of Envoy's workers follows at its next start.
+	// Limits take effect at once.
 	Limits Limits
+	// Workers is how many threads of each process serve connections, from its next
+	// start on, at most MaxWorkers. 0 is one for each CPU that Limits allow, two at most.
+	Workers int
 	// Generations that should run, side by side.
 	Generations []Generation
 	// Drain is for how long a generation that is no longer among them may finish
@@ -200,7 +203,7 @@ func (m *Manager) adoptAll() error {
 }
 
 func (m *Manager) adopt(s tenantState, name model.Tenant) error {
-	t := &tenant{m: m, name: name, file: name.FileName(), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills, since: s.Since}
+	t := &tenant{m: m, name: name, file: name.FileName(), index: s.Index, mtu: s.MTU, limits: s.Limits, oomKills: s.OOMKills, since: s.Since, workers: s.Workers}
 	if err := m.indexes.reserve(t.file, s.Index); err != nil {
 		return err
 	}
@@ -390,6 +393,9 @@ func (m *Manager) HasVersion(version string) error {
 func (s Spec) validate() error {
 	if s.Drain < 0 {
 		return fmt.Errorf("drain %s: can't be negative", s.Drain)
+	}
+	if s.Workers < 0 || s.Workers > MaxWorkers {
+		return fmt.Errorf("%d workers: 0 to %d", s.Workers, MaxWorkers)
 	}
 	if s.MTU < 0 || (s.MTU > 0 && s.MTU < 1280) {
 		return fmt.Errorf("MTU %d: at least 1280, for IPv6", s.MTU)

@@ -274,7 +274,8 @@ func (p *process) start() (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	config, err := p.config(tree, s.Generation)
+	threads := workers(t.wantedWorkers(), t.wantedLimits())
+	config, err := p.config(tree, s.Generation, threads)
 	if err != nil {
 		return nil, err
 	}
@@ -291,7 +292,7 @@ func (p *process) start() (*running, error) {
 		return nil, err
 	}
 	p.mu.Lock()
-	p.state.LogStart = info.Size()
+	p.state.LogStart, p.state.Workers = info.Size(), threads
 	p.mu.Unlock()
 	l, err := launch(m.o.Launcher, log)
 	if err != nil {
@@ -319,7 +320,7 @@ func (p *process) start() (*running, error) {
 	return r, nil
 }
 
-func (p *process) config(tree string, generation int) ([]byte, error) {
+func (p *process) config(tree string, generation, workers int) ([]byte, error) {
 	t, m := p.tenant, p.tenant.m
 	static, err := bootstrap(t.name, generation)
 	if err != nil {
@@ -328,7 +329,7 @@ func (p *process) config(tree string, generation int) ([]byte, error) {
 	return json.Marshal(initConfig{
 		Root: m.o.rootDir(), EnvoyTree: tree, XDSDir: m.o.xdsDir(t.name, generation),
 		Log: m.o.logPath(t.name, generation), Netns: t.netns(), Bootstrap: static,
-		UID: t.uid(), Args: arguments(t.wantedLimits()), Hostname: "bulkhead",
+		UID: t.uid(), Args: arguments(workers), Hostname: "bulkhead",
 		LogLimit: logLimit, OpenFiles: openFiles,
 	})
 }

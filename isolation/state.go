@@ -21,6 +21,8 @@ type tenantState struct {
 	Boot   string `json:"boot"`
 	MTU    int    `json:"mtu"`
 	Limits Limits `json:"limits"`
+	// Workers that are wanted, 0 by default.
+	Workers int `json:"workers,omitempty"`
 	// Since when it is there, and counts.
 	Since time.Time `json:"since,omitzero"`
 	// OOMKills that were put down to a process.
@@ -39,6 +41,8 @@ type processState struct {
 	Tree      string    `json:"tree"`
 	StartedAt time.Time `json:"startedAt"`
 	Restarts  int       `json:"restarts"`
+	// Workers that it was started with.
+	Workers int `json:"workers,omitempty"`
 	// Served says that it was live once, and so may have connections.
 	Served bool `json:"served"`
 	Exit   Exit `json:"exit"`

@@ -44,6 +44,8 @@ type Process struct {
 	StartedAt time.Time
 	// Restarts since the generation began.
 	Restarts int
+	// Workers are its threads that serve connections; 0 if that isn't known.
+	Workers int
 	// LastExit is how the one before ended, "" if there was none: Exit.Status.
 	LastExit string
 	// Exit says more about it.
@@ -90,6 +92,8 @@ type tenant struct {
 	oomKills uint64
 	// since when it is there.
 	since time.Time
+	// workers of each process, 0 by default.
+	workers int
 }
 
 func (t *tenant) netns() string { return t.m.o.netnsPath(t.name) }
@@ -104,6 +108,12 @@ func (t *tenant) wantedLimits() Limits {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.limits
+}
+
+func (t *tenant) wantedWorkers() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.workers
 }
 
 func (t *tenant) changed() {
@@ -131,7 +141,7 @@ func (t *tenant) persist() error {
 	t.saving.Lock()
 	defer t.saving.Unlock()
 	t.mu.Lock()
-	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits, OOMKills: t.oomKills, Since: t.since}
+	s := tenantState{Tenant: t.name.String(), Index: t.index, Boot: t.m.boot, MTU: t.mtu, Limits: t.limits, OOMKills: t.oomKills, Since: t.since, Workers: t.workers}
 	t.mu.Unlock()
 	for _, p := range t.list() {
 		state, _, _ := p.snapshot()
@@ -197,7 +207,7 @@ func (t *tenant) state() State {
 		ps, live, problem := p.snapshot()
 		s.Processes = append(s.Processes, Process{
 			Generation: ps.Generation, Version: ps.Version, PID: ps.PID, StartTicks: ps.StartTicks,
-			Live: live, StartedAt: ps.StartedAt, Restarts: ps.Restarts, LastExit: ps.Exit.Status, Exit: ps.Exit,
+			Live: live, StartedAt: ps.StartedAt, Restarts: ps.Restarts, Workers: ps.Workers, LastExit: ps.Exit.Status, Exit: ps.Exit,
 			DrainUntil: ps.DrainUntil,
 		})
 		problems = append(problems, problem)
@@ -246,7 +256,7 @@ func (t *tenant) prepare(mtu int) error {
 // update brings processes to what is wanted. The caller holds op.
 func (t *tenant) update(ctx context.Context, s Spec) error {
 	t.mu.Lock()
-	t.limits = s.Limits
+	t.limits, t.workers = s.Limits, s.Workers
 	t.mu.Unlock()
 	// A limit that the kernel refuses is a problem and no reason to have no proxy.
 	errs := []error{t.m.cgroups.limit(t.file, s.Limits)}

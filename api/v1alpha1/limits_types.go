@@ -6,7 +6,9 @@ import (
 )
 
 // ProxyLimits bound one tenant proxy: one tenant on one node, all generations of
-// it together. They take effect while it runs.
+// it together. They take effect while it runs, but for concurrency.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.warmStandby) || !self.warmStandby || !has(self.memory) || !has(self.memory.max) || (isQuantity(string(self.memory.max)) && quantity(string(self.memory.max)).compareTo(quantity('96Mi')) >= 0)",message="memory.max must be at least 96Mi with warmStandby: two Envoys need that"
 type ProxyLimits struct {
 	// CPU of each proxy.
 	// +optional
@@ -23,6 +25,19 @@ type ProxyLimits struct {
 	// Connections that each proxy takes, from its pods and to them.
 	// +optional
 	Connections *ConnectionIsolation `json:"connections,omitempty"`
+	// Concurrency is how many threads of each Envoy serve connections, from its next
+	// start on: an Envoy that runs can't change it. Each takes memory and pools of its
+	// own. Default 2, and 1 where the CPU limit is one CPU or less.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=4
+	// +optional
+	Concurrency *int64 `json:"concurrency,omitempty"`
+	// WarmStandby keeps a second Envoy ready beside each, which takes new connections
+	// at once when the first crashes; what was open there is lost all the same. Both
+	// are within the limits of one proxy. It gives way to a canary. In ceilings,
+	// false forbids it. Default false.
+	// +optional
+	WarmStandby *bool `json:"warmStandby,omitempty"`
 }
 
 // ConnectionIsolation bounds what a tenant's pods on a node, and who dials them,
@@ -200,4 +215,7 @@ type Limits struct {
 	// NewConnections is how many may open in a second.
 	// +optional
 	NewConnections int64 `json:"newConnections,omitempty"`
+	// Concurrency is how many threads of each Envoy serve connections.
+	// +optional
+	Concurrency int64 `json:"concurrency,omitempty"`
 }

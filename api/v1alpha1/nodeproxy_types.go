@@ -94,6 +94,10 @@ type NodeTenant struct {
 	// Limits of the proxy.
 	// +optional
 	Limits Limits `json:"limits,omitempty"`
+	// Standby is a second process of the proxy's version that takes new connections
+	// when the first ends. A canary has its place.
+	// +optional
+	Standby bool `json:"standby,omitempty"`
 	// Canary is a second generation of this proxy that runs beside the first and
 	// takes a share of the new connections. A rollout owns this field, by
 	// server-side apply under its own name; without one there is no canary.
@@ -246,6 +250,7 @@ const (
 	RoleCanary  GenerationRole = "Canary"
 	RoleFormer  GenerationRole = "Former"
 	RoleLeaving GenerationRole = "Leaving"
+	RoleStandby GenerationRole = "Standby"
 )
 
 // GenerationStatus is one Envoy process of a tenant.
@@ -254,8 +259,8 @@ type GenerationStatus struct {
 	Generation int32 `json:"generation"`
 	// Role of the process: First serves the tenant, Canary has a share of new
 	// connections, Former serves until the first is ready, Leaving finishes its
-	// connections.
-	// +kubebuilder:validation:Enum=First;Canary;Former;Leaving
+	// connections, Standby takes new connections while the first can't.
+	// +kubebuilder:validation:Enum=First;Canary;Former;Leaving;Standby
 	// +optional
 	Role GenerationRole `json:"role,omitempty"`
 	// Version of Envoy.

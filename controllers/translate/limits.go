@@ -24,6 +24,20 @@ const (
 type Bounds struct {
 	// Defaults hold where no policy says; Ceilings whatever policies say.
 	Defaults, Ceilings v1alpha1.Limits
+	// Standby is the default of warm standby, NoStandby forbids it.
+	Standby, NoStandby bool
+}
+
+// Standby says whether the proxies of a namespace have a warm standby: if one of its
+// policies wants it, or none says and the topology does.
+func Standby(policies []v1alpha1.IsolationPolicy, b Bounds) bool {
+	wanted, said := false, false
+	for _, p := range policies {
+		if s := p.Spec.WarmStandby; s != nil {
+			wanted, said = wanted || *s, true
+		}
+	}
+	return !b.NoStandby && (wanted || !said && b.Standby)
 }
 
 // Limits are the strictest of the policies of a namespace, within the bounds of
@@ -60,6 +74,12 @@ func bounds(t *v1alpha1.TopologyLimits) Bounds {
 	for _, f := range fields {
 		*f.of(&b.Ceilings) = cmp.Or(*f.of(&b.Ceilings), *f.of(&b.Defaults))
 	}
+	if d := t.Defaults; d != nil && d.WarmStandby != nil {
+		b.Standby = *d.WarmStandby
+	}
+	if c := t.Ceilings; c != nil && c.WarmStandby != nil {
+		b.NoStandby = !*c.WarmStandby
+	}
 	return b
 }
 
@@ -86,6 +106,9 @@ func capped(p *v1alpha1.ProxyLimits, b Bounds) string {
 		if have, most := *f.of(&want), *f.of(&b.Ceilings); have != 0 && most != 0 && have > most {
 			cut = append(cut, fmt.Sprintf("%s %d is cut to %d", f.name, have, most))
 		}
+	}
+	if p.WarmStandby != nil && *p.WarmStandby && b.NoStandby {
+		cut = append(cut, "warmStandby isn't allowed")
 	}
 	return strings.Join(cut, ", ")
 }
@@ -122,6 +145,9 @@ func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 			l.NewConnections = *c.NewPerSecond
 		}
 	}
+	if s.Concurrency != nil {
+		l.Concurrency = *s.Concurrency
+	}
 	return l
 }
 
@@ -139,6 +165,7 @@ var fields = []limitField{
 	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
 	{"connections", func(l *v1alpha1.Limits) *int64 { return &l.Connections }},
 	{"newConnections", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }},
+	{"concurrency", func(l *v1alpha1.Limits) *int64 { return &l.Concurrency }},
 }
 
 func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {

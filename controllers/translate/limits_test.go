@@ -75,6 +75,29 @@ func TestLimitsWithinTopology(t *testing.T) {
 	}
 }
 
+func TestStandby(t *testing.T) {
+	yes, no := v1alpha1.ProxyLimits{WarmStandby: new(true)}, v1alpha1.ProxyLimits{WarmStandby: new(false)}
+	for _, test := range []struct {
+		name     string
+		topology v1alpha1.TopologyLimits
+		policies []v1alpha1.IsolationPolicy
+		want     bool
+	}{
+		{"nobody says", v1alpha1.TopologyLimits{}, nil, false},
+		{"by default", v1alpha1.TopologyLimits{Defaults: &yes}, nil, true},
+		{"not here", v1alpha1.TopologyLimits{Defaults: &yes}, []v1alpha1.IsolationPolicy{policyOf(no)}, false},
+		{"one of two", v1alpha1.TopologyLimits{}, []v1alpha1.IsolationPolicy{policyOf(no), policyOf(yes)}, true},
+		{"forbidden", v1alpha1.TopologyLimits{Ceilings: &no}, []v1alpha1.IsolationPolicy{policyOf(yes)}, false},
+	} {
+		if got := Standby(test.policies, bounds(&test.topology)); got != test.want {
+			t.Errorf("%s: %t", test.name, got)
+		}
+	}
+	if cut := capped(&yes, bounds(&v1alpha1.TopologyLimits{Ceilings: &no})); cut == "" {
+		t.Error("a policy's owner isn't told that it is forbidden")
+	}
+}
+
 // All proxies of a node have one bound: the oldest topology's.
 func TestNodeLimits(t *testing.T) {
 	if got := NewTopologies(nil, "", nil).NodeLimits(); got != (v1alpha1.Limits{}) {

@@ -23,7 +23,9 @@ type NamespacePlan struct {
 	// Version and Limits of its proxy.
 	Version string
 	Limits  v1alpha1.Limits
-	// Bounds that Limits were made with.
+	// Standby: it has a second process.
+	Standby bool
+	// Bounds that Limits and Standby were made with.
 	Bounds Bounds
 	// Exclusions of all its pods.
 	Exclusions []v1alpha1.Exclusion
@@ -80,10 +82,10 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 		spec.Pods = append(spec.Pods, pod)
 		if !planned[name] {
 			planned[name] = true
-			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits}
+			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits, Standby: ns.Standby}
 			if p.Tenant.Scope == model.ScopeNode {
 				// No namespace's policy bounds what others use as well.
-				t.Version, t.Limits = n.Shared.Version, Limits(nil, n.Shared.Bounds)
+				t.Version, t.Limits, t.Standby = n.Shared.Version, Limits(nil, n.Shared.Bounds), Standby(nil, n.Shared.Bounds)
 			}
 			spec.Tenants = append(spec.Tenants, t)
 		}

@@ -49,6 +49,8 @@ type Limits struct {
 	// Connections at a time, and new ones in a second.
 	Connections    int64 `json:"connections"`
 	NewConnections int64 `json:"newConnections"`
+	// Concurrency is how many threads of a process serve connections.
+	Concurrency int64 `json:"concurrency"`
 }
 
 // Generation is one Envoy process.

@@ -69,6 +69,8 @@ type Node struct {
 	Promoted bool
 	// Drain is how long one that isn't wanted any more may last; 0 is the default.
 	Drain time.Duration
+	// Standby has each of them a warm standby.
+	Standby bool
 	// Limits of tenants' proxies. Default 1 GiB of memory.
 	Limits map[string]v1alpha1.Limits
 
@@ -162,6 +164,7 @@ func (n *Node) WritePlan() string {
 		if name := p.Tenant.String(); !seen[name] {
 			seen[name] = true
 			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": cmp.Or(n.Limits[name], v1alpha1.Limits{MemoryMax: 1 << 30})}
+			tenant["standby"] = n.Standby
 			if n.Canary > 0 {
 				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, dist.Default), "weight": n.Canary, "promoted": n.Promoted}
 			}
