@@ -63,6 +63,9 @@ type InspectedLimits struct {
 	// Connections at a time, and new ones in a second.
 	Connections    int64 `json:"connections"`
 	NewConnections int64 `json:"newConnections"`
+	// Egress and Ingress are in bytes per second.
+	Egress  int64 `json:"egress"`
+	Ingress int64 `json:"ingress"`
 	// Concurrency is how many threads of a process serve connections.
 	Concurrency int64 `json:"concurrency"`
 }
@@ -178,7 +181,7 @@ func (a *Agent) inspect() (Inspection, error) {
 			continue
 		}
 		t := InspectedTenant{Name: name.String(), Reason: "it has no pods here any more and ends soon",
-			Limits: InspectedLimits(enforcedLimits(state.Limits, steer.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
+			Limits: InspectedLimits(enforcedLimits(state.Limits, state.Bandwidth, steer.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
 		i.Tenants = append(i.Tenants, t)
 	}

@@ -30,9 +30,9 @@ func connectionLimits(l v1alpha1.Limits) steer.ConnectionLimits {
 }
 
 // enforcedLimits are both, as they were read back.
-func enforcedLimits(l isolation.Limits, c steer.ConnectionLimits) v1alpha1.Limits {
+func enforcedLimits(l isolation.Limits, b isolation.Bandwidth, c steer.ConnectionLimits) v1alpha1.Limits {
 	return v1alpha1.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids,
-		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond)}
+		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond), Egress: b.Egress, Ingress: b.Ingress}
 }
 
 // enforcedConnections reads back the bounds of a tenant's connections, and says
@@ -43,14 +43,30 @@ func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have 
 	if can {
 		// A tenant that isn't there yet has none.
 		have, _ = l.ConnectionLimits(state.Index)
-	} else if tp.connections != (steer.ConnectionLimits{}) {
-		return have, []string{fmt.Sprintf("connections: redirection %s bounds none; use %s", steering.kind, v1alpha1.RedirectionEBPF)}
+	} else if tp.connections != (steer.ConnectionLimits{}) || tp.bandwidth != (isolation.Bandwidth{}) {
+		return have, []string{fmt.Sprintf("connections, bandwidth: redirection %s bounds none; use %s", steering.kind, v1alpha1.RedirectionEBPF)}
+	}
+	if tp.bandwidth.Egress != 0 && state.CgroupV2 == "" {
+		unenforced = append(unenforced, "bandwidth.egress: the node has no cgroup version 2, where what goes to own pods is told apart")
 	}
 	if tp.connections.Concurrent != 0 && state.CgroupV2 == "" {
 		have.Concurrent = 0
 		unenforced = append(unenforced, "connections.concurrent: the node has no cgroup version 2, where connections are counted")
 	}
 	return have, unenforced
+}
+
+// boundedBandwidth is what of it can be: only eBPF leads what pods send past the
+// node's end of the tenant's veth, and what goes to them past the queue in there.
+func (a *Agent) boundedBandwidth(tp tenantPlan, b isolation.Bulkhead) isolation.Bandwidth {
+	want := tp.bandwidth
+	if _, can := a.steering().datapath.(limiter); !can {
+		return isolation.Bandwidth{}
+	}
+	if b.CgroupV2 == "" {
+		want.Egress = 0
+	}
+	return want
 }
 
 // minStandby is the least memory for two Envoys.

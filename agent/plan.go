@@ -45,6 +45,8 @@ type tenantPlan struct {
 	limits isolation.Limits
 	// connections that it takes.
 	connections steer.ConnectionLimits
+	// bandwidth of it with all but its own pods.
+	bandwidth isolation.Bandwidth
 	// workers of each process, 0 by default.
 	workers int
 	// version of Envoy that is to serve it.
@@ -93,6 +95,7 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			tenant:      tenant,
 			limits:      processLimits(t.Limits),
 			connections: connectionLimits(t.Limits),
+			bandwidth:   isolation.Bandwidth{Egress: t.Limits.Egress, Ingress: t.Limits.Ingress},
 			workers:     int(max(0, min(t.Limits.Concurrency, isolation.MaxWorkers))),
 			version:     t.Version,
 		}

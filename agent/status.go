@@ -63,7 +63,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,
-		Limits:             enforcedLimits(o.limits, steer.ConnectionLimits{}),
+		Limits:             enforcedLimits(o.limits, isolation.Bandwidth{}, steer.ConnectionLimits{}),
 		Unenforced:         o.unenforced,
 	}
 	if problem := o.round.limitProblem; problem != "" {
@@ -179,7 +179,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	t := v1alpha1.NodeTenantStatus{
 		Name:   tp.tenant.String(),
 		Ready:  o.serves(tp.tenant) && o.round.problems[tp.tenant] == "",
-		Limits: enforcedLimits(state.Limits, o.connections[tp.tenant].limits), Unenforced: slices.Concat(state.Unenforced, o.connections[tp.tenant].unenforced), Hits: o.round.hits[tp.tenant].status(),
+		Limits: enforcedLimits(state.Limits, state.Bandwidth, o.connections[tp.tenant].limits), Unenforced: slices.Concat(state.Unenforced, o.connections[tp.tenant].unenforced), Hits: o.round.hits[tp.tenant].status(),
 		Weight: int32(o.round.weights[tp.tenant]),
 	}
 	var more []string

@@ -4,6 +4,8 @@
 
 #define AF_INET6 10
 #define TCP_CONGESTION 13
+#define SOL_SOCKET 1
+#define SO_PRIORITY 12
 
 // The kernel keeps these flags with the socket: a rarely used one remembers how
 // the connection began.
@@ -47,6 +49,23 @@ static __noinline int unpace(struct bpf_sock_ops *ctx)
 	return bpf_setsockopt(ctx, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno));
 }
 
+// DIRECT_PRIORITY is the handle of the queueing discipline that bounds what a tenant
+// sends: what has it for its priority passes unbounded.
+#define DIRECT_PRIORITY 0x10000
+
+// unbind has what a tenant sends to its own pods not count as its egress.
+static __noinline int unbind(struct bpf_sock_ops *ctx)
+{
+	struct addr local, remote;
+	__u32 priority = DIRECT_PRIORITY;
+	if (!addresses(ctx, &local, &remote))
+		return 0;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &remote);
+	if (!pod || pod->tenant != tenant_index)
+		return 0;
+	return bpf_setsockopt(ctx, SOL_SOCKET, SO_PRIORITY, &priority, sizeof(priority));
+}
+
 static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind, int passive)
 {
 	struct event e = { .kind = kind, .reason = NO_REASON };
@@ -87,12 +106,14 @@ int observe(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 		unpace(ctx);
+		unbind(ctx);
 		tell_socket(ctx, EVENT_OPENED, 0);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | WAS_PASSIVE | WAS_COUNTED);
 		count_connection(tenant_index, 1);
 		unpace(ctx);
+		unbind(ctx);
 		tell_socket(ctx, EVENT_OPENED, 1);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:

@@ -32,6 +32,8 @@ type Spec struct {
 	MTU int
 	// Limits take effect at once.
 	Limits Limits
+	// Bandwidth takes effect at once.
+	Bandwidth Bandwidth
 	// Workers is how many threads of each process serve connections, from its next
 	// start on, at most MaxWorkers. 0 is one for each CPU that Limits allow, two at most.
 	Workers int
@@ -393,6 +395,9 @@ func (m *Manager) HasVersion(version string) error {
 func (s Spec) validate() error {
 	if s.Drain < 0 {
 		return fmt.Errorf("drain %s: can't be negative", s.Drain)
+	}
+	if err := s.Bandwidth.validate(); err != nil {
+		return err
 	}
 	if s.Workers < 0 || s.Workers > MaxWorkers {
 		return fmt.Errorf("%d workers: 0 to %d", s.Workers, MaxWorkers)

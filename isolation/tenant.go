@@ -60,6 +60,8 @@ type State struct {
 	Bulkhead
 	// Limits as read back from the kernel.
 	Limits Limits
+	// Bandwidth likewise, at the last Update.
+	Bandwidth Bandwidth
 	// Unenforced says which limits the node's cgroups can't hold as they are meant,
 	// and why. It is no Problem: nothing but another node can change it.
 	Unenforced []string
@@ -94,6 +96,10 @@ type tenant struct {
 	since time.Time
 	// workers of each process, 0 by default.
 	workers int
+	// bandwidth that the kernel had last, nil if it wasn't asked, and why it can't be
+	// bounded.
+	bandwidth *Bandwidth
+	unshaped  string
 }
 
 func (t *tenant) netns() string { return t.m.o.netnsPath(t.name) }
@@ -202,6 +208,12 @@ func (t *tenant) state() State {
 	s := State{Bulkhead: t.bulkhead(), Limits: t.m.cgroups.limits(t.file), Unenforced: t.m.cgroups.unenforced(t.file, t.wantedLimits())}
 	t.mu.Lock()
 	problems := []string{t.problem}
+	if t.bandwidth != nil {
+		s.Bandwidth = *t.bandwidth
+	}
+	if t.unshaped != "" {
+		s.Unenforced = append(s.Unenforced, t.unshaped)
+	}
 	t.mu.Unlock()
 	for _, p := range t.list() {
 		ps, live, problem := p.snapshot()
@@ -259,7 +271,7 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	t.limits, t.workers = s.Limits, s.Workers
 	t.mu.Unlock()
 	// A limit that the kernel refuses is a problem and no reason to have no proxy.
-	errs := []error{t.m.cgroups.limit(t.file, s.Limits)}
+	errs := []error{t.m.cgroups.limit(t.file, s.Limits), t.setBandwidth(s.Bandwidth)}
 	generations, err := t.possible(s.Generations)
 	errs = append(errs, err)
 	t.removeUnwanted(generations, s.Drain)

@@ -6,7 +6,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // its pods take. A field that isn't set is as the MeshTopology says; what is set
 // can't go beyond the MeshTopology's ceilings.
 //
-// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids) || has(self.connections) || has(self.concurrency) || has(self.warmStandby) || has(self.plainText)",message="set at least one of cpu, memory, pids, connections, concurrency, warmStandby, plainText"
+// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids) || has(self.connections) || has(self.bandwidth) || has(self.concurrency) || has(self.warmStandby) || has(self.plainText)",message="set at least one of cpu, memory, pids, connections, bandwidth, concurrency, warmStandby, plainText"
 type IsolationPolicySpec struct {
 	ProxyLimits `json:",inline"`
 	// PlainText can be Strict only: a namespace can refuse what its MeshTopology

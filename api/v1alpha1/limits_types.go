@@ -25,6 +25,9 @@ type ProxyLimits struct {
 	// Connections that each proxy takes, from its pods and to them.
 	// +optional
 	Connections *ConnectionIsolation `json:"connections,omitempty"`
+	// Bandwidth between each proxy and all but its own pods.
+	// +optional
+	Bandwidth *BandwidthIsolation `json:"bandwidth,omitempty"`
 	// Concurrency is how many threads of each Envoy serve connections, from its next
 	// start on: an Envoy that runs can't change it. Each takes memory and pools of its
 	// own. Default 2, and 1 where the CPU limit is one CPU or less.
@@ -61,6 +64,29 @@ type ConnectionIsolation struct {
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional
 	NewPerSecond *int64 `json:"newPerSecond,omitempty"`
+}
+
+// BandwidthIsolation bounds what a proxy sends and receives, in bytes per second,
+// from the IP header on, retransmissions included. Between the proxy and its own
+// pods nothing is bounded, and what doesn't pass the proxy neither. Not enforced
+// with redirection Netfilter, and egress not on nodes without cgroup v2.
+//
+// +kubebuilder:validation:XValidation:rule="has(self.egress) || has(self.ingress)",message="set egress, ingress, or both"
+type BandwidthIsolation struct {
+	// Egress is what the proxy sends, as its pods, to other proxies and servers.
+	// Default: no limit.
+	// +kubebuilder:validation:XIntOrString
+	// +kubebuilder:validation:XValidation:rule="isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('128Ki')) >= 0",message="bandwidth.egress must be at least 128Ki: below, TLS handshakes time out"
+	// +kubebuilder:validation:XValidation:rule="isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('100Gi')) <= 0",message="bandwidth.egress must be at most 100Gi"
+	// +optional
+	Egress *resource.Quantity `json:"egress,omitempty"`
+	// Ingress is what comes to the proxy from others than its own pods. Default: no
+	// limit.
+	// +kubebuilder:validation:XIntOrString
+	// +kubebuilder:validation:XValidation:rule="isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('128Ki')) >= 0",message="bandwidth.ingress must be at least 128Ki: below, TLS handshakes time out"
+	// +kubebuilder:validation:XValidation:rule="isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('100Gi')) <= 0",message="bandwidth.ingress must be at most 100Gi"
+	// +optional
+	Ingress *resource.Quantity `json:"ingress,omitempty"`
 }
 
 // CPUIsolation bounds a proxy's CPU time.
@@ -215,6 +241,12 @@ type Limits struct {
 	// NewConnections is how many may open in a second.
 	// +optional
 	NewConnections int64 `json:"newConnections,omitempty"`
+	// Egress in bytes per second.
+	// +optional
+	Egress int64 `json:"egress,omitempty"`
+	// Ingress in bytes per second.
+	// +optional
+	Ingress int64 `json:"ingress,omitempty"`
 	// Concurrency is how many threads of each Envoy serve connections.
 	// +optional
 	Concurrency int64 `json:"concurrency,omitempty"`

@@ -145,6 +145,14 @@ func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 			l.NewConnections = *c.NewPerSecond
 		}
 	}
+	if b := s.Bandwidth; b != nil {
+		if b.Egress != nil {
+			l.Egress = b.Egress.Value()
+		}
+		if b.Ingress != nil {
+			l.Ingress = b.Ingress.Value()
+		}
+	}
 	if s.Concurrency != nil {
 		l.Concurrency = *s.Concurrency
 	}
@@ -165,6 +173,8 @@ var fields = []limitField{
 	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
 	{"connections", func(l *v1alpha1.Limits) *int64 { return &l.Connections }},
 	{"newConnections", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }},
+	{"egress", func(l *v1alpha1.Limits) *int64 { return &l.Egress }},
+	{"ingress", func(l *v1alpha1.Limits) *int64 { return &l.Ingress }},
 	{"concurrency", func(l *v1alpha1.Limits) *int64 { return &l.Concurrency }},
 }
 
@@ -186,7 +196,8 @@ func enforces(n v1alpha1.NodeTenantStatus, want v1alpha1.Limits) bool {
 	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
 	return weight && within(have.CPUMillis, want.CPUMillis) && (want.CPUMillis != 0 || have.CPUMillis == 0) &&
 		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh)) &&
-		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections)
+		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections) &&
+		same(have.Egress, want.Egress) && same(have.Ingress, want.Ingress)
 }
 
 // notHeld are limits that nodes can't hold as they are meant, one line a node.

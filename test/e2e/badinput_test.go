@@ -84,6 +84,8 @@ func TestRefusedAtAdmission(t *testing.T) {
 		"a negative pace":                  {policy("connections: {newPerSecond: -1}"), "newPerSecond"},
 		"threads without sockets":          {policy("concurrency: 64"), "concurrency"},
 		"standby without memory":           {policy("warmStandby: true, memory: {max: 64Mi}"), "at least 96Mi with warmStandby"},
+		"hardly any bandwidth":             {policy("bandwidth: {egress: 1k}"), "bandwidth.egress must be at least 128Ki"},
+		"negative bandwidth":               {policy("bandwidth: {ingress: -5}"), "bandwidth.ingress must be at least 128Ki"},
 		"a field that isn't":               {policy("cpus: {limit: 1}"), "cpus"},
 		"a default below what Envoy needs": {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {defaults: {memory: {max: 1Mi}}}"), "memory.max must be at least"},
 		"a negative ceiling":               {topologyManifest("e2e-bad", "matchLabels: {e2e.bulkhead.dev/nowhere: x}", "  limits: {ceilings: {pids: -1}}"), "pids"},

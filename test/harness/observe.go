@@ -49,6 +49,9 @@ type Limits struct {
 	// Connections at a time, and new ones in a second.
 	Connections    int64 `json:"connections"`
 	NewConnections int64 `json:"newConnections"`
+	// Egress and Ingress are in bytes per second.
+	Egress  int64 `json:"egress"`
+	Ingress int64 `json:"ingress"`
 	// Concurrency is how many threads of a process serve connections.
 	Concurrency int64 `json:"concurrency"`
 }
