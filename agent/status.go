@@ -36,6 +36,7 @@ type observation struct {
 	// redirection that pods have.
 	redirection v1alpha1.Redirection
 	round       round
+	now         time.Time
 	states      map[model.Tenant]isolation.State
 	// connections that are bounded, and what of it can't be.
 	connections map[model.Tenant]boundedConnections
@@ -202,7 +203,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		}
 		t.Generations = append(t.Generations, g)
 	}
-	t.Rejected = rejected(o, tp.tenant)
+	t.Rejected, t.Failure = rejected(o, tp.tenant), failure(state, o.now)
 	config := o.configs[relay.Key{Tenant: tp.tenant}]
 	switch {
 	case o.round.problems[tp.tenant] != "":
@@ -243,7 +244,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 func (a *Agent) observe() observation {
 	a.mu.Lock()
 	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: a.datapath.kind, round: a.last,
-		states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}}
+		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
 	o.limits, o.unenforced = a.bulkheads.AllLimits()

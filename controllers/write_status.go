@@ -139,6 +139,13 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 		}
 		w.tell(have, "TenantProxy", reason, meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionEmergencyBypass).Message)
 	}
+	// Once for each cause, not for each restart: a crash loop must not fill the log of
+	// events.
+	if now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionStable); now.Status == metav1.ConditionFalse {
+		if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionStable); had == nil || had.Status != now.Status || had.Reason != now.Reason {
+			w.tell(have, "TenantProxy", now.Reason, now.Message)
+		}
+	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
 		w.tell(have, "TenantProxy", now.Reason, now.Message)

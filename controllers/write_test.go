@@ -203,6 +203,23 @@ func TestStatusFollowsAgents(t *testing.T) {
 	if !meta.IsStatusConditionTrue(policy.Status.Conditions, "Ready") || !meta.IsStatusConditionTrue(topology.Status.Conditions, "Ready") || topology.Status.Proxies != 1 {
 		t.Errorf("policy %+v, topology %+v", policy.Status, topology.Status)
 	}
+	// A crash loop is an event for each cause, not for each crash.
+	var events []string
+	w.event = func(_ *corev1.ObjectReference, reason, note string) { events = append(events, reason+" "+note) }
+	for i, f := range []v1alpha1.ProxyFailure{{Cause: "Crash", Restarts: 1, Log: "assert failure"}, {Cause: "Crash", Restarts: 2}, {Cause: "OutOfMemory", Restarts: 3}, {Cause: "OutOfMemory", Restarts: 3, Recovered: true}} {
+		np = c.nodeProxy("n1")
+		f.At = metav1.NewTime(born.Add(time.Duration(i) * time.Minute))
+		np.Status.Tenants[0].Failure = &f
+		if err := c.Status().Update(t.Context(), np); err != nil {
+			t.Fatal(err)
+		}
+		if stable := meta.IsStatusConditionTrue(write().Status.Conditions, v1alpha1.ConditionStable); stable != f.Recovered {
+			t.Errorf("after %+v the proxy is told as stable: %t", f, stable)
+		}
+	}
+	if len(events) != 2 || !strings.HasPrefix(events[0], "Crash ") || !strings.Contains(events[0], "assert failure") || !strings.HasPrefix(events[1], "OutOfMemory ") {
+		t.Errorf("events %q", events)
+	}
 	// A namespace that leaves the mesh has no TenantProxy.
 	if err := c.Delete(t.Context(), topology); err != nil {
 		t.Fatal(err)

@@ -46,6 +46,9 @@ const (
 	// ConditionConfigured tells whether the proxies took all configuration that was
 	// made for them.
 	ConditionConfigured = "Configured"
+	// ConditionStable: no process of the proxies has ended lately by what isn't the
+	// mesh's will.
+	ConditionStable = "Stable"
 	// ConditionServed is a Service's: whether proxies can reach it as it is written.
 	// It is there only while it is false.
 	ConditionServed = "mesh.bulkhead.dev/Served"

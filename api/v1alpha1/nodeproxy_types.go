@@ -220,11 +220,42 @@ type NodeTenantStatus struct {
 	// +listType=atomic
 	// +optional
 	Rejected []RejectedResource `json:"rejected,omitempty"`
+	// Failure is how one of the tenant's processes ended last that wasn't asked to;
+	// none if none has, or the agent has forgotten it.
+	// +optional
+	Failure *ProxyFailure `json:"failure,omitempty"`
 	// Generations that run: the first, and the canary if there is one.
 	// +listType=map
 	// +listMapKey=generation
 	// +optional
 	Generations []GenerationStatus `json:"generations,omitempty"`
+}
+
+// ProxyFailure is the end of a process that wasn't asked to end.
+type ProxyFailure struct {
+	// Generation that ended.
+	Generation int32 `json:"generation"`
+	// Cause: OutOfMemory, ForbiddenCall (the sandbox doesn't allow a system call),
+	// Crash, Killed (by a signal of somebody on the node), Exited or Unknown.
+	// +kubebuilder:validation:MaxLength=32
+	Cause string `json:"cause"`
+	// Message is how it ended, for people.
+	// +kubebuilder:validation:MaxLength=256
+	// +optional
+	Message string `json:"message,omitempty"`
+	// At is when.
+	At metav1.Time `json:"at"`
+	// Restarts of that generation since it began.
+	// +optional
+	Restarts int32 `json:"restarts,omitempty"`
+	// Log has the last lines that it wrote, at most 5 and 512 bytes. What isn't
+	// printable is replaced.
+	// +kubebuilder:validation:MaxLength=1024
+	// +optional
+	Log string `json:"log,omitempty"`
+	// Recovered: all of the tenant's processes have served for 10 s since.
+	// +optional
+	Recovered bool `json:"recovered,omitempty"`
 }
 
 // RejectedResource is one xDS resource that an Envoy refused.

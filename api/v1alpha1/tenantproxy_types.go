@@ -5,8 +5,10 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // TenantProxyStatus is what the owner of a namespace sees of its proxies.
 type TenantProxyStatus struct {
 	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady), Configured
-	// (reasons Configured, ConfigRejected), EmergencyBypass (True with reason InForce,
-	// False with Off).
+	// (reasons Configured, ConfigRejected), Stable (True with reason Stable; False with
+	// OutOfMemory, ForbiddenCall, Crash, Killed, Exited, Unknown, which say why a proxy
+	// ended that hasn't served for 10 s since), EmergencyBypass (True with reason
+	// InForce, False with Off).
 	// +listType=map
 	// +listMapKey=type
 	// +optional
@@ -48,6 +50,9 @@ type TenantNodeStatus struct {
 	// Weight is the percentage of new connections that the canary takes.
 	// +optional
 	Weight int32 `json:"weight,omitempty"`
+	// Failure is how one of the processes ended last that wasn't asked to.
+	// +optional
+	Failure *ProxyFailure `json:"failure,omitempty"`
 	// Generations that run: the first, and the canary if there is one.
 	// +listType=map
 	// +listMapKey=generation

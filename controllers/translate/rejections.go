@@ -1,6 +1,7 @@
 package translate
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -33,6 +34,32 @@ func configured(nodes []NodeView) metav1.Condition {
 	if len(refused) > 0 {
 		c.Status, c.Reason = metav1.ConditionFalse, ReasonConfigRejected
 		c.Message = "what was in force before stays; " + listed(refused)
+	}
+	return c
+}
+
+// stable says whether the proxies of a tenant go on running. The worst is told
+// first: what hasn't recovered, and of that the latest.
+func stable(nodes []NodeView) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionStable, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionStable, Message: "no proxy has ended lately by itself"}
+	var last *v1alpha1.ProxyFailure
+	var told []string
+	for _, n := range nodes {
+		f := n.Status.Failure
+		if f == nil || f.Recovered {
+			continue
+		}
+		line := fmt.Sprintf("%s: generation %d ended, %d restarts: %s", n.Node, f.Generation, f.Restarts, cmp.Or(f.Message, f.Cause))
+		if f.Log != "" {
+			line += "; last it wrote: " + f.Log
+		}
+		told = append(told, line)
+		if last == nil || last.At.Before(&f.At) {
+			last = f
+		}
+	}
+	if last != nil {
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, last.Cause, "no other tenant is concerned; "+listed(told)
 	}
 	return c
 }

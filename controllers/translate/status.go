@@ -82,7 +82,7 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 			unreported = append(unreported, n.Node)
 		}
 		s.Nodes = append(s.Nodes, v1alpha1.TenantNodeStatus{
-			Node: n.Node, Ready: n.Reported && n.Status.Ready, Reason: reason, Pods: int32(n.Pods), Weight: n.Status.Weight, Generations: n.Status.Generations,
+			Node: n.Node, Ready: n.Reported && n.Status.Ready, Reason: reason, Pods: int32(n.Pods), Weight: n.Status.Weight, Failure: n.Status.Failure, Generations: n.Status.Generations,
 		})
 	}
 	c := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse}
@@ -96,7 +96,7 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 	default:
 		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(nodes))
 	}
-	s.Conditions = conditions(had, now, c, configured(nodes), tenantBypass(m, nodes))
+	s.Conditions = conditions(had, now, c, configured(nodes), stable(nodes), tenantBypass(m, nodes))
 	return s
 }
 
@@ -124,6 +124,11 @@ func TenantProxyName(t model.Tenant) string {
 func withoutOthers(nodes []NodeView) {
 	for i := range nodes {
 		s := &nodes[i].Status
+		if s.Failure != nil {
+			f := *s.Failure
+			f.Message, f.Log = "", ""
+			s.Failure = &f
+		}
 		if s.Reason != "" {
 			s.Reason = "see NodeProxy " + nodes[i].Node + ": the proxy is shared with other namespaces"
 		}

@@ -130,6 +130,7 @@ func TestSharedProxyStatus(t *testing.T) {
 	shared := model.Tenant{Scope: model.ScopeNode}
 	node := NodeView{Node: "n1", Tenant: shared, Pods: 2, Reported: true, Status: v1alpha1.NodeTenantStatus{Name: "_node", Pods: 9,
 		Reason: "pod secret/project isn't steered", Rejected: []v1alpha1.RejectedResource{{Type: "CDS", Name: "secret", Message: "secret"}},
+		Failure:     &v1alpha1.ProxyFailure{Cause: "Crash", Message: "secret", Log: "secret"},
 		Generations: []v1alpha1.GenerationStatus{{PID: 7, LastExit: "secret line"}}}}
 	s := TenantProxyStatus(shared, Membership{Topology: "t", Version: "1.40.0"}, []NodeView{node}, nil, metav1.NewTime(born))
 	if strings.Contains(fmt.Sprintf("%+v", s), "secret") {
@@ -138,7 +139,8 @@ func TestSharedProxyStatus(t *testing.T) {
 	if s.Pods != 2 || s.Nodes[0].Ready || !strings.Contains(s.Nodes[0].Reason, "NodeProxy n1") || s.Nodes[0].Generations[0].PID != 7 || s.Tenant != "_node" {
 		t.Errorf("status %+v", s)
 	}
-	if node.Status.Generations[0].LastExit == "" {
+	wantCondition(t, s.Conditions, "Stable", metav1.ConditionFalse, "Crash", "n1")
+	if node.Status.Generations[0].LastExit == "" || node.Status.Failure.Log == "" {
 		t.Error("the report itself was changed")
 	}
 	pids := int64(64)
