@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/identity"
@@ -51,9 +53,17 @@ type round struct {
 	taking map[model.Tenant][generations]process
 }
 
+// What wakes the loop is often a tenant's doing, and each round looks at all of
+// them: beyond roundsAtOnce it comes roundsPerSecond times a second at most.
+const (
+	roundsPerSecond = 10
+	roundsAtOnce    = 20
+)
+
 // loop runs reconcile until ctx ends.
 func (a *Agent) loop(ctx context.Context) {
-	for ctx.Err() == nil {
+	pace := rate.NewLimiter(roundsPerSecond, roundsAtOnce)
+	for pace.Wait(ctx) == nil {
 		next := a.reconcile(ctx)
 		timer := time.NewTimer(next)
 		select {

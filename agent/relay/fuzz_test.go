@@ -82,7 +82,7 @@ func FuzzRequests(f *testing.F) {
 	r := New(Options{Secrets: newSecrets(), Log: slog.New(slog.DiscardHandler), NamesPerSecond: 1e9})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		down := &fakeDownstream{}
-		e := &endpoint{key: Key{Tenant: teamA}, socket: Socket{Version: "1.40.0"}, limiter: rate.NewLimiter(rate.Inf, 1), rejected: map[rejectionKey]Rejection{}}
+		e := &endpoint{key: Key{Tenant: teamA}, socket: Socket{Version: "1.40.0"}, limiter: rate.NewLimiter(rate.Inf, 1), log: slog.DiscardHandler, rejected: map[rejectionKey]Rejection{}}
 		r.endpoints[e.key] = e
 		s := newStream(r, e, down)
 		s.up, s.epoch, s.started = &fakeUpstream{t: t}, 1, map[string]bool{}

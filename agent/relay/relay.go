@@ -106,6 +106,7 @@ type endpoint struct {
 	server   *grpc.Server
 	done     chan struct{}
 	limiter  *rate.Limiter
+	log      slog.Handler // of this proxy's streams
 
 	mu sync.Mutex
 	// current is the stream that State is about: the newest.
@@ -165,6 +166,7 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 		return fmt.Errorf("listen for proxy %s/%d: %w", key.Tenant, key.Generation, err)
 	}
 	e := &endpoint{
+		log: newQuiet(r.log.Handler()),
 		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[rejectionKey]Rejection{},
 		found: map[string]bool{}, warm: make(chan struct{}, 1),
 		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),

@@ -60,7 +60,7 @@ func newStream(r *Relay, e *endpoint, down downstream) *stream {
 	fallback := time.NewTimer(time.Hour)
 	fallback.Stop()
 	return &stream{
-		key: key, relay: r, down: down, log: r.log.With("tenant", key.Tenant.String(), "generation", key.Generation),
+		key: key, relay: r, down: down, log: slog.New(e.log).With("tenant", key.Tenant.String(), "generation", key.Generation),
 		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback,
 		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version), warm: e.warm,
 	}

@@ -1,0 +1,49 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"time"
+)
+
+// Whoever wakes the loop all the time doesn't have it run all the time; what comes
+// now and then is looked at at once.
+func TestLoopIsPaced(t *testing.T) {
+	a, err := newAgent(Options{Node: "n", Operator: "localhost:1", Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		a.loop(ctx)
+	}()
+	round := func() {
+		t.Helper()
+		done := a.roundDone()
+		a.wake()
+		select {
+		case <-done:
+		case <-time.After(5 * time.Second):
+			t.Fatal("no round")
+		}
+	}
+	begin := time.Now()
+	for range roundsAtOnce / 2 {
+		round()
+	}
+	if took := time.Since(begin); took > 500*time.Millisecond {
+		t.Errorf("%d rounds took %s", roundsAtOnce/2, took)
+	}
+	n := 0
+	for begin = time.Now(); time.Since(begin) < 2*time.Second; n++ {
+		round()
+	}
+	if most := roundsAtOnce + int(time.Since(begin).Seconds()*roundsPerSecond) + 1; n > most || n < roundsPerSecond {
+		t.Errorf("%d rounds in %s, at most %d", n, time.Since(begin), most)
+	}
+	cancel()
+	<-ended
+}
