@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -261,5 +263,42 @@ func TestConnectionsAreChecked(t *testing.T) {
 	}
 	if err := m.d.CheckConnections(1, "/nowhere"); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a namespace that isn't there: %v", err)
+	}
+}
+
+// What a tenant's pods are refused takes no room in the node's table of
+// connections. What comes from elsewhere has been forwarded before, and has.
+func TestShedTakesNoConntrack(t *testing.T) {
+	m := newMesh(t)
+	m.one.Connections = steer.ConnectionLimits{NewPerSecond: 1}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	nft(t, "table inet bhtct { chain forward { type filter hook forward priority 0; ct state new accept; }; chain prerouting { type filter hook prerouting priority 0; ct state new accept; }; }")
+	t.Cleanup(func() { exec.Command("nft", "delete table inet bhtct").Run() })
+	entries := func(port uint16) (n int) {
+		t.Helper()
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		check(t, err)
+		for _, f := range flows {
+			if f.Forward.DstPort == port {
+				n++
+			}
+		}
+		return n
+	}
+	const tries = 5
+	shedOf := func(n *namespace, to netip.AddrPort) (shedded int) {
+		for range tries {
+			if shed(t, n, to) {
+				shedded++
+			}
+		}
+		return shedded
+	}
+	out, in := at(remoteAddresses.v4, 4242), at(m.a.v4, 4243)
+	if n := shedOf(m.a.namespace, out); n < tries-2 || entries(out.Port()) > 0 {
+		t.Errorf("%d of %d connections of the pod are shed, %d in the table", n, tries, entries(out.Port()))
+	}
+	if n := shedOf(m.remote, in); n < tries-2 || entries(in.Port()) == 0 {
+		t.Errorf("%d of %d connections to the pod are shed, %d in the table: is it at work?", n, tries, entries(in.Port()))
 	}
 }
