@@ -46,7 +46,7 @@ func (e *env) changeRoots(ctx context.Context) (*rootChange, error) {
 	secrets := e.Kube.CoreV1().Secrets(harness.SystemNamespace)
 	var err error
 	if c.issuer, err = secrets.Get(ctx, issuerName, metav1.GetOptions{}); apierrors.IsNotFound(err) {
-		made, err := newIssuerSecret(time.Now())
+		made, err := newIssuerSecret(time.Now().AddDate(1, 0, 0)) // clusters are kept
 		if err != nil {
 			return nil, err
 		}
@@ -73,12 +73,12 @@ func (e *env) changeRoots(ctx context.Context) (*rootChange, error) {
 
 // newIssuerSecret is an intermediate of somebody else's root: RSA, as cert-manager
 // makes them by default.
-func newIssuerSecret(now time.Time) (*corev1.Secret, error) {
+func newIssuerSecret(end time.Time) (*corev1.Secret, error) {
 	rootKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	root, err := signAuthority("Example Corporation root", nil, rootKey.Public(), rootKey, now.Add(24*time.Hour))
+	root, err := signAuthority("Example Corporation root", nil, rootKey.Public(), rootKey, end.Add(24*time.Hour))
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +86,7 @@ func newIssuerSecret(now time.Time) (*corev1.Secret, error) {
 	if err != nil {
 		return nil, err
 	}
-	intermediate, err := signAuthority("Example Corporation mesh", root, key.Public(), rootKey, now.Add(12*time.Hour))
+	intermediate, err := signAuthority("Example Corporation mesh", root, key.Public(), rootKey, end)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +105,7 @@ func signAuthority(name string, parent *x509.Certificate, key crypto.PublicKey, 
 	if err != nil {
 		return nil, err
 	}
-	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: end.Add(-48 * time.Hour), NotAfter: end,
+	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: end,
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	if parent == nil {
 		parent = template
@@ -161,11 +161,11 @@ func TestIssuer(t *testing.T) {
 	}
 	issued("under-the-new-root")
 
-	other, err := newIssuerSecret(time.Now())
+	other, err := newIssuerSecret(time.Now().Add(time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
-	expired, err := newIssuerSecret(time.Now().Add(-13 * time.Hour))
+	expired, err := newIssuerSecret(time.Now().Add(-time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
