@@ -60,8 +60,8 @@ type keeper struct {
 	log       *slog.Logger
 	now       func() time.Time
 	leading   func() bool
-	// event tells people about a Secret; it never blocks.
-	event func(secret types.NamespacedName, kind, reason, note string)
+	// event tells people about a version of a Secret; it never blocks.
+	event func(secret *corev1.ObjectReference, kind, reason, note string)
 
 	mu        sync.Mutex
 	authority *identity.Authority
@@ -76,7 +76,7 @@ type keeper struct {
 
 // problem is what is wrong with a Secret, for people.
 type problem struct {
-	secret  types.NamespacedName
+	secret  *corev1.ObjectReference
 	reason  string
 	message string
 }
@@ -117,11 +117,18 @@ func (k *keeper) key() types.NamespacedName {
 	return types.NamespacedName{Namespace: k.namespace, Name: SecretAuthority}
 }
 
+// reference names a Secret as it was read. Events with the same reason about the same
+// thing are one for the API server, with the words of the first: the version makes
+// those of another content another.
+func reference(s *corev1.Secret) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Secret", Namespace: s.Namespace, Name: s.Name, UID: s.UID, ResourceVersion: s.ResourceVersion}
+}
+
 // load takes what the Secret holds, and has the leader move it on.
 func (k *keeper) load(ctx context.Context, secret *corev1.Secret, list []v1alpha1.MeshTopology) (time.Duration, error) {
 	a, err := identity.ParseAuthority(secret.Data)
 	if err != nil {
-		return 0, problem{k.key(), translate.ReasonInvalidAuthority,
+		return 0, problem{reference(secret), translate.ReasonInvalidAuthority,
 			fmt.Sprintf("Secret %s can't be read, what was read before stays in use: %v; restore it from a backup, or delete it: the operator writes it anew from what it holds, and if it was restarted since, every workload gets new roots", k.key(), err)}
 	}
 	if secret.Annotations[annotationProvisional] != "" {
@@ -169,7 +176,7 @@ func (k *keeper) create(ctx context.Context, topologies translate.Topologies) (t
 	provisional := secret.Annotations[annotationProvisional] != ""
 	k.log.Info("authority created", "trustDomain", a.TrustDomain(), "provisional", provisional, "restored", stored != nil)
 	if stored != nil {
-		k.event(k.key(), corev1.EventTypeWarning, "Restored", "the Secret was deleted; the operator made it again from what it holds")
+		k.event(reference(secret), corev1.EventTypeWarning, "Restored", "the Secret was deleted; the operator made it again from what it holds")
 	}
 	k.set(a, secret, provisional)
 	return issuerCheck, nil
@@ -186,7 +193,7 @@ func (k *keeper) first(ctx context.Context, topologies translate.Topologies) (*i
 	}
 	a, err := identity.NewAuthority(topologies.TrustDomain(), k.now())
 	if err != nil {
-		return nil, problem{k.key(), translate.ReasonInvalidTrustDomain,
+		return nil, problem{reference(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: k.namespace, Name: SecretAuthority}}), translate.ReasonInvalidTrustDomain,
 			fmt.Sprintf("MeshTopology %s: spec.trustDomain: %v; delete it and create it with another one", topologies.Names()[0], err)}
 	}
 	return a, nil
@@ -233,15 +240,16 @@ func (k *keeper) step(ctx context.Context, secret *corev1.Secret, a *identity.Au
 		next, change, err := a.Step(w, k.now())
 		switch {
 		case errors.Is(err, identity.ErrNoRootKey):
-			wrong = errors.Join(wrong, problem{k.key(), translate.ReasonNoRootKey, fmt.Sprintf("Secret %s: the intermediate ends soon: %v", k.key(), err)})
+			wrong = errors.Join(wrong, problem{reference(secret), translate.ReasonNoRootKey, fmt.Sprintf("Secret %s: the intermediate ends soon: %v", k.key(), err)})
 		case err != nil:
 			return 0, fmt.Errorf("move Secret %s on: %w", k.key(), err)
 		case change != "":
-			if done, err := k.update(ctx, secret, next, nil); err != nil || done == nil {
+			done, err := k.update(ctx, secret, next, nil)
+			if err != nil || done == nil {
 				return time.Second, err
 			}
 			k.log.Info("authority changed", "change", change, "sequence", next.Sequence())
-			k.event(k.key(), corev1.EventTypeNormal, "Changed", change)
+			k.event(reference(done), corev1.EventTypeNormal, "Changed", change)
 			return time.Second, nil // the cache has it by then, or the update is refused
 		}
 	}
@@ -249,7 +257,7 @@ func (k *keeper) step(ctx context.Context, secret *corev1.Secret, a *identity.Au
 		return 0, wrong
 	}
 	if err := a.Usable(k.dnsNames, k.now()); err != nil {
-		return 0, problem{k.key(), translate.ReasonAuthorityExpired, fmt.Sprintf("Secret %s: nothing can be signed: %v; replace what ended, or delete the Secret and restart the operator for new roots", k.key(), err)}
+		return 0, problem{reference(secret), translate.ReasonAuthorityExpired, fmt.Sprintf("Secret %s: nothing can be signed: %v; replace what ended, or delete the Secret and restart the operator for new roots", k.key(), err)}
 	}
 	k.mesh.setAuthorityView(k.view(a))
 	return wait, nil
@@ -274,10 +282,12 @@ func (k *keeper) update(ctx context.Context, secret *corev1.Secret, a *identity.
 // issuer reads somebody else's issuer. It is read live, by name: see issuerCheck.
 func (k *keeper) issuer(ctx context.Context, name, trustDomain string) (*identity.Issuer, error) {
 	key := types.NamespacedName{Namespace: k.namespace, Name: name}
-	wrong := func(what string) error {
-		return problem{key, translate.ReasonInvalidIssuer, fmt.Sprintf("Secret %s: %s; the issuer as it was stays in use", key, what)}
-	}
 	var secret corev1.Secret
+	wrong := func(what string) error {
+		about := reference(&secret)
+		about.Namespace, about.Name = key.Namespace, key.Name
+		return problem{about, translate.ReasonInvalidIssuer, fmt.Sprintf("Secret %s: %s; the issuer as it was stays in use", key, what)}
+	}
 	switch err := k.live.Get(ctx, key, &secret); {
 	case apierrors.IsNotFound(err):
 		return nil, wrong("it doesn't exist: create it, for example as secretName of a cert-manager Certificate, or correct spec.identity.issuerSecret")
@@ -300,7 +310,7 @@ func (k *keeper) tell(p problem) {
 	if !k.mesh.setAuthorityView(translate.AuthorityView{Reason: p.reason, Message: p.message}) {
 		return
 	}
-	k.log.Error("authority isn't as wanted", "secret", p.secret.String(), "reason", p.reason, "error", p.message)
+	k.log.Error("authority isn't as wanted", "secret", p.secret.Namespace+"/"+p.secret.Name, "reason", p.reason, "error", p.message)
 	if k.leading() {
 		k.event(p.secret, corev1.EventTypeWarning, p.reason, p.message)
 	}

@@ -327,9 +327,15 @@ func TestIssuerSecret(t *testing.T) {
 	s.put("bulkhead-issuer", bad)
 	s.settle()
 	s.condition("InvalidIssuer", "tls.key isn't the key")
+	s.told("bulkhead-issuer InvalidIssuer: Secret bulkhead-system/bulkhead-issuer: tls.key isn't the key")
 	s.put("bulkhead-issuer", theirs.secret(s.now.Add(-48*time.Hour)))
 	s.settle()
 	s.condition("InvalidIssuer", "ended at")
+	s.told("bulkhead-issuer InvalidIssuer")
+	// Or the API server would take it for the event before.
+	if now := s.secret("bulkhead-issuer"); s.about.ResourceVersion == "" || s.about.ResourceVersion != now.ResourceVersion || s.about.UID != now.UID {
+		t.Errorf("the event is about version %q, it is %q", s.about.ResourceVersion, now.ResourceVersion)
+	}
 
 	s.put("bulkhead-issuer", theirs.secret(s.now))
 	s.settle()

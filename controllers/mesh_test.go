@@ -33,6 +33,8 @@ type cluster struct {
 	t       *testing.T
 	refused []string
 	events  []string
+	// about is what the last of events was about.
+	about *corev1.ObjectReference
 }
 
 var born = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)

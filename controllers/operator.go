@@ -101,8 +101,8 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	}
 	k := &keeper{
 		cache: mgr.GetCache(), live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, mesh: m, log: o.Logger, now: time.Now, leading: leading,
-		event: func(secret types.NamespacedName, kind, reason, note string) {
-			recorder.Eventf(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: secret.Namespace, Name: secret.Name}}, nil, kind, reason, "Sign", "%.1000s", note)
+		event: func(secret *corev1.ObjectReference, kind, reason, note string) {
+			recorder.Eventf(secret, nil, kind, reason, "Sign", "%.1000s", note)
 		},
 		dnsNames: []string{o.Service + "." + o.Namespace + ".svc", o.Service + "." + o.Namespace + ".svc.cluster.local"},
 	}

@@ -28,8 +28,8 @@ func (c *cluster) writer() *writer {
 func (c *cluster) keeper() *keeper {
 	return &keeper{cache: c.WithWatch, live: c.WithWatch, writer: c.WithWatch, namespace: "bulkhead-system", dnsNames: []string{"bulkhead-operator.bulkhead-system.svc"},
 		mesh: c.mesh, log: slog.New(slog.DiscardHandler), now: time.Now, leading: func() bool { return true },
-		event: func(secret types.NamespacedName, _, reason, note string) {
-			c.events = append(c.events, secret.Name+" "+reason+": "+note)
+		event: func(secret *corev1.ObjectReference, _, reason, note string) {
+			c.events, c.about = append(c.events, secret.Name+" "+reason+": "+note), secret
 		}}
 }
 
