@@ -15,10 +15,11 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/bulkhead-mesh/bulkhead/agent"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
@@ -41,11 +42,13 @@ type churn struct {
 
 // 200 pods join, leave and change tenants at random, with faults, while other
 // pods' connections go on. In the end there is exactly what is planned.
-func TestPodsComeAndGo(t *testing.T) {
+func TestPodsComeAndGo(t *testing.T) { eachRedirection(t, testPodsComeAndGo) }
+
+func testPodsComeAndGo(t *testing.T, l *lab.Lab) {
 	const pods, connections, moving = 200, 100, 30 * time.Second
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	c := &churn{t: t, l: lab.New(t), random: rand.New(rand.NewPCG(seed, 1)),
+	c := &churn{t: t, l: l, random: rand.New(rand.NewPCG(seed, 1)),
 		planned: map[*lab.Host]bool{}, gone: map[*lab.Host]bool{}, faults: map[string]int{}}
 	c.n = c.l.Node1
 	c.always = slices.Clone(c.n.Planned)
@@ -225,15 +228,18 @@ func (c *churn) exact() error {
 		{"states", c.entries(c.n.Isolation().RunDir, "state"), tenants},
 		{"folders", c.entries(c.n.Isolation().RunDir, "tenants"), tenants},
 		{"logs", c.entries(c.n.Isolation().LibDir, "log"), tenants},
-		{"pinned pods", c.entries(c.n.PinDir(), "pods"), uids},
 	} {
 		if !maps.Equal(compare.have, compare.are) {
 			return fmt.Errorf("%s: %s", compare.what, difference(compare.have, compare.are))
 		}
 	}
-	for _, check := range []func() error{
-		func() error { return c.exactCgroups(pids) }, func() error { return c.exactLinks(uids, len(tenants), i) }, func() error { return c.exactMap(2 * len(uids)) },
-	} {
+	checks := []func() error{
+		func() error { return c.exactCgroups(pids) }, func() error { return c.exactLinks(uids, len(tenants)) }, func() error { return c.exactMap(uids) },
+	}
+	if c.n.Redirection == v1alpha1.RedirectionNetfilter {
+		checks = []func() error{checks[0], func() error { return c.exactRuleset(uids, len(tenants)) }}
+	}
+	for _, check := range checks {
 		if err := check(); err != nil {
 			return err
 		}
@@ -306,7 +312,7 @@ func (c *churn) exactCgroups(pids map[string]int) error {
 
 // exactLinks wants the pods' programs on the veths of planned pods alone, and a
 // veth with its program for each tenant.
-func (c *churn) exactLinks(uids map[string]bool, tenants int, i agent.Inspection) (err error) {
+func (c *churn) exactLinks(uids map[string]bool, tenants int) (err error) {
 	c.n.Do(c.t, func() {
 		links, listErr := netlink.LinkList()
 		lab.Check(c.t, listErr)
@@ -342,8 +348,53 @@ func programs(ifindex int, attach ebpf.AttachType) int {
 	return len(r.Programs)
 }
 
-// exactMap counts the addresses of pods that the kernel steers by.
-func (c *churn) exactMap(want int) error {
+// exactRuleset wants a planned pod's two chains, its addresses and its name in the
+// node's table, and a chain for each tenant's veth, of which there are no more.
+func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
+	pods, chains, err := steered(c.t, c.n)
+	if err != nil || pods != len(uids) || chains != tenants {
+		return fmt.Errorf("%d pods and %d tenants have chains, %d and %d are planned, %w", pods, chains, len(uids), tenants, err)
+	}
+	c.n.Do(c.t, func() {
+		table := &nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyNetdev}
+		names := map[string]bool{}
+		for set, want := range map[string]int{"pods": len(uids), "addresses4": len(uids), "addresses6": len(uids), "sent4": len(uids), "sent6": len(uids),
+			"owners4": len(uids), "owners6": len(uids), "macs4": len(uids), "self6": len(uids), "tenants": tenants, "tenant_of": tenants, "tenant_macs": tenants} {
+			elements, listErr := (&nftables.Conn{}).GetSetElements(&nftables.Set{Table: table, Name: set})
+			lab.Check(c.t, listErr)
+			if len(elements) != want {
+				err = fmt.Errorf("the set %s has %d elements, want %d", set, len(elements), want)
+			}
+			for _, e := range elements {
+				if set == "pods" {
+					names[e.Comment] = true
+				}
+			}
+		}
+		if !maps.Equal(names, uids) {
+			err = fmt.Errorf("pods of the table: %s", difference(names, uids))
+		}
+		links, listErr := netlink.LinkList()
+		lab.Check(c.t, listErr)
+		veths := 0
+		for _, l := range links {
+			if strings.HasPrefix(l.Attrs().Name, "bh") {
+				veths++
+			}
+		}
+		if veths != tenants {
+			err = fmt.Errorf("%d veths of %d tenants", veths, tenants)
+		}
+	})
+	return err
+}
+
+// exactMap wants the pods' pins, and counts the addresses that the kernel steers by.
+func (c *churn) exactMap(uids map[string]bool) error {
+	if pinned := c.entries(c.n.PinDir(), "pods"); !maps.Equal(pinned, uids) {
+		return fmt.Errorf("pinned pods: %s", difference(pinned, uids))
+	}
+	want := 2 * len(uids)
 	m, err := ebpf.LoadPinnedMap(filepath.Join(c.n.PinDir(), "maps", "pods"), &ebpf.LoadPinOptions{ReadOnly: true})
 	lab.Check(c.t, err)
 	defer m.Close()

@@ -12,9 +12,10 @@ import (
 )
 
 // A tenant whose proxies die again and again is alone with it.
-func TestProxyKilled(t *testing.T) {
+func TestProxyKilled(t *testing.T) { eachRedirection(t, testProxyKilled) }
+
+func testProxyKilled(t *testing.T, l *lab.Lab) {
 	const connections, kills = 1000, 3
-	l := lab.New(t)
 	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=1s", "--duration=12s", "--timeout=5s",
 		lab.At(l.A3.V4, app.GreetPort).String())
 	deadline := time.Now().Add(12 * time.Second)

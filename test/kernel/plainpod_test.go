@@ -8,8 +8,9 @@ import (
 )
 
 // A pod outside of the mesh is reached at its own address, and sees who calls.
-func TestPodOutsideOfTheMesh(t *testing.T) {
-	l := lab.New(t)
+func TestPodOutsideOfTheMesh(t *testing.T) { eachRedirection(t, testPodOutsideOfTheMesh) }
+
+func testPodOutsideOfTheMesh(t *testing.T, l *lab.Lab) {
 	p := l.AddPod(l.Node2, "c1", 16)
 	l.Serve(p)
 	lab.Check(t, l.Store.SetWorkload(model.Workload{UID: p.Name, Namespace: "team-c", Name: p.Name, Node: p.Node.Name, IPs: p.Both()}))

@@ -1,0 +1,102 @@
+package kernel
+
+import (
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// A plan with a pod whose network isn't there names it, and all else goes on.
+func TestNetworkIsGone(t *testing.T) { eachRedirection(t, testNetworkIsGone) }
+
+func testNetworkIsGone(t *testing.T, l *lab.Lab) {
+	n := l.Node1
+	gone := *l.A2
+	gone.Namespace = &lab.Namespace{Path: filepath.Join(n.Dir, "nothing")}
+	gone.Name = "gone"
+	n.Planned = append([]*lab.Host{&gone}, n.Pods...)
+	n.WritePlan()
+	lab.Eventually(t, "the word of it", func() error {
+		i, err := n.Inspect()
+		if err == nil && (!strings.Contains(i.Problem, "pod team-a/gone") || !strings.Contains(i.Problem, gone.Path)) {
+			err = fmt.Errorf("the problem is %q", i.Problem)
+		}
+		return err
+	})
+	check := func() {
+		t.Helper()
+		for _, f := range flows(l) {
+			f.check(t, 4)
+		}
+		if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
+			t.Errorf("%d pods and %d tenants are steered, %v", pods, tenants, err)
+		}
+	}
+	check()
+	// Nor does one that is there to an agent that comes later.
+	n.Kill()
+	n.Start()
+	lab.Eventually(t, "the other pods", func() error {
+		i, err := n.Inspect()
+		steered := 0
+		for _, tenant := range i.Tenants {
+			steered += len(tenant.Pods)
+		}
+		if err == nil && steered != len(n.Pods) {
+			err = fmt.Errorf("%d pods are steered: %s", steered, i.Problem)
+		}
+		return err
+	})
+	check()
+	n.Planned = n.Pods
+	n.WritePlan()
+	n.WaitReady()
+}
+
+// Interfaces are known by their numbers: with another name, even one that was another's,
+// they are what they were, to the agent that runs and to the next one. Where the kernel
+// goes by names (nftables, since Linux 6.16) the agent hears of it at once.
+func TestInterfaceRenamed(t *testing.T) { eachRedirection(t, testInterfaceRenamed) }
+
+func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
+	n := l.Node1
+	held := openAll(t, l, "before")
+	rename := func(from, to string) {
+		t.Helper()
+		n.Do(t, func() {
+			link, err := netlink.LinkByName(from)
+			lab.Check(t, err)
+			lab.Check(t, netlink.LinkSetName(link, to))
+		})
+	}
+	check := func(when string) {
+		t.Helper()
+		n.WritePlan()
+		n.WaitReady()
+		held.talk(t, when)
+		eachFamily(t, func(t *testing.T, family int) {
+			for _, f := range flows(l) {
+				f.check(t, family)
+			}
+		})
+		if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
+			t.Errorf("%s: %d pods and %d tenants are steered, %v", when, pods, tenants, err)
+		}
+	}
+	rename("poda1", "other0")
+	rename("podb1", "poda1")
+	check("renamed")
+	n.Kill()
+	n.Start()
+	check("with another agent")
+	// A pod leaves by its other name.
+	n.Planned = []*lab.Host{l.A2, l.B1}
+	n.WritePlan()
+	held.close()
+	lab.Eventually(t, "the pod's leave", func() error { return onlyPlanned(t, n) })
+}
