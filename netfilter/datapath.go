@@ -27,9 +27,9 @@ type Options struct {
 	// node made it or a tenant delivers it. A pod can't set it: the kernel zeroes a
 	// packet's mark when it leaves a network namespace. Default DefaultMark.
 	Mark uint32
-	// Gone is called when somebody has removed the tables, from then on everything
-	// is to be updated again: until then pods have their plain connections. It must
-	// not block.
+	// Gone is called when somebody has removed the tables, or given an interface another
+	// name, from then on everything is to be updated again: until then pods have their
+	// plain connections. It must not block.
 	Gone func()
 	// Log gets what isn't any caller's error. Default: nothing is logged.
 	Log *slog.Logger
@@ -43,11 +43,12 @@ type Datapath struct {
 	sets map[string]*nftables.Set
 
 	watched *netlink.Conn
+	done    chan struct{}
 
 	mu   sync.Mutex
 	snap *snapshot
-	// written are the chains whose rules are this process's.
-	written map[string]bool
+	// written are the chains whose rules are this process's, and what they hang on.
+	written map[string]string
 	// node's addresses, as SetNodeAddresses said.
 	node []netip.Addr
 	// Of tenants that UpdateTenant was called for: what is in their namespaces.
@@ -70,7 +71,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]bool{}}
+	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]string{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}
@@ -78,6 +79,10 @@ func Open(o Options) (*Datapath, error) {
 		var err error
 		if d.watched, err = watch(o.Gone); err != nil {
 			return nil, err
+		}
+		d.done = make(chan struct{})
+		if err := watchNames(o.Gone, d.done, d.log); err != nil {
+			return nil, errors.Join(err, d.watched.Close())
 		}
 	}
 	return d, nil
@@ -127,6 +132,7 @@ func (d *Datapath) Close() error {
 	if d.watched == nil {
 		return nil
 	}
+	close(d.done)
 	return d.watched.Close()
 }
 

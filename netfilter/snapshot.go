@@ -2,6 +2,7 @@ package netfilter
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -171,6 +172,9 @@ func (c *change) unhook(name string) { c.gone[name] = true }
 // chunk keeps a message's list below 64 KiB.
 const chunk = 256
 
+// hookOf is what a chain that was written hangs on, "-" for one that others lead to.
+func hookOf(c *nftables.Chain) string { return cmp.Or(c.Device, "-") }
+
 // commit does what isn't so yet, in one step.
 func (c *change) commit() error {
 	conn, err := open(0)
@@ -216,9 +220,15 @@ func (c *change) commit() error {
 		switch {
 		case !c.snap.chains[name]:
 			missing = append(missing, conn.AddChain(c.chains[name]))
-		case !c.d.written[name]: // by a former process, which may have been another version
+		case c.d.written[name] != hookOf(c.chains[name]):
+			// By a former process, which may have been another version, or of an interface
+			// that has another name now: since Linux 6.16 a hook goes by the name.
 			missing = append(missing, c.chains[name])
 			conn.FlushChain(c.chains[name])
+			if c.chains[name].Device != "" {
+				conn.DelChain(c.chains[name])
+				conn.AddChain(c.chains[name])
+			}
 		}
 	}
 	for _, of := range missing {
@@ -249,7 +259,7 @@ func (c *change) commit() error {
 		return err
 	}
 	for _, of := range missing {
-		c.d.written[of.Name] = true
+		c.d.written[of.Name] = hookOf(of)
 	}
 	return nil
 }

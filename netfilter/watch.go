@@ -3,9 +3,11 @@ package netfilter
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"github.com/mdlayher/netlink"
+	routes "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -57,4 +59,36 @@ func isOurs(m netlink.Message) bool {
 		}
 	}
 	return false
+}
+
+// watchNames calls renamed whenever an interface has another name than before, until
+// done is closed.
+func watchNames(renamed func(), done <-chan struct{}, log *slog.Logger) error {
+	updates := make(chan routes.LinkUpdate, 64)
+	err := routes.LinkSubscribeWithOptions(updates, done, routes.LinkSubscribeOptions{ListExisting: true, ReceiveBufferSize: socketBuffer,
+		ErrorCallback: func(err error) {
+			select {
+			case <-done:
+			default:
+				log.Error("interfaces' names aren't watched any more", "error", err)
+			}
+		}})
+	if err != nil {
+		return fmt.Errorf("watch interfaces: %w", err)
+	}
+	go func() {
+		names := map[int32]string{}
+		for u := range updates {
+			name := u.Attrs().Name
+			if u.Header.Type == unix.RTM_DELLINK {
+				delete(names, u.Index)
+				continue
+			}
+			if had, ok := names[u.Index]; ok && had != name {
+				renamed()
+			}
+			names[u.Index] = name
+		}
+	}()
+	return nil
 }
