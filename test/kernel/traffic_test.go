@@ -119,6 +119,17 @@ func testPlainText(t *testing.T, l *lab.Lab) {
 	takes("Permissive again")
 }
 
+// podOf is what the agent says of a pod of team-a.
+func podOf(t *testing.T, n *lab.Node, name string) agent.InspectedPod {
+	t.Helper()
+	pods := n.Tenant("team-a").Pods
+	i := slices.IndexFunc(pods, func(p agent.InspectedPod) bool { return p.Name == name })
+	if i < 0 {
+		t.Fatalf("the pod %s isn't among %+v", name, pods)
+	}
+	return pods[i]
+}
+
 func TestExclusionsAndBypass(t *testing.T) { eachRedirection(t, testExclusionsAndBypass) }
 
 func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
@@ -169,6 +180,7 @@ func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 			n.Namespaces, n.Exclusions = c.namespaces, c.pods
 			apply(t, n, c.so)
 			e, b := direct()
+			before := podOf(t, n, "a1")
 			flow{name: "out", from: l.A1, to: l.Outside}.check(t, 4)
 			flow{name: "in", from: l.Outside, to: l.A1}.check(t, 6)
 			flow{name: "mesh", from: l.B2, to: l.A1, mesh: true}.check(t, 4)
@@ -176,10 +188,29 @@ func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 			if excluded, bypassed := direct(); excluded-e != c.excluded || bypassed-b != c.bypassed {
 				t.Errorf("%d connections were excluded and %d bypassed, want %d and %d", excluded-e, bypassed-b, c.excluded, c.bypassed)
 			}
+			after := podOf(t, n, "a1")
+			if after.Connections["direct"]-before.Connections["direct"] != c.excluded+c.bypassed ||
+				after.BytesSent <= before.BytesSent || after.BytesReceived <= before.BytesReceived {
+				t.Errorf("the pod has %+v, had %+v", after, before)
+			}
 			held.talk(t, c.name)
 		})
 		if c.excluded+c.bypassed > 0 {
 			maps.Copy(held, openAll(t, l, c.name))
+		}
+	}
+	// What the agent serves for Prometheus says the same.
+	pod, tenant := podOf(t, n, "a1"), n.Tenant("team-a")
+	metrics := n.Metrics(t)
+	for series, want := range map[string]uint64{
+		`bulkhead_pod_connections_total{listener="direct",namespace="team-a",pod="a1"}`:  pod.Connections["direct"],
+		`bulkhead_pod_connections_total{listener="inbound",namespace="team-a",pod="a1"}`: pod.Connections["inbound"],
+		`bulkhead_tenant_clear_connections_total{by="exclusion",tenant="team-a"}`:        tenant.Excluded,
+		`bulkhead_tenant_clear_connections_total{by="bypass",tenant="team-a"}`:           tenant.Bypassed,
+		`bulkhead_tenant_connections_total{generation="0",tenant="team-a"}`:              tenant.Steered[0],
+	} {
+		if line := fmt.Sprintf("%s %d\n", series, want); want == 0 || !strings.Contains(metrics, line) {
+			t.Errorf("the metrics lack %q", line)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -9,8 +10,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -240,6 +243,24 @@ func (n *Node) Inspect() (i agent.Inspection, err error) {
 		return i, err
 	}
 	return i, json.Unmarshal(out.Bytes(), &i)
+}
+
+// Metrics is what the agent serves for Prometheus.
+func (n *Node) Metrics(t testing.TB) string {
+	t.Helper()
+	var c net.Conn
+	var err error
+	n.Do(t, func() { c, err = net.DialTimeout("tcp", "127.0.0.1:15021", Patience) })
+	Check(t, err)
+	defer c.Close()
+	_, err = io.WriteString(c, "GET /metrics HTTP/1.0\r\n\r\n")
+	Check(t, err)
+	r, err := http.ReadResponse(bufio.NewReader(c), nil)
+	Check(t, err)
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	Check(t, err)
+	return string(body)
 }
 
 // WaitReady waits until all of the plan is so.
