@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // Where systemd is process 1, it leaves the tenants' cgroups alone: whatever it
@@ -24,11 +25,27 @@ func TestSystemdLeavesTenantsAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := n.waitLive(m, tenantA, 0)
+	// One without processes, as between a proxy's end and the next one's start.
+	idle := model.NamespaceTenant("idle")
+	if _, err := m.Prepare(t.Context(), idle, 1500); err != nil {
+		t.Fatal(err)
+	}
+	empty := m.cgroups.dirs(idle.FileName())
+	if len(empty) == 0 {
+		t.Fatal("a tenant without processes has no cgroup")
+	}
 	for _, command := range [][]string{
 		{"systemctl", "daemon-reload"},
 		// One that wants all controllers, and then none does.
 		{"systemd-run", "--collect", "-p", "Type=oneshot", "-p", "CPUQuota=50%", "-p", "CPUWeight=50", "-p", "MemoryMax=100M", "-p", "TasksMax=20", "-p", "Delegate=yes", "/bin/true"},
 		{"systemctl", "daemon-reload"},
+		// Limits of slices beside ours, and of the root's, come and go.
+		{"systemctl", "set-property", "--runtime", "system.slice", "CPUWeight=20", "MemoryHigh=1G", "IOWeight=50", "AllowedCPUs=0"},
+		{"systemctl", "set-property", "--runtime", "--", "-.slice", "CPUAccounting=yes", "IOAccounting=yes", "MemoryAccounting=yes"},
+		{"systemd-run", "--collect", "--slice=bhsoak", "-p", "Type=oneshot", "-p", "MemoryMax=100M", "/bin/true"},
+		{"systemctl", "stop", "bhsoak.slice"},
+		{"systemctl", "revert", "system.slice"},
+		{"systemctl", "reset-failed"},
 		{"systemctl", "daemon-reexec"},
 		{"systemd-run", "--collect", "-p", "Type=oneshot", "/bin/true"},
 	} {
@@ -44,6 +61,11 @@ func TestSystemdLeavesTenantsAlone(t *testing.T) {
 		for _, dir := range m.cgroups.dirs(tenantA.FileName()) {
 			if pids, err := procs(dir); err != nil || !slices.Contains(pids, before.PID) {
 				t.Errorf("after %s: %s has the processes %v, %v", command, dir, pids, err)
+			}
+		}
+		for _, dir := range empty {
+			if _, err := os.Stat(dir); err != nil {
+				t.Errorf("after %s: the empty cgroup is gone: %v", command, err)
 			}
 		}
 	}
