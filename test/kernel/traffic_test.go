@@ -140,6 +140,8 @@ func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 	}
 	out := v1alpha1.Exclusion{Direction: v1alpha1.DirectionOutbound, CIDR: "172.20.9.0/24"}
 	in := v1alpha1.Exclusion{Direction: v1alpha1.DirectionInbound, Port: app.GreetPort, CIDR: "fd20:9::/64"}
+	// Who has no tunnel to a1 yet, which has to begin while all of a1's is excluded.
+	begins := map[string]*lab.Host{"everything of a pod": l.A3, "bypass": l.B1}
 	// What has begun stays where it is, whatever comes.
 	held := openAll(t, l, "before")
 	for _, c := range []struct {
@@ -185,6 +187,9 @@ func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 			flow{name: "in", from: l.Outside, to: l.A1}.check(t, 6)
 			flow{name: "mesh", from: l.B2, to: l.A1, mesh: true}.check(t, 4)
 			flow{name: "mesh", from: l.B1, to: l.A2, mesh: true}.check(t, 6)
+			if from := begins[c.name]; from != nil {
+				flow{name: "first of a tunnel", from: from, to: l.A1, mesh: true}.check(t, 4)
+			}
 			if excluded, bypassed := direct(); excluded-e != c.excluded || bypassed-b != c.bypassed {
 				t.Errorf("%d connections were excluded and %d bypassed, want %d and %d", excluded-e, bypassed-b, c.excluded, c.bypassed)
 			}
