@@ -24,6 +24,8 @@ import (
 var (
 	only = flag.String("only", "", "regular expression of what to measure: title/load/way")
 	perf = flag.String("perf", "", "folder: record there with perf what the CPUs do in the last round")
+	// BBR sets a timer for what it may not send yet, which is dear in a virtual machine.
+	congestion = flag.String("congestion", "", "TCP's congestion control of pods, hosts and proxies, for example reno; the machine's own by default")
 )
 
 // way is what is between the two ends of the load.
@@ -60,6 +62,7 @@ func BenchmarkDatapath(b *testing.B) {
 		roomForPorts(b, h)
 	}
 	publishService(b, l, l.B2)
+	algorithm := congestionControl(b, l, plain1, plain2, plain3, side)
 
 	none := func() []int { return nil }
 	proxies := func(hosts ...*lab.Host) func() []int {
@@ -73,14 +76,15 @@ func BenchmarkDatapath(b *testing.B) {
 		}
 	}
 	comparisons := []comparison{
-		{"Steering", "From a pod to a host outside, through one Envoy that forwards TCP as it comes: only how the connection gets there differs.", []*way{
+		{"Steering", "From a pod to a host outside, through one Envoy that forwards TCP as it comes: only how the connection gets there differs. Here and below TCP's congestion control is " + algorithm + ".", []*way{
 			{name: "iptables REDIRECT to a sidecar", from: side, to: l.Outside.V4, processes: func() []int { return []int{sidecar} }},
 			{name: "eBPF to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1)},
 			{name: "Netfilter to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1), redirection: v1alpha1.RedirectionNetfilter},
 			{name: "no proxy", from: plain1, to: l.Outside.V4, processes: none},
 		}},
-		{"The whole way between nodes", "From pod to pod of another node: eBPF, Envoy, HBONE with mutual TLS, Envoy.", []*way{
+		{"The whole way between nodes", "From pod to pod of another node: eBPF, Envoy, HBONE with mutual TLS, Envoy. Two Envoys that forward TCP as it comes, by iptables and eBPF, show what TLS and HTTP/2 add, and what they save.", []*way{
 			{name: "no mesh", from: plain1, to: plain3.V4, processes: none},
+			{name: "two Envoys, plain TCP", from: side, to: l.B2.V4, processes: func() []int { return append(proxies(l.B2)(), sidecar) }},
 			{name: "mesh, pod address", from: l.A1, to: l.B2.V4, processes: proxies(l.A1, l.B2)},
 			{name: "mesh, service address", from: l.A1, to: l.B2.VIP.V4, processes: proxies(l.A1, l.B2)},
 		}},
@@ -176,6 +180,32 @@ func record(b *testing.B, name string) (stop func()) {
 		cmd.Process.Signal(os.Interrupt)
 		cmd.Wait()
 	}
+}
+
+// congestionControl sets the algorithm that is asked for, and says which it is.
+func congestionControl(b *testing.B, l *lab.Lab, plain ...*lab.Host) (algorithm string) {
+	b.Helper()
+	const setting = "ipv4/tcp_congestion_control"
+	namespaces := []*lab.Namespace{l.Outside.Namespace}
+	for _, h := range slices.Concat(l.Pods, plain) {
+		namespaces = append(namespaces, h.Namespace)
+	}
+	for _, n := range []*lab.Node{l.Node1, l.Node2} {
+		for _, tenant := range []string{"team-a", "team-b"} {
+			namespaces = append(namespaces, n.Proxy(tenant))
+		}
+	}
+	for _, n := range namespaces {
+		n.Do(b, func() {
+			if *congestion != "" {
+				lab.Sysctl(b, setting+"="+*congestion)
+			}
+			text, err := os.ReadFile("/proc/sys/net/" + setting)
+			lab.Check(b, err)
+			algorithm = strings.TrimSpace(string(text))
+		})
+	}
+	return algorithm
 }
 
 // publishService gives a pod's service the load's ports.
