@@ -34,22 +34,22 @@ func newHTTPRoute(name, parent, backend string) *gatewayv1.HTTPRoute {
 }
 
 // said is what a route's status says: the reason of Accepted and of ResolvedRefs.
-func said(t *testing.T, c *cluster, name string) (accepted, resolved string) {
+func said(t *testing.T, c *cluster, namespace, name string) (accepted, resolved string) {
 	t.Helper()
 	w := &writer{Client: c, mesh: c.mesh, now: c.now}
-	key := translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: "a", Name: name}
+	key := translate.RouteKey{Kind: translate.KindHTTPRoute, Namespace: namespace, Name: name}
 	if _, err := w.writeRoute(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}
 	var h gatewayv1.HTTPRoute
-	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: name}, &h); err != nil {
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: name}, &h); err != nil {
 		t.Fatal(err)
 	}
 	version := h.ResourceVersion
 	if _, err := w.writeRoute(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: name}, &h); err != nil || h.ResourceVersion != version {
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: name}, &h); err != nil || h.ResourceVersion != version {
 		t.Errorf("status was written without a change: %v", err)
 	}
 	if len(h.Status.Parents) != 1 {
@@ -64,7 +64,7 @@ func TestRoutesFollowWhatTheyReferTo(t *testing.T) {
 	want := func(what, accepted, resolved string, rules int) {
 		t.Helper()
 		c.drain()
-		if a, r := said(t, c, "r"); a != accepted || r != resolved {
+		if a, r := said(t, c, "a", "r"); a != accepted || r != resolved {
 			t.Errorf("%s: Accepted %q, ResolvedRefs %q; want %q, %q", what, a, r, accepted, resolved)
 		}
 		got := 0
@@ -168,7 +168,7 @@ func TestThousandsOfRoutes(t *testing.T) {
 			t.Fatalf("%s, to %s of %s: %s, %s", key, k.backend, k.parent, accepted, resolved)
 		}
 		if i < len(kinds) {
-			if a, r := said(t, c, key.Name); a != k.accepted || r != k.resolved {
+			if a, r := said(t, c, "a", key.Name); a != k.accepted || r != k.resolved {
 				t.Errorf("%s says %s, %s", key, a, r)
 			}
 		}
