@@ -57,7 +57,7 @@ func TestRelayRefuses(t *testing.T) {
 		"long name":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{strings.Repeat("a", maxName+1)}},
 		"control in name": {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{"a\nb"}},
 		"empty name":      {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{""}},
-		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 5000)},
+		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 10_000)},
 		"long version":    {TypeUrl: TypeCluster, InitialResourceVersions: map[string]string{"a": strings.Repeat("v", maxName+1)}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -127,9 +127,9 @@ type endpoint struct {
 	warm chan struct{}
 }
 
-// maxMessage holds 100,000 names: as many as pods may have made an Envoy ask for,
-// which it repeats when it comes back.
-const maxMessage = 4 << 20
+// maxMessage holds 100,000 of the longest names: as many as pods may have made an
+// Envoy ask for, which it repeats when it comes back.
+const maxMessage = 8 << 20
 
 type rejectionKey struct{ typeURL, name string }
 

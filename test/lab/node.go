@@ -210,10 +210,16 @@ func (n *Node) Kill() {
 	}
 }
 
+// Configuration is the server of configuration as this node sees it.
+func (n *Node) Configuration() *xds.Server { return n.configuration }
+
+// AgentPID is the agent's process.
+func (n *Node) AgentPID() int { return n.agent.Process.Pid }
+
 // AgentTime is the CPU time that the agent has used.
 func (n *Node) AgentTime(t testing.TB) time.Duration {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.agent.Process.Pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.AgentPID()))
 	Check(t, err)
 	// After the command in parentheses: fields 14 and 15 are in hundredths of a second.
 	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
