@@ -33,7 +33,8 @@ type proxyState struct {
 type servedSince struct {
 	identity model.Identity
 	ips      []netip.Addr
-	seq      map[string]uint64 // by listener
+	outbound uint64
+	inbound  uint64
 }
 
 func (p *proxyState) invalidate() {
@@ -117,6 +118,11 @@ func (s *Store) listeners(p *proxyState) map[string]*resource {
 			s.refuse(TypeListener, l.Name, err)
 			return p.listeners
 		}
+		if c := s.common[l.Name]; c != nil && c.Version == r.version() {
+			r.wire = c
+		} else {
+			s.common[l.Name] = r.wire
+		}
 		if old := p.listeners[l.Name]; old != nil && old.version() == r.version() {
 			r = old
 		} else {
@@ -150,10 +156,7 @@ func (p *proxyState) note(n model.Network) {
 		if old, ok := p.since[w.UID]; ok && old.identity == now.identity && slices.Equal(old.ips, now.ips) {
 			now = old
 		} else {
-			now.seq = map[string]uint64{}
-			for _, name := range []string{listenerOutbound, listenerInbound} {
-				now.seq[name] = p.listeners[name].seq
-			}
+			now.outbound, now.inbound = p.listeners[listenerOutbound].seq, p.listeners[listenerInbound].seq
 		}
 		next[w.UID] = now
 	}
@@ -199,7 +202,7 @@ func (s *Store) unserved(p *proxyState, uid string) string {
 		return "its Envoy isn't connected"
 	}
 	for st := range p.streams {
-		for name, seq := range since.seq {
+		for name, seq := range map[string]uint64{listenerOutbound: since.outbound, listenerInbound: since.inbound} {
 			if !st.hasListener(listeners[name], seq) {
 				if p.rejection != "" {
 					return "its Envoy refused the configuration: " + p.rejection

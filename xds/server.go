@@ -228,8 +228,9 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 	// any more then.
 	go func() { cancel(st.receive(ctx)) }()
 	go func() { cancel(st.send(ctx)) }()
-	go s.reauthorize(ctx, st)
+	again := s.reauthorize(ctx, st)
 	<-ctx.Done()
+	again.stop()
 	err = context.Cause(ctx)
 	st.log.Debug("stream ended", "reason", err)
 	if errors.Is(err, io.EOF) {
@@ -241,28 +242,51 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 	return status.Error(codes.Unavailable, err.Error())
 }
 
-// reauthorize ends a stream whose caller may not have it any more.
-func (s *Server) reauthorize(ctx context.Context, st *stream) {
-	for {
-		// The review of one stream is the answer for the node's others.
+// reauthorization is a timer and not a goroutine that waits: there are as many as
+// streams.
+type reauthorization struct {
+	mu    sync.Mutex
+	timer *time.Timer // nil when it is over
+}
+
+func (r *reauthorization) stop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.timer.Stop()
+	r.timer = nil
+}
+
+// reauthorize ends a stream whose caller may not have it any more. The caller stops
+// it.
+func (s *Server) reauthorize(ctx context.Context, st *stream) *reauthorization {
+	r := &reauthorization{}
+	// The review of one stream is the answer for the node's others.
+	wait := func() time.Duration {
 		h := fnv.New64a()
 		h.Write([]byte(st.identity.Node))
 		period := uint64(s.opts.Reauthorize)
-		wait := time.Duration(period - (uint64(time.Now().UnixNano())+h.Sum64()%period)%period)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
-		}
+		return time.Duration(period - (uint64(time.Now().UnixNano())+h.Sum64()%period)%period)
+	}
+	review := func() {
 		id, err := s.opts.Authorize(st.grpc.Context())
-		switch {
-		case err == nil && id == st.identity, status.Code(err) == codes.Unavailable:
-		default:
+		if ctx.Err() != nil {
+			return
+		}
+		if (err != nil || id != st.identity) && status.Code(err) != codes.Unavailable {
 			st.log.Info("stream has to authorise again", "error", err)
 			st.end(errRevoked)
 			return
 		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.timer != nil {
+			r.timer.Reset(wait())
+		}
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.timer = time.AfterFunc(wait(), review)
+	return r
 }
 
 // WaitServed returns once every open stream of a proxy, one at least, has

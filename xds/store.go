@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -42,7 +43,10 @@ type Store struct {
 	changed chan struct{} // closed and replaced when a proxy may have become known
 	network model.Network
 
-	proxies   map[model.ProxyKey]*proxyState
+	proxies map[model.ProxyKey]*proxyState
+	// common are the last contents of each listener, by name: what doesn't depend on
+	// the proxy is one for all.
+	common    map[string]*discoveryv3.Resource
 	services  map[serviceKey]model.Service
 	routings  map[serviceKey]map[scope]model.Routing
 	vips      map[netip.AddrPort]serviceKey
@@ -59,6 +63,8 @@ type resourceKey struct{ typeURL, name string }
 // entry is a shared resource that somebody holds. Whose clients have routes of
 // their own for a service holds another variant than others.
 type entry struct {
+	// name is one string for all who hold it.
+	name string
 	// version counts the times that it may have changed.
 	version uint64
 	built   map[variant]*built
@@ -77,7 +83,7 @@ func NewStore(o StoreOptions) *Store {
 	}
 	s := &Store{
 		opts: o, static: map[string]*resource{}, changed: make(chan struct{}),
-		proxies: map[model.ProxyKey]*proxyState{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
+		proxies: map[model.ProxyKey]*proxyState{}, common: map[string]*discoveryv3.Resource{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
 		workloads: map[string]model.Workload{}, addrs: map[netip.Addr][]string{}, shared: map[resourceKey]*entry{},
 	}
 	clusters, err := StaticClusters()
@@ -296,10 +302,11 @@ func (s *Store) hold(st *stream, typeURL, name string) bool {
 		key := resourceKey{typeURL, name}
 		e := s.shared[key]
 		if e == nil {
-			e = &entry{version: 1, built: map[variant]*built{}, holders: map[*stream]struct{}{}}
+			e = &entry{name: name, version: 1, built: map[variant]*built{}, holders: map[*stream]struct{}{}}
 			s.shared[key] = e
 		}
 		e.holders[st] = struct{}{}
+		name = e.name
 	}
 	// With Store.mu held, so that detach finds it.
 	st.mu.Lock()

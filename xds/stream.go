@@ -313,8 +313,11 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 		return
 	}
 	delete(st.unanswered, r.ResponseNonce)
-	if len(st.unanswered) == maxUnanswered-1 {
+	switch len(st.unanswered) {
+	case maxUnanswered - 1:
 		st.wake()
+	case 0:
+		st.unanswered = map[string]answer{} // or it stays as large as it ever was
 	}
 	// Also the answer to a version that isn't the newest counts, or while one
 	// follows another faster than the proxy answers, nothing would ever be in force.
