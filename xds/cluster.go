@@ -30,8 +30,13 @@ const (
 	// userTimeout is how long the kernel waits for a tunnel's peer to acknowledge
 	// data, or after an outage pools stay dead for a quarter of an hour.
 	userTimeout = 20 * time.Second
-	// ejectAfter is how many connections in a row must have failed.
-	ejectAfter = 5
+	// ejectAfter is how many connections in a row must have failed, or how many
+	// requests there must have been within ejectInterval.
+	ejectAfter    = 5
+	ejectInterval = 5 * time.Second
+	// ejectShare, in percent of successes and failures together, is reached when two of
+	// three requests fail without an answer.
+	ejectShare = 40
 )
 
 // A pod's former proxy serves its tunnels for as long as they take connections.
@@ -130,15 +135,17 @@ func (p *packer) endpointCluster(name string) *clusterv3.Cluster {
 	// Never send to an endpoint that is draining because few others are left:
 	// VIPEndpoints decides when that is right.
 	c.CommonLbConfig = &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}}
-	// An endpoint whose connections fail gets none for a while. Only where that shows
-	// here: a tunnel to a pod of the mesh begins behind an internal listener, which
-	// always takes the connection.
+	// An endpoint whose connections fail gets none for a while. A tunnel to a pod of the
+	// mesh begins behind an internal listener, which always takes the connection: only
+	// HTTP shows here that it failed, as one failure after one success.
 	c.OutlierDetection = &clusterv3.OutlierDetection{
 		SplitExternalLocalOriginErrors: true,
 		ConsecutiveLocalOriginFailure:  wrapperspb.UInt32(ejectAfter), EnforcingConsecutiveLocalOriginFailure: wrapperspb.UInt32(100),
+		FailurePercentageThreshold: wrapperspb.UInt32(ejectShare), EnforcingFailurePercentageLocalOrigin: wrapperspb.UInt32(100),
+		FailurePercentageRequestVolume: wrapperspb.UInt32(2 * ejectAfter), FailurePercentageMinimumHosts: wrapperspb.UInt32(2),
 		EnforcingLocalOriginSuccessRate: wrapperspb.UInt32(0), EnforcingConsecutive_5Xx: wrapperspb.UInt32(0),
-		EnforcingConsecutiveGatewayFailure: wrapperspb.UInt32(0), EnforcingSuccessRate: wrapperspb.UInt32(0),
-		Interval: durationpb.New(time.Second), BaseEjectionTime: durationpb.New(10 * time.Second), MaxEjectionTime: durationpb.New(time.Minute),
+		EnforcingConsecutiveGatewayFailure: wrapperspb.UInt32(0), EnforcingSuccessRate: wrapperspb.UInt32(0), EnforcingFailurePercentage: wrapperspb.UInt32(0),
+		Interval: durationpb.New(ejectInterval), BaseEjectionTime: durationpb.New(10 * time.Second), MaxEjectionTime: durationpb.New(time.Minute),
 		MaxEjectionPercent: wrapperspb.UInt32(50),
 	}
 	c.TransportSocketMatches = []*clusterv3.Cluster_TransportSocketMatch{

@@ -55,6 +55,7 @@ type stream struct {
 	mu         sync.Mutex
 	types      map[string]*subscription
 	unanswered map[string]answer // by nonce
+	most       int               // of those since there were none
 	nonce      uint64
 	// dirty names may have changed since they were sent; since when; and whether
 	// the proxy waits for one of them.
@@ -313,11 +314,15 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 		return
 	}
 	delete(st.unanswered, r.ResponseNonce)
+	st.most = max(st.most, len(st.unanswered))
 	switch len(st.unanswered) {
 	case maxUnanswered - 1:
 		st.wake()
 	case 0:
-		st.unanswered = map[string]answer{} // or it stays as large as it ever was
+		if st.most > 8 {
+			st.unanswered = map[string]answer{} // or it stays as large as it ever was
+		}
+		st.most = 0
 	}
 	// Also the answer to a version that isn't the newest counts, or while one
 	// follows another faster than the proxy answers, nothing would ever be in force.
