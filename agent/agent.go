@@ -15,6 +15,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/chain"
 	"github.com/bulkhead-mesh/bulkhead/agent/debug"
+	"github.com/bulkhead-mesh/bulkhead/agent/image"
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/agent/uplink"
@@ -40,6 +41,7 @@ type Agent struct {
 	identities *identity.Store
 	workloads  *workloadapi.Server
 	relay      *relay.Relay
+	images     *image.Store
 	operator   nodev1alpha1.NodeServiceClient
 	roots      *uplink.Roots
 	sandboxes  *sandboxes
@@ -133,6 +135,9 @@ func (a *Agent) open() (err error) {
 	if err := a.openWorkloadAPI(); err != nil {
 		return err
 	}
+	if a.images, err = image.Open(image.Options{Dir: a.o.imageDir(), Versions: a.bulkheads, Access: a.registryAccess, Changed: a.wake, Log: a.log}); err != nil {
+		return err
+	}
 	a.relay = relay.New(relay.Options{
 		Operator: conn, Secrets: a.identities, LastGoodDir: a.o.lastGoodDir(), Log: a.log,
 		Changed: func(model.Tenant) { a.wake() },
@@ -161,6 +166,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 			return nil
 		}},
 		{"keys", a.identities.Run},
+		{"images", a.images.Run},
 		{"Workload API", a.workloads.Serve},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {

@@ -51,7 +51,10 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		again = soon
 		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
 	}
-	if pl.waits != "" || pl.former != none && pl.first != none && ready[pl.first] {
+	if pl.waits != "" {
+		again = time.Second // mostly something tells before
+	}
+	if pl.former != none && pl.first != none && ready[pl.first] {
 		again = soon // the next step is due
 	}
 	g := pl.serving(ready)

@@ -94,6 +94,7 @@ func (a *Agent) setPlan(p plan, problem string) {
 	same := a.planKnown && p.uid != "" && a.plan.uid == p.uid && a.plan.generation == p.generation
 	a.plan, a.planKnown, a.planError = p, true, problem
 	a.mu.Unlock()
+	a.images.Want(p.images, p.versions())
 	if !same {
 		a.wake()
 	}

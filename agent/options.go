@@ -14,6 +14,7 @@ import (
 const (
 	membershipConfigMap  = "bulkhead-membership"
 	trustBundleConfigMap = "bulkhead-trust-bundle"
+	registrySecret       = "bulkhead-registry"
 	daemonSet            = "bulkhead-agent"
 )
 
@@ -123,6 +124,7 @@ func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni",
 func (o Options) keysDir() string        { return filepath.Join(o.RunDir, "keys") }
 func (o Options) sandboxDir() string     { return filepath.Join(o.RunDir, "sandboxes") }
 func (o Options) lastGoodDir() string    { return filepath.Join(o.LibDir, "lastgood") }
+func (o Options) imageDir() string       { return filepath.Join(o.LibDir, "images") }
 func (o Options) workloadSocket() string {
 	return filepath.Join(o.RunDir, "workload-api", "socket")
 }

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -73,8 +72,9 @@ func place(tp tenantPlan, running []isolation.Process, prior *placement, ready [
 	other := 1 - pl.first
 	if at[other] != c.version {
 		switch missing := have(c.version); {
-		case missing != nil:
-			return pl, errors.Join(err, fmt.Errorf("canary: %w", missing))
+		case missing != nil: // no fault of what serves; it may be on its way
+			pl.waits = fmt.Sprintf("the canary: %v", missing)
+			return pl, err
 		case leaving[other] || at[other] != "":
 			pl.waits = fmt.Sprintf("the canary of version %s waits for the end of the process that leaves", c.version)
 			return pl, err

@@ -87,7 +87,7 @@ func TestPlace(t *testing.T) {
 		{name: "a version that isn't there", version: c, lacks: c, running: []isolation.Process{run(0, a)}, ready: [2]bool{true},
 			versions: [2]string{a, ""}, first: none, former: 0, second: none, fails: true},
 		{name: "a canary that isn't there", version: a, canary: canary(c, 50), lacks: c, running: []isolation.Process{run(0, a)}, ready: [2]bool{true},
-			versions: [2]string{a, ""}, first: 0, former: none, second: none, fails: true},
+			versions: [2]string{a, ""}, first: 0, former: none, second: none, waits: true},
 		{name: "a canary that runs is none that isn't there", version: a, canary: canary(c, 50), lacks: c, running: []isolation.Process{run(0, a), run(1, c)}, ready: [2]bool{true, true},
 			versions: [2]string{a, c}, first: 0, former: none, second: 1, share: 50},
 	} {

@@ -9,6 +9,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/bulkhead-mesh/bulkhead/agent/image"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
@@ -29,6 +30,8 @@ type plan struct {
 	pods    []identity.Pod
 	// traffic by UID, of pods for which there is more to say.
 	traffic map[string]traffic
+	// images that the node is to have.
+	images []image.Source
 	// outside are pods, by UID, that aren't in the mesh although their namespace is.
 	outside map[string]bool
 }
@@ -110,6 +113,9 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			}
 		}
 		p.tenants = append(p.tenants, tp)
+	}
+	for _, i := range np.Spec.Images {
+		p.images = append(p.images, image.Source{Version: i.Version, Reference: i.Image})
 	}
 	for _, o := range np.Spec.Outside {
 		p.outside[o.UID] = true
@@ -198,4 +204,16 @@ func (p plan) names() (out []model.Tenant) {
 // has reports whether the tenant is planned.
 func (p plan) has(t model.Tenant) bool {
 	return slices.ContainsFunc(p.tenants, func(tp tenantPlan) bool { return tp.tenant == t })
+}
+
+// versions are all that tenants are to run.
+func (p plan) versions() map[string]bool {
+	all := map[string]bool{}
+	for _, tp := range p.tenants {
+		all[tp.version] = true
+		if tp.canary != nil {
+			all[tp.canary.version] = true
+		}
+	}
+	return all
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/bulkhead-mesh/bulkhead/agent/image"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/identity"
@@ -47,6 +49,8 @@ type observation struct {
 	// limits of all proxies together, as the kernel has them, and what it can't hold.
 	limits     isolation.Limits
 	unenforced []string
+	// images of versions that the node was asked to have.
+	images map[string]image.State
 }
 
 // boundedConnections are a tenant's bounds as they were read back.
@@ -69,6 +73,13 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	}
 	if problem := o.round.limitProblem; problem != "" {
 		s.Unenforced = append(slices.Clone(s.Unenforced), problem)
+	}
+	for _, version := range slices.Sorted(maps.Keys(o.images)) {
+		state := o.images[version]
+		if state.Ready {
+			s.ProxyVersions = append(s.ProxyVersions, version)
+		}
+		s.Images = append(s.Images, v1alpha1.NodeImageStatus{Version: version, Ready: state.Ready, Reason: state.Reason, Message: cut(state.Message, 1000)})
 	}
 	pods, strict, bypassed := map[model.Tenant]int32{}, map[model.Tenant]int32{}, map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
@@ -110,6 +121,14 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	renewed.ObservedGeneration = s.ObservedGeneration
 	s.Conditions = []metav1.Condition{condition, redirected, renewed}
 	return s
+}
+
+// cut shortens s to at most n bytes.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
 // identityCondition warns while there is time to do something.
@@ -182,6 +201,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		Ready:  o.serves(tp.tenant) && o.round.problems[tp.tenant] == "",
 		Limits: enforcedLimits(state.Limits, state.Bandwidth, o.connections[tp.tenant].limits), Unenforced: slices.Concat(state.Unenforced, o.connections[tp.tenant].unenforced), Hits: o.round.hits[tp.tenant].status(),
 		Weight: int32(o.round.weights[tp.tenant]),
+		Waits:  o.round.placed[tp.tenant].waits,
 	}
 	var more []string
 	t.Limits.Concurrency, more = threads(tp, state)
@@ -192,7 +212,8 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 	for _, p := range state.Processes {
 		g := v1alpha1.GenerationStatus{Generation: int32(p.Generation), Version: p.Version, PID: int32(p.PID),
 			Role: o.round.placed[tp.tenant].role(p), Serving: o.takes(tp.tenant, p),
-			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit}
+			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit,
+			Rejected: int32(len(o.configs[relay.Key{Tenant: tp.tenant, Generation: p.Generation}].Rejections))}
 		if !p.DrainUntil.IsZero() {
 			until := metav1.NewTime(p.DrainUntil.UTC().Truncate(time.Second))
 			g.DrainUntil = &until
@@ -247,6 +268,7 @@ func (a *Agent) observe() observation {
 		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
+	o.images = a.images.States()
 	o.limits, o.unenforced = a.bulkheads.AllLimits()
 	digest, version := a.identities.Bundle()
 	trusted := digest != "" && a.relay.Trusts(version)

@@ -392,6 +392,36 @@ func (m *Manager) HasVersion(version string) error {
 	return err
 }
 
+// AddVersion takes a tree, a folder on LibDir's file system that holds /envoy and its
+// libraries, as a version of Envoy: it moves it away. The name must have a plus, which
+// no version of EnvoyDir has. One of that name that is there is replaced.
+func (m *Manager) AddVersion(version, tree string) error {
+	if err := m.versions.add(version, tree); err != nil {
+		return fmt.Errorf("add Envoy %s: %w", version, err)
+	}
+	return nil
+}
+
+// RemoveVersion removes a version that AddVersion brought. One that a tenant's process
+// runs, or is to run, stays, with an ErrVersionInUse. One that isn't there is no error.
+func (m *Manager) RemoveVersion(version string) error {
+	for _, name := range m.Tenants() {
+		t := m.tenant(name)
+		if t == nil {
+			continue
+		}
+		for _, p := range t.list() {
+			if state, _, _ := p.snapshot(); state.Version == version {
+				return fmt.Errorf("remove Envoy %s: %w: that of %s", version, ErrVersionInUse, name)
+			}
+		}
+	}
+	if err := m.versions.remove(version); err != nil {
+		return fmt.Errorf("remove Envoy %s: %w", version, err)
+	}
+	return nil
+}
+
 func (s Spec) validate() error {
 	if s.Drain < 0 {
 		return fmt.Errorf("drain %s: can't be negative", s.Drain)

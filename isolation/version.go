@@ -20,7 +20,13 @@ import (
 // ErrVersion is returned when a wanted version of Envoy isn't on the node.
 var ErrVersion = errors.New("no such version of Envoy")
 
-var versionName = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.-]{0,63}$`)
+var versionName = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.+-]{0,63}$`)
+
+// ErrVersionInUse is returned when a version to be removed is one that runs.
+var ErrVersionInUse = errors.New("a proxy runs that version")
+
+// isFetched tells versions that AddVersion brought from those of EnvoyDir.
+func isFetched(version string) bool { return strings.Contains(version, "+") }
 
 // versions copies Envoy to where it outlives the agent's image: by digest, so
 // that a running process keeps exactly the file that it maps. Safe for
@@ -138,12 +144,61 @@ func (v *versions) prune(used []string) error {
 		}
 		_, err := os.Stat(filepath.Join(v.from, version, "envoy"))
 		known, ok := v.known[version]
-		if slices.Contains(used, tree) || (err == nil && (!ok || known.tree == tree)) {
+		// What was fetched goes when its owner says so.
+		if slices.Contains(used, tree) || isFetched(version) || (err == nil && (!ok || known.tree == tree)) {
 			continue
 		}
 		errs = append(errs, os.RemoveAll(tree))
 	}
 	return errors.Join(errs...)
+}
+
+// add takes a tree as the copy of a version.
+func (v *versions) add(version, tree string) error {
+	if !versionName.MatchString(version) || !isFetched(version) {
+		return fmt.Errorf("%w: %q is no version that can be added", ErrVersion, version)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := os.Chmod(tree, 0o755); err != nil {
+		return err
+	}
+	digest, err := v.digest(tree)
+	if err != nil {
+		return err
+	}
+	target := filepath.Join(v.to, version+"-"+digest[:12])
+	// Another copy goes; whoever runs from it keeps its files.
+	if err := v.removeCopies(version); err != nil {
+		return err
+	}
+	if err := os.Rename(tree, target); err != nil {
+		return err
+	}
+	v.known[version] = knownVersion{tree: target}
+	return nil
+}
+
+// remove removes an added version.
+func (v *versions) remove(version string) error {
+	if !versionName.MatchString(version) || !isFetched(version) {
+		return fmt.Errorf("%w: %q is no version that was added", ErrVersion, version)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.removeCopies(version)
+}
+
+func (v *versions) removeCopies(version string) error {
+	delete(v.known, version)
+	trees, err := filepath.Glob(filepath.Join(v.to, version+"-*"))
+	for _, tree := range trees {
+		// A version's name may begin as another one's does.
+		if len(tree) == len(filepath.Join(v.to, version))+13 {
+			err = errors.Join(err, os.RemoveAll(tree))
+		}
+	}
+	return err
 }
 
 // files are a tree's regular files, sorted. Anything else in it is refused.

@@ -40,6 +40,14 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=1000
 	// +optional
 	Namespaces []NodeNamespace `json:"namespaces,omitempty"`
+	// Images have versions of Envoy that the agent doesn't bring along. The node
+	// fetches them ahead, and keeps them while they are here or a tenant has their
+	// version. A rollout owns this field, as it does canaries.
+	// +listType=map
+	// +listMapKey=version
+	// +kubebuilder:validation:MaxItems=8
+	// +optional
+	Images []NodeImage `json:"images,omitempty"`
 	// Outside are pods that opted out: they start without the mesh.
 	// +listType=map
 	// +listMapKey=uid
@@ -53,6 +61,18 @@ type NodeProxySpec struct {
 	// +kubebuilder:validation:MaxItems=1000
 	// +optional
 	Pods []NodePod `json:"pods,omitempty"`
+}
+
+// NodeImage is a version of Envoy that comes from a registry.
+type NodeImage struct {
+	// Version is Envoy's, a plus, and the first twelve digits of the image's digest.
+	// +kubebuilder:validation:Pattern=`^[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.-]{1,24})?\+[0-9a-f]{12}$`
+	// +kubebuilder:validation:MaxLength=60
+	Version string `json:"version"`
+	// Image is a repository and a digest.
+	// +kubebuilder:validation:Pattern=`^[a-z0-9A-Z.:/_\[\]-]+@sha256:[0-9a-f]{64}$`
+	// +kubebuilder:validation:MaxLength=512
+	Image string `json:"image"`
 }
 
 // OutsidePod is a pod of a namespace in the mesh that isn't in the mesh itself.
@@ -159,6 +179,11 @@ type NodeProxyStatus struct {
 	// +listType=set
 	// +optional
 	ProxyVersions []string `json:"proxyVersions,omitempty"`
+	// Images that the node was asked to have.
+	// +listType=map
+	// +listMapKey=version
+	// +optional
+	Images []NodeImageStatus `json:"images,omitempty"`
 	// TrustBundle is a digest of the roots that all of the node's proxies trust.
 	// +optional
 	TrustBundle string `json:"trustBundle,omitempty"`
@@ -179,6 +204,23 @@ type NodeProxyStatus struct {
 	// +listMapKey=name
 	// +optional
 	Tenants []NodeTenantStatus `json:"tenants,omitempty"`
+}
+
+// NodeImageStatus is how an image is on the node.
+type NodeImageStatus struct {
+	// Version as in the spec.
+	Version string `json:"version"`
+	// Ready: the node can run it.
+	Ready bool `json:"ready"`
+	// Reason why it can't be had: ImageNotFound, Unauthorized, RegistryUnreachable,
+	// DigestMismatch, InvalidImage, TooOld, DiskFull or Failed. It is tried again,
+	// every five minutes at last. "" while it is being fetched.
+	// +optional
+	Reason string `json:"reason,omitempty"`
+	// Message for people.
+	// +kubebuilder:validation:MaxLength=1024
+	// +optional
+	Message string `json:"message,omitempty"`
 }
 
 // NodeTenantStatus is one tenant's proxy as it runs on one node.
@@ -224,6 +266,9 @@ type NodeTenantStatus struct {
 	// none if none has, or the agent has forgotten it.
 	// +optional
 	Failure *ProxyFailure `json:"failure,omitempty"`
+	// Waits says what the plan's next version waits for, "" if for nothing.
+	// +optional
+	Waits string `json:"waits,omitempty"`
 	// Generations that run: the first, and the canary if there is one.
 	// +listType=map
 	// +listMapKey=generation
@@ -304,6 +349,10 @@ type GenerationStatus struct {
 	// Serving: new connections are led to it, by its weight.
 	// +optional
 	Serving bool `json:"serving,omitempty"`
+	// Rejected is how many resources this process refused and holds no better version
+	// of.
+	// +optional
+	Rejected int32 `json:"rejected,omitempty"`
 	// DrainUntil is when a process that leaves ends at the latest.
 	// +optional
 	DrainUntil *metav1.Time `json:"drainUntil,omitempty"`

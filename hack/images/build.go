@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/hack/images/oci"
 )
 
 const envoyDir = "/opt/bulkhead/envoy"
@@ -51,6 +52,9 @@ func make1(ctx context.Context, opts options, s spec) (string, error) {
 }
 
 func assemble(ctx context.Context, opts options, s spec) (v1.Image, error) {
+	if s.proxy != "" {
+		return oci.Proxy(ctx, s.proxy)
+	}
 	var layers []v1.Layer
 	if s.envoy {
 		for _, version := range dist.Versions() {
@@ -66,22 +70,22 @@ func assemble(ctx context.Context, opts options, s spec) (v1.Image, error) {
 		if err != nil {
 			return nil, err
 		}
-		l, err := newLayer([]file{{binary, p.path}})
+		l, err := oci.NewLayer([]oci.File{{Source: binary, Path: p.path}})
 		if err != nil {
 			return nil, err
 		}
 		layers = append(layers, l)
 	}
 	if len(s.files) > 0 {
-		var files []file
+		var files []oci.File
 		for _, f := range s.files {
 			dir, err := moduleDir(ctx, filepath.Join(opts.root, f.module), f.of)
 			if err != nil {
 				return nil, err
 			}
-			files = append(files, file{filepath.Join(dir, f.source), f.path})
+			files = append(files, oci.File{Source: filepath.Join(dir, f.source), Path: f.path})
 		}
-		l, err := newLayer(files)
+		l, err := oci.NewLayer(files)
 		if err != nil {
 			return nil, err
 		}
@@ -106,11 +110,7 @@ func envoyLayer(ctx context.Context, version string) (v1.Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []file{{envoy.Binary, path.Join(envoyDir, version, dist.BinaryName)}}
-	for _, library := range envoy.Libraries {
-		files = append(files, file{filepath.Join(envoy.Dir, library), path.Join(envoyDir, version, library)})
-	}
-	return newLayer(files)
+	return oci.NewLayer(oci.EnvoyFiles(envoy, path.Join(envoyDir, version)))
 }
 
 // compile builds a static binary that depends on its sources alone: no paths of

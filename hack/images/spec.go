@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 )
 
 // nonroot is the uid and gid that images run as where nothing needs root.
@@ -18,6 +20,9 @@ type spec struct {
 	// envoy puts every pinned Envoy at /opt/bulkhead/envoy/<version>, each as a
 	// tree that can be the root of a tenant's proxy.
 	envoy bool
+	// proxy is the version of Envoy that a ProxyRollout is to bring, and all that is in
+	// the image. Such an image is made only when it is asked for.
+	proxy string
 	// programs are binaries, the entrypoint last.
 	programs []program
 	// files of other modules, as they are.
@@ -86,6 +91,12 @@ var specs = []spec{
 	},
 }
 
+func init() {
+	for _, version := range dist.Versions() {
+		specs = append(specs, spec{name: "envoy-" + version, proxy: version})
+	}
+}
+
 func names() []string {
 	var all []string
 	for _, s := range specs {
@@ -97,7 +108,7 @@ func names() []string {
 // choose returns the specs with the wanted names, or all of the product.
 func choose(wanted []string) ([]spec, error) {
 	if len(wanted) == 0 {
-		return slices.DeleteFunc(slices.Clone(specs), func(s spec) bool { return s.reference != "" }), nil
+		return slices.DeleteFunc(slices.Clone(specs), func(s spec) bool { return s.reference != "" || s.proxy != "" }), nil
 	}
 	var chosen []spec
 	for _, name := range wanted {

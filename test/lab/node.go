@@ -63,6 +63,8 @@ type Node struct {
 	Exclusions map[string][]v1alpha1.Exclusion
 	// Version of Envoy. Default dist.Default.
 	Version string
+	// Images that the node is to have.
+	Images []v1alpha1.NodeImage
 	// Canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	Canary int
@@ -176,7 +178,7 @@ func (n *Node) WritePlan() string {
 		pods = append(pods, object{"uid": p.Name, "namespace": p.Identity.Namespace, "name": p.Name,
 			"serviceAccount": p.Identity.ServiceAccount, "tenant": p.Tenant.String(), "netns": p.Path, "exclusions": n.Exclusions[p.Name]})
 	}
-	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "namespaces": n.Namespaces, "pods": pods})
+	b, err := yaml.Marshal(object{"trustDomain": TrustDomain, "redirection": n.Redirection, "trustBundle": roots.String(), "tenants": tenants, "images": n.Images, "namespaces": n.Namespaces, "pods": pods})
 	Check(t, err)
 	// In one step: the agent may be reading it.
 	file := n.PlanFile()

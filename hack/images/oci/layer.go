@@ -1,4 +1,6 @@
-package main
+// Package oci makes images out of files of this machine, without Docker. The same
+// files give the same bytes.
+package oci
 
 import (
 	"archive/tar"
@@ -16,27 +18,27 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// file puts a file of this machine, as an executable, into a layer.
-type file struct {
-	source string
-	path   string
+// File puts a file of this machine, Source, as an executable into a layer at Path.
+type File struct {
+	Source string
+	Path   string
 }
 
 // layer is an uncompressed layer that is read from its files whenever it is
 // needed, never held in memory: Envoy's are 100 MB each. Uncompressed, since
 // the archive goes from this disk to a containerd on this machine.
 type layer struct {
-	files  []file
+	files  []File
 	digest v1.Hash
 	size   int64
 }
 
 var _ v1.Layer = (*layer)(nil)
 
-// newLayer reads the files once for the digest; they must not change afterwards.
-func newLayer(files []file) (*layer, error) {
+// NewLayer returns a layer of files. It reads them once for the digest; they must not change afterwards.
+func NewLayer(files []File) (v1.Layer, error) {
 	l := &layer{files: slices.Clone(files)}
-	slices.SortFunc(l.files, func(a, b file) int { return strings.Compare(a.path, b.path) })
+	slices.SortFunc(l.files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
 	sum := sha256.New()
 	counted := &countingWriter{w: sum}
 	if err := l.write(counted); err != nil {
@@ -53,7 +55,7 @@ func (l *layer) write(w io.Writer) error {
 	tw := tar.NewWriter(w)
 	written := map[string]bool{}
 	for _, f := range l.files {
-		name := strings.TrimPrefix(f.path, "/")
+		name := strings.TrimPrefix(f.Path, "/")
 		for _, dir := range parents(name) {
 			if written[dir] {
 				continue
@@ -63,8 +65,8 @@ func (l *layer) write(w io.Writer) error {
 				return fmt.Errorf("write %s: %w", dir, err)
 			}
 		}
-		if err := writeFile(tw, f.source, name); err != nil {
-			return fmt.Errorf("write %s: %w", f.path, err)
+		if err := writeFile(tw, f.Source, name); err != nil {
+			return fmt.Errorf("write %s: %w", f.Path, err)
 		}
 	}
 	return tw.Close()
