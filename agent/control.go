@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-mesh/bulkhead/agent/debug"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
@@ -52,11 +53,14 @@ func (a *Agent) serveControl(ctx context.Context) error {
 		e.Encode(i)
 	})
 	mux.HandleFunc("GET /log", func(w http.ResponseWriter, r *http.Request) {
-		generation, err := strconv.Atoi(r.FormValue("generation"))
+		generation, err := debug.ParseGeneration(r.FormValue("generation"))
 		t, terr := model.ParseTenant(r.FormValue("tenant"))
 		if err := errors.Join(err, terr); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
+		}
+		if generation == debug.Serving {
+			generation = a.servingGeneration(t)
 		}
 		f, err := os.Open(a.bulkheads.LogFile(t, generation))
 		if err != nil {

@@ -6,11 +6,30 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/debug"
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // askProxy looks into a tenant's proxy.
 func (a *Agent) askProxy(ctx context.Context, q debug.Request) ([]byte, error) {
+	if q.Generation == debug.Serving {
+		q.Generation = a.servingGeneration(q.Tenant)
+	}
 	return debug.Ask(ctx, a.bulkheads, q)
+}
+
+// servingGeneration is the one that serves a tenant, or is to; of a tenant that has
+// none it is 0.
+func (a *Agent) servingGeneration(t model.Tenant) int {
+	a.mu.Lock()
+	serving, placed := a.last.serving[t], a.last.placed[t]
+	a.mu.Unlock()
+	state, _ := a.bulkheads.State(t)
+	for _, p := range state.Processes {
+		if p.PID != 0 && serving == (process{p.PID, p.StartTicks}) {
+			return p.Generation
+		}
+	}
+	return max(placed.first, 0)
 }
 
 // serveDebug does so for root of the node, over the control socket.

@@ -28,9 +28,14 @@ var What = []string{Config, Stats, Heap, LogLevel}
 
 const maxGeneration, maxFilter = 1, 512
 
+// Serving is the generation that serves the tenant: which one that is changes with
+// upgrades.
+const Serving = -1
+
 // Request is what somebody wants to know of a proxy, or to set.
 type Request struct {
-	Tenant     model.Tenant
+	Tenant model.Tenant
+	// Generation is 0, 1 or Serving.
 	Generation int
 	// What is one of the constants.
 	What string
@@ -50,10 +55,8 @@ func Parse(r *http.Request) (Request, error) {
 	if q.Tenant, err = model.ParseTenant(r.PathValue("tenant")); err != nil {
 		return q, err
 	}
-	if g := r.FormValue("generation"); g != "" {
-		if q.Generation, err = strconv.Atoi(g); err != nil || q.Generation < 0 || q.Generation > maxGeneration {
-			return q, fmt.Errorf("generation %.20q: must be 0 or 1", g)
-		}
+	if q.Generation, err = ParseGeneration(r.FormValue("generation")); err != nil {
+		return q, err
 	}
 	switch {
 	case !slices.Contains(What, q.What):
@@ -70,7 +73,27 @@ func Parse(r *http.Request) (Request, error) {
 	return q, nil
 }
 
-// Ask has a tenant's proxy answer. Text is made safe for terminals: the proxy may
+// ParseGeneration reads 0 or 1; "" is Serving.
+func ParseGeneration(s string) (int, error) {
+	if s == "" {
+		return Serving, nil
+	}
+	g, err := strconv.Atoi(s)
+	if err != nil || g < 0 || g > maxGeneration {
+		return 0, fmt.Errorf("generation %.20q: must be 0 or 1", s)
+	}
+	return g, nil
+}
+
+// generation is for logs.
+func (q Request) generation() string {
+	if q.Generation == Serving {
+		return "serving"
+	}
+	return strconv.Itoa(q.Generation)
+}
+
+// Ask has a tenant's proxy answer, of a generation that isn't Serving. Text is made safe for terminals: the proxy may
 // be in the wrong hands.
 func Ask(ctx context.Context, m *isolation.Manager, q Request) ([]byte, error) {
 	switch q.What {

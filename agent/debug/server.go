@@ -142,7 +142,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	log := s.log.With("user", user.Username, "source", r.RemoteAddr, "tenant", q.Tenant.String(), "generation", q.Generation, "what", q.What)
+	log := s.log.With("user", user.Username, "source", r.RemoteAddr, "tenant", q.Tenant.String(), "generation", q.generation(), "what", q.What)
 	if q.Set {
 		log = log.With("logger", q.Logger, "level", q.Level)
 	}

@@ -198,7 +198,7 @@ func TestAccess(t *testing.T) {
 	if !slices.Equal(b.api.asked[:3], want) {
 		t.Errorf("asked %+v", b.api.asked[:3])
 	}
-	for _, line := range []string{"msg=\"look into a proxy\" user=alice", "tenant=team-a generation=0 what=loglevel logger=\"\" level=debug", "msg=\"look into a proxy refused\" user=alice"} {
+	for _, line := range []string{"msg=\"look into a proxy\" user=alice", "tenant=team-a generation=serving what=loglevel logger=\"\" level=debug", "msg=\"look into a proxy refused\" user=alice"} {
 		if !strings.Contains(b.log.String(), line) {
 			t.Errorf("the log lacks %s:\n%s", line, &b.log)
 		}

@@ -18,7 +18,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -98,12 +97,12 @@ func run(ctx context.Context, args []string) error {
 		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/inspect", nil, os.Stdout)
 	case "log":
 		tenant := flags.String("tenant", "", "whose proxy")
-		generation := flags.Int("generation", 0, "0, or 1 for a canary")
+		generation := flags.String("generation", "", "0 or 1 (default the one that serves)")
 		if err := flags.Parse(args[1:]); err != nil {
 			return err
 		}
 		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/log",
-			url.Values{"tenant": {*tenant}, "generation": {strconv.Itoa(*generation)}}, os.Stdout)
+			url.Values{"tenant": {*tenant}, "generation": {*generation}}, os.Stdout)
 	case "events":
 		tenant := flags.String("tenant", "", "whose alone")
 		duration := flags.Duration("duration", 0, "for how long; 0 is until interrupted")
@@ -138,7 +137,7 @@ func run(ctx context.Context, args []string) error {
 // level, and sets the last if there is one to set.
 func lookInto(ctx context.Context, flags *flag.FlagSet, o *agent.Options, args []string) error {
 	tenant := flags.String("tenant", "", "whose proxy")
-	generation := flags.Int("generation", 0, "0, or 1 for a canary")
+	generation := flags.String("generation", "", "0 or 1 (default the one that serves)")
 	filter := flags.String("filter", "", "of stats a regular expression for names, of config a part such as dynamic_listeners")
 	logger := flags.String("logger", "", "of loglevel: which to set; all without it")
 	level := flags.String("level", "", "of loglevel: what to set it to")
@@ -151,7 +150,7 @@ func lookInto(ctx context.Context, flags *flag.FlagSet, o *agent.Options, args [
 	if *tenant == "" {
 		return fmt.Errorf("debug %s: name the tenant with --tenant", args[0])
 	}
-	values := url.Values{"generation": {strconv.Itoa(*generation)}, "filter": {*filter}}
+	values := url.Values{"generation": {*generation}, "filter": {*filter}}
 	method := http.MethodGet
 	if *logger != "" || *level != "" {
 		method = http.MethodPut
