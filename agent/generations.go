@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	}
 	// What runs is looked at even if the update fails: bad input changes nothing.
 	updateErr := errors.Join(placeErr, retireErr, a.bulkheads.Update(ctx, isolation.Spec{
-		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Bandwidth: a.boundedBandwidth(tp, b), Workers: tp.workers, Generations: wanted, Drain: a.o.Drain}))
+		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Bandwidth: a.boundedBandwidth(tp, b), Workers: tp.workers, Generations: wanted, Drain: cmp.Or(tp.drain, a.o.Drain)}))
 	a.closeEnded(tp, wanted)
 	ready, err := a.takeListeners(tp, pl, b)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"k8s.io/apimachinery/pkg/types"
 
@@ -54,6 +55,8 @@ type tenantPlan struct {
 	workers int
 	// version of Envoy that is to serve it.
 	version string
+	// drain is for how long what isn't wanted any more may finish; 0 for the agent's.
+	drain time.Duration
 	// canary is to serve beside it; nil for none.
 	canary *canaryPlan
 	// standby is why there is no warm standby that is wanted, "" otherwise.
@@ -101,6 +104,7 @@ func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
 			bandwidth:   isolation.Bandwidth{Egress: t.Limits.Egress, Ingress: t.Limits.Ingress},
 			workers:     int(max(0, min(t.Limits.Concurrency, isolation.MaxWorkers))),
 			version:     t.Version,
+			drain:       time.Duration(t.DrainSeconds) * time.Second,
 		}
 		if c := t.Canary; c != nil && c.Promoted {
 			tp.version = c.Version

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 
@@ -25,7 +26,7 @@ func nodeProxy() *v1alpha1.NodeProxy {
 			TrustDomain: "cluster.local",
 			Tenants: []v1alpha1.NodeTenant{
 				{Name: "team-b", Version: "1.40.0"},
-				{Name: "team-a", Version: "1.39.3", Limits: v1alpha1.Limits{CPUMillis: 500},
+				{Name: "team-a", Version: "1.39.3", DrainSeconds: 90, Limits: v1alpha1.Limits{CPUMillis: 500},
 					Canary: &v1alpha1.CanaryGeneration{Version: "1.40.0", Weight: 25}},
 			},
 			Pods: []v1alpha1.NodePod{
@@ -46,7 +47,7 @@ func TestMakePlan(t *testing.T) {
 	}
 	a := p.tenants[0]
 	if a.tenant != model.NamespaceTenant("team-a") || a.limits.CPUMillis != 500 ||
-		a.version != "1.39.3" || a.canary == nil || *a.canary != (canaryPlan{version: "1.40.0", weight: 25}) {
+		a.version != "1.39.3" || a.drain != 90*time.Second || a.canary == nil || *a.canary != (canaryPlan{version: "1.40.0", weight: 25}) {
 		t.Errorf("team-a is planned as %+v", a)
 	}
 	pod, ok := p.pod("2")

@@ -52,7 +52,7 @@ func (a *Agent) registryAccess(ctx context.Context) (image.Access, error) {
 	access.Roots.AppendCertsFromPEM(s.Data["ca.crt"])
 	if config := s.Data[corev1.DockerConfigJsonKey]; len(config) > 0 {
 		if access.Keychain, err = image.NewKeychain(config); err != nil {
-			return access, fmt.Errorf("Secret %s/%s: %w", a.o.Namespace, registrySecret, err)
+			return access, fmt.Errorf("use Secret %s/%s: %w", a.o.Namespace, registrySecret, err)
 		}
 	}
 	return access, nil

@@ -79,7 +79,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		if state.Ready {
 			s.ProxyVersions = append(s.ProxyVersions, version)
 		}
-		s.Images = append(s.Images, v1alpha1.NodeImageStatus{Version: version, Ready: state.Ready, Reason: state.Reason, Message: cut(state.Message, 1000)})
+		s.Images = append(s.Images, v1alpha1.NodeImageStatus{Version: version, Ready: state.Ready, Reason: state.Reason, Message: shorten(state.Message, 1000)})
 	}
 	pods, strict, bypassed := map[model.Tenant]int32{}, map[model.Tenant]int32{}, map[model.Tenant]int32{}
 	for _, p := range o.round.plan.pods {
@@ -123,8 +123,8 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	return s
 }
 
-// cut shortens s to at most n bytes.
-func cut(s string, n int) string {
+// shorten cuts s to at most n bytes.
+func shorten(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}

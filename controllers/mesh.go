@@ -71,6 +71,7 @@ type mesh struct {
 
 // triggers reach the controllers that do what follows from a change.
 type triggers struct {
+	rollouts   trigger[struct{}]
 	topologies trigger[struct{}]
 	namespaces trigger[string]
 	network    trigger[struct{}]
@@ -120,6 +121,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 	}
 	// A plan holds up a new pod, so it waits less than what people read.
 	m.triggers.plans.delay = 20 * time.Millisecond
+	m.triggers.rollouts.delay = 100 * time.Millisecond
 	m.triggers.authority.delay = time.Second
 	m.triggers.routings.delay = 20 * time.Millisecond
 	m.triggers.routeStatus.delay = 100 * time.Millisecond
@@ -446,6 +448,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
+	m.triggers.rollouts.add(struct{}{})
 	had := m.reports[node]
 	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {

@@ -48,7 +48,7 @@ func newCluster(t *testing.T, objects ...client.Object) *cluster {
 	}
 	c := &cluster{t: t}
 	c.WithWatch = fake.NewClientBuilder().WithScheme(newScheme()).WithObjects(objects...).WithReturnManagedFields().WithTypeConverters(append(typeConverters(t), managedfields.NewDeducedTypeConverter())...).
-		WithStatusSubresource(&v1alpha1.NodeProxy{}, &v1alpha1.TenantProxy{}, &v1alpha1.IsolationPolicy{}, &v1alpha1.MeshTopology{}, &gatewayv1.HTTPRoute{}, &gatewayv1.GRPCRoute{}).
+		WithStatusSubresource(&v1alpha1.NodeProxy{}, &v1alpha1.TenantProxy{}, &v1alpha1.ProxyRollout{}, &v1alpha1.IsolationPolicy{}, &v1alpha1.MeshTopology{}, &gatewayv1.HTTPRoute{}, &gatewayv1.GRPCRoute{}).
 		WithIndex(&discoveryv1.EndpointSlice{}, sliceService, indexSlice).Build()
 	c.mesh = newMesh(c.WithWatch, xds.NewStore(xds.StoreOptions{Logger: slog.New(slog.DiscardHandler)}), []string{"bulkhead-system", "kube-system"}, slog.New(slog.DiscardHandler))
 	c.event = func(p translate.Pod, _, note string) { c.refused = append(c.refused, p.Name+": "+note) }

@@ -272,3 +272,15 @@ func (m *mesh) bypasses(topology string) []translate.BypassView {
 	}
 	return views
 }
+
+// everything are the names of all nodes, and of all namespaces of the mesh.
+func (m *mesh) everything() (nodes, namespaces []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, ns := range m.namespaces {
+		if ns.IsMember() {
+			namespaces = append(namespaces, name)
+		}
+	}
+	return slices.Collect(maps.Keys(m.nodes)), namespaces
+}

@@ -122,6 +122,9 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now,
 		event: func(about *corev1.ObjectReference, reason, note string) {
 			recorder.Eventf(about, nil, corev1.EventTypeWarning, reason, "Refuse", "%.1000s", note)
+		},
+		upgrade: func(about, by *corev1.ObjectReference, kind, reason, action, note string) {
+			recorder.Eventf(about, by, kind, reason, action, "%.1000s", note)
 		}}, late); err != nil {
 		return err
 	}

@@ -31,6 +31,9 @@ type writer struct {
 	now           func() time.Time
 	// event makes a warning event; it never blocks. Default: none.
 	event func(about *corev1.ObjectReference, reason, note string)
+	// upgrade makes an event about an upgrade by a rollout, of type kind. Default:
+	// none. Events that are alike in all but the note are told once.
+	upgrade func(about, by *corev1.ObjectReference, kind, reason, action, note string)
 }
 
 // reasonCrowded is of events about a node with hardly any room for tenants.
@@ -54,12 +57,19 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		}
 		return nil
 	}
+	rollouts, err := w.rollouts(ctx, w.Client)
+	if err != nil {
+		return err
+	}
+	plan.shared.Version = translate.RolledOutVersion(plan.shared.Version, rollouts)
 	for namespace, p := range plan.namespaces {
+		p.Version = translate.RolledOutVersion(p.Version, rollouts)
 		policies, err := w.policies(ctx, namespace)
 		if err != nil {
 			return err
 		}
 		p.Limits, p.Standby, p.Strict = translate.Limits(policies, p.Bounds), translate.Standby(policies, p.Bounds), p.Strict || translate.IsStrict(policies)
+		p.Drain = translate.Drain(policies)
 		plan.namespaces[namespace] = p
 	}
 	had := map[string]bool{}

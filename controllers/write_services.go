@@ -51,8 +51,12 @@ func (w *writer) writeService(ctx context.Context, key types.NamespacedName) err
 // tell makes a warning event of an object.
 func (w *writer) tell(o client.Object, kind, reason, note string) {
 	if w.event != nil {
-		w.event(&corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID()}, reason, note)
+		w.event(referenceTo(o, kind), reason, note)
 	}
+}
+
+func referenceTo(o client.Object, kind string) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID()}
 }
 
 func apiVersion(kind string) string {

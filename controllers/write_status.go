@@ -52,6 +52,14 @@ func startWriters(mgr manager.Manager, w *writer, late *lateKinds) error {
 				watch(mgr, &corev1.Node{}, byName), watch(mgr, &v1alpha1.NodeProxy{}, byName, changedSpec[*v1alpha1.NodeProxy]()), &t.plans)
 		},
 		func() error {
+			return reconciles[struct{}]{name: "rollouts", leader: true, do: w.writeRollouts}.start(mgr, w.mesh,
+				watch(mgr, &v1alpha1.ProxyRollout{}, single), watch(mgr, &v1alpha1.MeshTopology{}, single, changedSpec[*v1alpha1.MeshTopology]()), &t.rollouts)
+		},
+		func() error {
+			return reconciles[string]{name: "rolledout", leader: true, do: once(w.rolloutChanged)}.start(mgr, w.mesh,
+				watch(mgr, &v1alpha1.ProxyRollout{}, byName))
+		},
+		func() error {
 			return reconciles[string]{name: "tenants", leader: true, workers: 4, do: once(w.writeTenant)}.start(mgr, w.mesh,
 				watch(mgr, &corev1.Namespace{}, byName), watch(mgr, &v1alpha1.TenantProxy{}, byNamespace), &t.tenants)
 		},
@@ -103,10 +111,15 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	for i := range list.Items {
 		have[list.Items[i].Name] = &list.Items[i]
 	}
+	rollouts, err := w.rollouts(ctx, w.Client)
+	if err != nil {
+		return err
+	}
+	m.Version = translate.RolledOutVersion(m.Version, rollouts)
 	var errs []error
 	for tenant, nodes := range views {
 		name := translate.TenantProxyName(tenant)
-		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name]))
+		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], rollouts))
 		delete(have, name)
 	}
 	for _, t := range have {
@@ -117,7 +130,7 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	return errors.Join(errs...)
 }
 
-func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy) error {
+func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, rollouts []v1alpha1.ProxyRollout) error {
 	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: translate.TenantProxyName(tenant)}}
 	if have == nil {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
@@ -126,6 +139,7 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 		have = want.DeepCopy()
 	}
 	want.Status = translate.TenantProxyStatus(tenant, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
+	want.Status.Upgrade = translate.Upgrade(m.Version, views, rollouts)
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
 	}
@@ -146,6 +160,9 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 			w.tell(have, "TenantProxy", now.Reason, now.Message)
 		}
 	}
+	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && (had == nil || had.Verdict != u.Verdict || had.Weight != u.Weight || had.Rollout != u.Rollout) {
+		w.tellUpgrade(have, u)
+	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
 		w.tell(have, "TenantProxy", now.Reason, now.Message)
@@ -157,6 +174,7 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 // plans of its nodes made anew.
 func (w *writer) writePolicies(ctx context.Context, namespace string) error {
 	w.mesh.triggers.plans.add(w.mesh.tenantNodes(namespace)...)
+	w.mesh.triggers.rollouts.add(struct{}{}) // they may say when it may begin
 	policies, err := w.policies(ctx, namespace)
 	if err != nil || len(policies) == 0 {
 		return err

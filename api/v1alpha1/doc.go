@@ -26,6 +26,7 @@ func addTypes(s *runtime.Scheme) error {
 		&IsolationPolicy{}, &IsolationPolicyList{},
 		&MeshTopology{}, &MeshTopologyList{},
 		&NodeProxy{}, &NodeProxyList{},
+		&ProxyRollout{}, &ProxyRolloutList{},
 		&TenantProxy{}, &TenantProxyList{},
 	)
 	metav1.AddToGroupVersion(s, GroupVersion)

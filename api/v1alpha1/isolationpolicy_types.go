@@ -6,7 +6,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // its pods take. A field that isn't set is as the MeshTopology says; what is set
 // can't go beyond the MeshTopology's ceilings.
 //
-// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids) || has(self.connections) || has(self.bandwidth) || has(self.concurrency) || has(self.warmStandby) || has(self.plainText)",message="set at least one of cpu, memory, pids, connections, bandwidth, concurrency, warmStandby, plainText"
+// +kubebuilder:validation:XValidation:rule="has(self.cpu) || has(self.memory) || has(self.pids) || has(self.connections) || has(self.bandwidth) || has(self.concurrency) || has(self.warmStandby) || has(self.plainText) || has(self.upgrades)",message="set at least one of cpu, memory, pids, connections, bandwidth, concurrency, warmStandby, plainText, upgrades"
 type IsolationPolicySpec struct {
 	ProxyLimits `json:",inline"`
 	// PlainText can be Strict only: a namespace can refuse what its MeshTopology
@@ -14,6 +14,10 @@ type IsolationPolicySpec struct {
 	// +kubebuilder:validation:Enum=Strict
 	// +optional
 	PlainText PlainText `json:"plainText,omitempty"`
+	// Upgrades of the namespace's proxies: when they may begin, and how long
+	// connections may go on in what was replaced.
+	// +optional
+	Upgrades *UpgradePolicy `json:"upgrades,omitempty"`
 }
 
 // IsolationPolicyStatus tells what is enforced where.

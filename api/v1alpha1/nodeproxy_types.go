@@ -73,6 +73,10 @@ type NodeImage struct {
 	// +kubebuilder:validation:Pattern=`^[a-z0-9A-Z.:/_\[\]-]+@sha256:[0-9a-f]{64}$`
 	// +kubebuilder:validation:MaxLength=512
 	Image string `json:"image"`
+	// Rollout is the ProxyRollout that asks for it. Without one it was made by hand.
+	// +kubebuilder:validation:MaxLength=253
+	// +optional
+	Rollout string `json:"rollout,omitempty"`
 }
 
 // OutsidePod is a pod of a namespace in the mesh that isn't in the mesh itself.
@@ -118,6 +122,12 @@ type NodeTenant struct {
 	// when the first ends. A canary has its place.
 	// +optional
 	Standby bool `json:"standby,omitempty"`
+	// DrainSeconds is for how long a process that isn't wanted any more may finish its
+	// connections. 0 is as the agent says.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=86400
+	// +optional
+	DrainSeconds int64 `json:"drainSeconds,omitempty"`
 	// Canary is a second generation of this proxy that runs beside the first and
 	// takes a share of the new connections. A rollout owns this field, by
 	// server-side apply under its own name; without one there is no canary.
@@ -139,6 +149,10 @@ type CanaryGeneration struct {
 	// generation finishes those that it has, and ends. Weight doesn't count then.
 	// +optional
 	Promoted bool `json:"promoted,omitempty"`
+	// Rollout is the ProxyRollout that asks for it. Without one it was made by hand.
+	// +kubebuilder:validation:MaxLength=253
+	// +optional
+	Rollout string `json:"rollout,omitempty"`
 }
 
 // NodePod is a pod of the mesh.

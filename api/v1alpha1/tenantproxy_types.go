@@ -28,11 +28,38 @@ type TenantProxyStatus struct {
 	// ReadyProxies that serve now.
 	// +optional
 	ReadyProxies int32 `json:"readyProxies,omitempty"`
+	// Upgrade to another version, while a ProxyRollout is at it, and after one that was
+	// taken back until there is another.
+	// +optional
+	Upgrade *TenantUpgrade `json:"upgrade,omitempty"`
 	// Nodes where the tenant has pods.
 	// +listType=map
 	// +listMapKey=node
 	// +optional
 	Nodes []TenantNodeStatus `json:"nodes,omitempty"`
+}
+
+// TenantUpgrade is where an upgrade of the tenant's proxies is.
+type TenantUpgrade struct {
+	// Rollout is the ProxyRollout that does it.
+	Rollout string `json:"rollout"`
+	// From is the version that connections leave, To the one that they go to.
+	From string `json:"from"`
+	To   string `json:"to"`
+	// Weight is the percentage of new connections that goes to the new version.
+	Weight int32 `json:"weight"`
+	// Step of the rollout and how many it has: "1/3".
+	// +optional
+	Step string `json:"step,omitempty"`
+	// Verdict: NotYet (the tenant doesn't take part so far), InProgress, Healthy (it
+	// serves and nothing is wrong), RolledBack or Aborted.
+	Verdict string `json:"verdict"`
+	// Message says what is happening, since when, what comes next, and who can stop it.
+	// +kubebuilder:validation:MaxLength=2048
+	Message string `json:"message"`
+	// Since when.
+	// +optional
+	Since *metav1.Time `json:"since,omitempty"`
 }
 
 // TenantNodeStatus is a tenant's proxy on one node.
@@ -72,6 +99,11 @@ type TenantNodeStatus struct {
 // +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
 // +kubebuilder:printcolumn:name="Bypass",type=string,JSONPath=`.status.conditions[?(@.type=="EmergencyBypass")].status`
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.version`
+// +kubebuilder:printcolumn:name="UpgradeTo",type=string,JSONPath=`.status.upgrade.to`
+// +kubebuilder:printcolumn:name="Weight",type=integer,JSONPath=`.status.upgrade.weight`
+// +kubebuilder:printcolumn:name="Step",type=string,JSONPath=`.status.upgrade.step`
+// +kubebuilder:printcolumn:name="Verdict",type=string,JSONPath=`.status.upgrade.verdict`
+// +kubebuilder:printcolumn:name="Upgrade",type=string,JSONPath=`.status.upgrade.message`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type TenantProxy struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
 
@@ -29,6 +30,9 @@ type NamespacePlan struct {
 	Bounds Bounds
 	// Exclusions of all its pods.
 	Exclusions []v1alpha1.Exclusion
+	// Drain is for how long what was replaced may finish its connections; 0 is as
+	// agents say.
+	Drain time.Duration
 	// Strict pods take no plain text.
 	Strict bool
 	// Bypass is the emergency bypass.
@@ -82,10 +86,10 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 		spec.Pods = append(spec.Pods, pod)
 		if !planned[name] {
 			planned[name] = true
-			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits, Standby: ns.Standby}
+			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits, DrainSeconds: int64(ns.Drain / time.Second), Standby: ns.Standby}
 			if p.Tenant.Scope == model.ScopeNode {
 				// No namespace's policy bounds what others use as well.
-				t.Version, t.Limits, t.Standby = n.Shared.Version, Limits(nil, n.Shared.Bounds), Standby(nil, n.Shared.Bounds)
+				t.DrainSeconds, t.Version, t.Limits, t.Standby = 0, n.Shared.Version, Limits(nil, n.Shared.Bounds), Standby(nil, n.Shared.Bounds)
 			}
 			spec.Tenants = append(spec.Tenants, t)
 		}
@@ -150,10 +154,11 @@ func Crowded(members []Pod) string {
 	return ""
 }
 
-// SamePlan reports whether have is want, which is sorted, whatever canaries it has
-// besides. The order of its lists doesn't count.
+// SamePlan reports whether have is want, which is sorted, whatever canaries and images
+// it has besides. The order of its lists doesn't count.
 func SamePlan(have, want v1alpha1.NodeProxySpec) bool {
 	have = *have.DeepCopy()
+	have.Images = nil
 	for i := range have.Tenants {
 		have.Tenants[i].Canary = nil
 	}

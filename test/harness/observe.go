@@ -25,7 +25,7 @@ type Inspection struct {
 type Proxy struct {
 	Tenant string `json:"name"`
 	Ready  bool   `json:"ready"`
-	// Weight is the percentage of new connections that generation 1 takes.
+	// Weight is the percentage of new connections that the canary takes.
 	Weight int    `json:"weight"`
 	Limits Limits `json:"limits"`
 	// Steered counts new connections by the generation that got them.
@@ -64,6 +64,8 @@ type Generation struct {
 	UID          int               `json:"uid"`
 	Cgroup       string            `json:"cgroup"`
 	Ready        bool              `json:"ready"`
+	Role         string            `json:"role"`
+	Serving      bool              `json:"serving"`
 	Restarts     int               `json:"restarts"`
 	LastExit     string            `json:"lastExit"`
 	Namespaces   map[string]string `json:"namespaces"`

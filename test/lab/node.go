@@ -74,6 +74,8 @@ type Node struct {
 	Promoted bool
 	// Drain is how long one that isn't wanted any more may last; 0 is the default.
 	Drain time.Duration
+	// PlanDrain is the same by the plan, in whole seconds; 0 leaves it to Drain.
+	PlanDrain time.Duration
 	// Standby has each of them a warm standby.
 	Standby bool
 	// Limits of tenants' proxies. Default 1 GiB of memory.
@@ -170,6 +172,9 @@ func (n *Node) WritePlan() string {
 			seen[name] = true
 			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": cmp.Or(n.Limits[name], v1alpha1.Limits{MemoryMax: 1 << 30})}
 			tenant["standby"] = n.Standby
+			if n.PlanDrain > 0 {
+				tenant["drainSeconds"] = int(n.PlanDrain / time.Second)
+			}
 			if n.Canary > 0 {
 				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, dist.Default), "weight": n.Canary, "promoted": n.Promoted}
 			}

@@ -1,0 +1,172 @@
+package controllers
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+)
+
+// rolling is a cluster with a plan and a rollout.
+type rolling struct {
+	*cluster
+	w     *writer
+	told  []string
+	clock time.Time
+}
+
+func newRolling(t *testing.T) *rolling {
+	t.Helper()
+	c := newCluster(t, newTopology("t", "mesh"), newNamespace("a", "mesh"), newNode("n1", "10.0.1.0/24"), newPod("one", "n1", "10.0.1.1"))
+	r := &rolling{cluster: c, w: c.writer(), clock: born}
+	r.w.Client = interceptor.NewClient(c.WithWatch, interceptor.Funcs{Apply: r.withVersions})
+	r.w.now = func() time.Time { return r.clock }
+	r.w.upgrade = func(about, _ *corev1.ObjectReference, kind, reason, action, note string) {
+		r.told = append(r.told, strings.Join([]string{about.Kind, kind, reason, action}, " ")+": "+note)
+	}
+	r.must(r.w.writePlan(t.Context(), "n1"))
+	r.must(c.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{
+		Target: v1alpha1.RolloutTarget{Version: "1.41.0"}, Steps: []v1alpha1.RolloutStep{{Weight: 10, Approval: true}, {Weight: 100}}}}))
+	r.report(func(s *v1alpha1.NodeProxyStatus) {})
+	return r
+}
+
+// withVersions applies what a rollout wants with the versions that there are: the fake
+// API server fills in what an applied object hasn't, as if it were taken away.
+func (r *rolling) withVersions(ctx context.Context, c client.WithWatch, o runtime.ApplyConfiguration, options ...client.ApplyOption) error {
+	b, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	u := &unstructured.Unstructured{}
+	if err := json.Unmarshal(b, &u.Object); err != nil {
+		return err
+	}
+	if !slices.Contains(options, client.ApplyOption(client.FieldOwner(RolloutManager))) {
+		return c.Apply(ctx, o, options...)
+	}
+	tenants, _, _ := unstructured.NestedSlice(u.Object, "spec", "tenants")
+	for _, t := range tenants {
+		t := t.(map[string]any)
+		for _, have := range r.nodeProxy(u.GetName()).Spec.Tenants {
+			if have.Name == t["name"] {
+				t["version"] = have.Version
+			}
+		}
+	}
+	if len(tenants) > 0 {
+		if err := unstructured.SetNestedSlice(u.Object, tenants, "spec", "tenants"); err != nil {
+			return err
+		}
+	}
+	return c.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), options...)
+}
+
+func (r *rolling) must(err error) {
+	r.t.Helper()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// report has the node's agent say that it has the version, and more.
+func (r *rolling) report(change func(*v1alpha1.NodeProxyStatus)) {
+	r.t.Helper()
+	np := r.nodeProxy("n1")
+	np.Status = v1alpha1.NodeProxyStatus{ProxyVersions: []string{"1.40.0", "1.41.0"}}
+	change(&np.Status)
+	r.must(r.Status().Update(r.t.Context(), np))
+}
+
+func (r *rolling) decide() v1alpha1.ProxyRolloutStatus {
+	r.t.Helper()
+	_, err := r.w.writeRollouts(r.t.Context(), struct{}{})
+	r.must(err)
+	var got v1alpha1.ProxyRollout
+	r.must(r.Get(r.t.Context(), client.ObjectKey{Name: "r"}, &got))
+	return got.Status
+}
+
+func (r *rolling) canary() *v1alpha1.CanaryGeneration {
+	r.t.Helper()
+	i := slices.IndexFunc(r.nodeProxy("n1").Spec.Tenants, func(t v1alpha1.NodeTenant) bool { return t.Name == "a" })
+	if i < 0 {
+		r.t.Fatal("the tenant isn't planned")
+	}
+	return r.nodeProxy("n1").Spec.Tenants[i].Canary
+}
+
+func generation(role v1alpha1.GenerationRole, version string, restarts int32) v1alpha1.GenerationStatus {
+	return v1alpha1.GenerationStatus{Version: version, Role: role, Serving: restarts == 0, Restarts: restarts, LastExit: "killed by SIGSEGV"}
+}
+
+func TestRolloutsAreWritten(t *testing.T) {
+	r := newRolling(t)
+	if s := r.decide(); s.Phase != v1alpha1.RolloutProgressing || !slices.Equal(s.From, []string{"1.40.0"}) {
+		t.Errorf("%+v", s)
+	}
+	if c := r.canary(); c == nil || *c != (v1alpha1.CanaryGeneration{Version: "1.41.0", Weight: 10, Rollout: "r"}) {
+		t.Fatalf("the canary is %+v", c)
+	}
+	r.report(func(s *v1alpha1.NodeProxyStatus) {
+		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Generations: []v1alpha1.GenerationStatus{generation(v1alpha1.RoleCanary, "1.41.0", 1)}}}
+	})
+	r.told = nil
+	s := r.decide()
+	if s.Verdict == nil || s.Verdict.Reason != "Crashed" || r.canary() != nil {
+		t.Errorf("after a crash: %+v, canary %+v", s, r.canary())
+	}
+	if len(r.told) != 1 || !strings.HasPrefix(r.told[0], "ProxyRollout Warning RolloutPhase RollingBack: ") || !strings.Contains(r.told[0], "SIGSEGV") {
+		t.Errorf("told is %q", r.told)
+	}
+	r.report(func(*v1alpha1.NodeProxyStatus) {})
+	if s := r.decide(); s.Phase != v1alpha1.RolloutRolledBack || r.canary() != nil {
+		t.Errorf("at last: %+v, canary %+v", s, r.canary())
+	}
+}
+
+// A rollout that is deleted leaves nothing, and touches nothing that isn't its own.
+func TestRolloutDeleted(t *testing.T) {
+	r := newRolling(t)
+	r.decide()
+	if r.canary() == nil {
+		t.Fatal("no canary")
+	}
+	r.must(r.Delete(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}}))
+	_, err := r.w.writeRollouts(t.Context(), struct{}{})
+	r.must(err)
+	if c := r.canary(); c != nil {
+		t.Errorf("it leaves %+v", c)
+	}
+	r.must(r.setCanary("n1", "a"))
+	_, err = r.w.writeRollouts(t.Context(), struct{}{})
+	r.must(err)
+	if c := r.canary(); c == nil || c.Version != "1.39.3" {
+		t.Errorf("what was made by hand is %+v", c)
+	}
+}
+
+// What succeeded is what plans have, also of pods that come later.
+func TestPlanFollowsRollout(t *testing.T) {
+	r := newRolling(t)
+	var done v1alpha1.ProxyRollout
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &done))
+	at := metav1.NewTime(born)
+	done.Status = v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutSucceeded, Version: "1.41.0", From: []string{"1.40.0"}, FinishedAt: &at}
+	r.must(r.Status().Update(t.Context(), &done))
+	r.must(r.w.writePlan(t.Context(), "n1"))
+	if v := r.nodeProxy("n1").Spec.Tenants[0].Version; v != "1.41.0" {
+		t.Errorf("the plan has version %s", v)
+	}
+}

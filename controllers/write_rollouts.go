@@ -1,0 +1,235 @@
+package controllers
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
+)
+
+// RolloutManager is the name under which rollouts own canaries and images.
+const RolloutManager = "bulkhead-rollout"
+
+// rolloutWrites is how many nodes are written to at a time.
+const rolloutWrites = 16
+
+// Reasons of events about rollouts.
+const (
+	reasonRolloutStep  = "RolloutStep"
+	reasonRolloutPhase = "RolloutPhase"
+)
+
+// rollouts are all of them, the oldest first.
+func (w *writer) rollouts(ctx context.Context, from client.Reader) ([]v1alpha1.ProxyRollout, error) {
+	var list v1alpha1.ProxyRolloutList
+	if err := from.List(ctx, &list); err != nil {
+		return nil, fmt.Errorf("list ProxyRollouts: %w", err)
+	}
+	slices.SortFunc(list.Items, func(a, b v1alpha1.ProxyRollout) int {
+		return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), cmp.Compare(a.Name, b.Name))
+	})
+	return list.Items, nil
+}
+
+// rolloutChanged has made anew what depends on rollouts' status.
+func (w *writer) rolloutChanged(context.Context, string) error {
+	nodes, namespaces := w.mesh.everything()
+	w.mesh.triggers.plans.add(nodes...)
+	w.mesh.triggers.tenants.add(namespaces...)
+	return nil
+}
+
+// writeRollouts decides what all rollouts do next. Statuses are read from the API
+// server itself, and written before nodes are: a verdict must be on record before its
+// cause is taken away.
+func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, error) {
+	rollouts, err := w.rollouts(ctx, w.keeper.live)
+	if err != nil {
+		return 0, err
+	}
+	var nodes v1alpha1.NodeProxyList
+	if err := w.List(ctx, &nodes); err != nil {
+		return 0, fmt.Errorf("list NodeProxies: %w", err)
+	}
+	if len(rollouts) == 0 && !slices.ContainsFunc(nodes.Items, hasRollout) {
+		return 0, nil
+	}
+	from, err := w.topologyVersions(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var policies v1alpha1.IsolationPolicyList
+	if err := w.List(ctx, &policies); err != nil {
+		return 0, fmt.Errorf("list IsolationPolicies: %w", err)
+	}
+	byNamespace := map[string][]v1alpha1.IsolationPolicy{}
+	for _, p := range policies.Items {
+		byNamespace[p.Namespace] = append(byNamespace[p.Namespace], p)
+	}
+	want := map[string]translate.NodeRollout{}
+	var after time.Duration
+	older := ""
+	for i := range rollouts {
+		r := &rollouts[i]
+		in := translate.RolloutInput{Rollout: r, Older: older, Nodes: nodes.Items, Policies: byNamespace, Now: w.now()}
+		for _, version := range from {
+			in.From = append(in.From, translate.RolledOutVersion(version, rollouts))
+		}
+		slices.Sort(in.From)
+		in.From = slices.Compact(in.From)
+		d := translate.DecideRollout(in)
+		if err := w.writeRolloutStatus(ctx, r, d.Status); err != nil {
+			return 0, err
+		}
+		r.Status = d.Status
+		if older == "" && !translate.IsDone(d.Status.Phase) {
+			older = r.Name
+		}
+		for node, n := range d.Nodes {
+			all := want[node]
+			for _, image := range n.Images {
+				if !slices.ContainsFunc(all.Images, func(i v1alpha1.NodeImage) bool { return i.Version == image.Version }) {
+					all.Images = append(all.Images, image)
+				}
+			}
+			if all.Canaries == nil {
+				all.Canaries = map[string]v1alpha1.CanaryGeneration{}
+			}
+			maps.Copy(all.Canaries, n.Canaries) // the later one's: the earlier is done
+			want[node] = all
+		}
+		if d.After > 0 && (after == 0 || d.After < after) {
+			after = d.After
+		}
+	}
+	var writing errgroup.Group
+	writing.SetLimit(rolloutWrites)
+	errs := make([]error, len(nodes.Items))
+	for i := range nodes.Items {
+		n := &nodes.Items[i]
+		if sameRollout(n, want[n.Name]) {
+			continue
+		}
+		writing.Go(func() error {
+			errs[i] = w.applyRollout(ctx, n.Name, want[n.Name])
+			return nil // one node doesn't hold up the others
+		})
+	}
+	writing.Wait()
+	return after, errors.Join(errs...)
+}
+
+// topologyVersions are those that MeshTopologies ask for.
+func (w *writer) topologyVersions(ctx context.Context) (versions []string, err error) {
+	var list v1alpha1.MeshTopologyList
+	if err := w.List(ctx, &list); err != nil {
+		return nil, fmt.Errorf("list MeshTopologies: %w", err)
+	}
+	for _, t := range list.Items {
+		versions = append(versions, cmp.Or(t.Spec.Proxy.Version, translate.DefaultProxyVersion))
+	}
+	return versions, nil
+}
+
+func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollout, status v1alpha1.ProxyRolloutStatus) error {
+	if equality.Semantic.DeepEqual(r.Status, status) {
+		return nil
+	}
+	want := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: r.Name}, Status: status}
+	if err := w.applyStatus(ctx, &want, "ProxyRollout"); err != nil {
+		return err
+	}
+	kind := corev1.EventTypeNormal
+	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack {
+		kind = corev1.EventTypeWarning
+	}
+	switch had := r.Status; {
+	case w.upgrade == nil:
+	case had.Phase != status.Phase && status.Phase != v1alpha1.RolloutWaiting && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
+		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
+	case had.Step != status.Step:
+		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
+	}
+	return nil
+}
+
+// tellUpgrade tells the owner of a tenant how the upgrade of its proxies is.
+func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+	if w.upgrade == nil {
+		return
+	}
+	kind := corev1.EventTypeNormal
+	if u.Verdict == translate.UpgradeRolledBack {
+		kind = corev1.EventTypeWarning
+	}
+	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
+	w.upgrade(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
+}
+
+func hasRollout(n v1alpha1.NodeProxy) bool {
+	return slices.ContainsFunc(n.Spec.Images, func(i v1alpha1.NodeImage) bool { return i.Rollout != "" }) ||
+		slices.ContainsFunc(n.Spec.Tenants, func(t v1alpha1.NodeTenant) bool { return t.Canary != nil && t.Canary.Rollout != "" })
+}
+
+// sameRollout reports whether a node has what rollouts want of it, whatever was made
+// by hand besides.
+func sameRollout(n *v1alpha1.NodeProxy, want translate.NodeRollout) bool {
+	images, canaries := 0, 0
+	for _, i := range n.Spec.Images {
+		if i.Rollout == "" {
+			continue
+		}
+		if images++; !slices.Contains(want.Images, i) {
+			return false
+		}
+	}
+	for _, t := range n.Spec.Tenants {
+		if t.Canary == nil || t.Canary.Rollout == "" {
+			continue
+		}
+		if canaries++; want.Canaries[t.Name] != *t.Canary {
+			return false
+		}
+	}
+	return images == len(want.Images) && canaries == len(want.Canaries)
+}
+
+// applyRollout gives a node all that rollouts own there, and takes the rest of it away.
+// What others own is a conflict: a canary that was made by hand is its maker's.
+func (w *writer) applyRollout(ctx context.Context, node string, want translate.NodeRollout) error {
+	type tenant struct {
+		Name   string                    `json:"name"`
+		Canary v1alpha1.CanaryGeneration `json:"canary"`
+	}
+	spec := struct {
+		Images  []v1alpha1.NodeImage `json:"images,omitempty"`
+		Tenants []tenant             `json:"tenants,omitempty"`
+	}{Images: want.Images}
+	for _, name := range slices.Sorted(maps.Keys(want.Canaries)) {
+		spec.Tenants = append(spec.Tenants, tenant{name, want.Canaries[name]})
+	}
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&spec)
+	if err != nil {
+		return fmt.Errorf("convert the rollout of NodeProxy %s: %w", node, err)
+	}
+	u := &unstructured.Unstructured{Object: map[string]any{"apiVersion": v1alpha1.GroupVersion.String(), "kind": "NodeProxy",
+		"metadata": map[string]any{"name": node}, "spec": content}}
+	if err := w.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(RolloutManager)); err != nil {
+		return fmt.Errorf("apply the rollout of NodeProxy %s: %w", node, err)
+	}
+	return nil
+}

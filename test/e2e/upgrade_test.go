@@ -1,0 +1,334 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/cmd/bulkhead/rollout"
+	"github.com/bulkhead-mesh/bulkhead/hack/images/oci"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+const newEnvoy, olderEnvoy = "1.40.0", "1.39.3"
+
+// rollOut creates a ProxyRollout that ends with the test.
+func rollOut(t *testing.T, name, target, steps string) {
+	t.Helper()
+	t.Cleanup(func() {
+		if _, err := e.Kubectl(context.Background(), "", "delete", "proxyrollout", name, "--ignore-not-found"); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := e.Apply(t.Context(), fmt.Sprintf(`
+apiVersion: mesh.bulkhead.dev/v1alpha1
+kind: ProxyRollout
+metadata: {name: %s}
+spec: {target: {%s}, steps: [%s]}
+`, name, target, steps)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// phase waits until a rollout is in a phase, and what it says contains words.
+func phase(t *testing.T, name string, phase v1alpha1.RolloutPhase, words ...string) (s v1alpha1.ProxyRolloutStatus) {
+	t.Helper()
+	err := harness.Wait(t.Context(), 2*time.Minute, 50*time.Millisecond, "rollout "+name+" to be "+string(phase), func(ctx context.Context) error {
+		var r v1alpha1.ProxyRollout
+		if err := e.Client.Get(ctx, client.ObjectKey{Name: name}, &r); err != nil {
+			return err
+		}
+		s = r.Status
+		if s.Phase != phase {
+			return fmt.Errorf("it is %s: %s", s.Phase, s.Message)
+		}
+		for _, word := range words {
+			if !strings.Contains(s.Message, word) {
+				return fmt.Errorf("%q doesn't say %q", s.Message, word)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// servingVersions waits until new connections of a tenant go to these versions on
+// all nodes.
+func servingVersions(t *testing.T, tenant string, versions ...string) {
+	t.Helper()
+	for _, node := range e.nodes {
+		err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, tenant+" on "+node+" to be served by "+fmt.Sprint(versions), func(ctx context.Context) error {
+			p, err := e.Proxy(ctx, node, tenant)
+			if err != nil {
+				return err
+			}
+			serving := map[string]bool{}
+			for _, g := range p.Generations {
+				if g.Serving {
+					serving[g.Version] = true
+				}
+			}
+			for _, v := range versions {
+				if !serving[v] {
+					return fmt.Errorf("%+v", p.Generations)
+				}
+			}
+			if len(serving) != len(versions) {
+				return fmt.Errorf("%+v", p.Generations)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func upgradeOf(t *testing.T, namespace string) *v1alpha1.TenantUpgrade {
+	t.Helper()
+	p, err := e.WaitTenant(t.Context(), namespace, len(e.nodes), time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Status.Upgrade
+}
+
+// TestProxyRollout brings another Envoy to all tenants of both nodes from a registry,
+// step by step, and then the one before by another rollout, under load: no call fails.
+func TestProxyRollout(t *testing.T) {
+	registry, err := newRegistry(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer registry.Close()
+	img, err := oci.Proxy(t.Context(), olderEnvoy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := registry.Push(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, digest, _ := strings.Cut(image, "@sha256:")
+	version := olderEnvoy + "+" + digest[:12]
+
+	const duration = 75 * time.Second
+	results := make(chan loaded, 3)
+	target := hostPort(e.pod(webA, 1).IPv4, app.HTTPPort)
+	startLoad(t, results, "HTTP", e.pod(webB, 0), duration, "--protocol", "http", "--connections", "16", "--rate", "200", "--new-connection-ratio", "0.5", target)
+	startLoad(t, results, "HTTP/2", e.pod(jobA, 0), duration, "--protocol", "h2c", "--connections", "16", "--rate", "200", "--new-connection-ratio", "0.5", hostPort(e.pod(webB, 1).IPv4, app.HTTPPort))
+	startLoad(t, results, "HTTP, back", e.pod(webB, 1), duration, "--protocol", "http", "--connections", "8", "--rate", "100", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 0).IPv4, app.HTTPPort))
+
+	rollOut(t, "e2e-there", fmt.Sprintf("version: %s, image: %q", olderEnvoy, image), "{namespaces: [e2e-a], weight: 20, approval: true}, {weight: 100}")
+	phase(t, "e2e-there", v1alpha1.RolloutWaiting, "step 1 of 2", "20 %", "approvedSteps")
+	servingVersions(t, "e2e-a", newEnvoy, version)
+	servingVersions(t, "e2e-b", newEnvoy)
+	err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "owners to be told", func(context.Context) error {
+		a, b := upgradeOf(t, "e2e-a"), upgradeOf(t, "e2e-b")
+		if a == nil || a.Weight != 20 || a.Verdict != "Healthy" || a.From != newEnvoy || a.To != version || b == nil || b.Verdict != "NotYet" {
+			return fmt.Errorf("e2e-a %+v, e2e-b %+v", a, b)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	var out bytes.Buffer
+	if err := rollout.Approve(t.Context(), e.Client, "", &out); err != nil {
+		t.Fatal(err)
+	}
+	phase(t, "e2e-there", v1alpha1.RolloutSucceeded)
+	servingVersions(t, "e2e-a", version)
+	servingVersions(t, "e2e-b", version)
+	err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "the plan to have the version", func(ctx context.Context) error {
+		for _, node := range e.nodes {
+			var np v1alpha1.NodeProxy
+			if err := e.Client.Get(ctx, client.ObjectKey{Name: node}, &np); err != nil {
+				return err
+			}
+			for _, tenant := range np.Spec.Tenants {
+				if strings.HasPrefix(tenant.Name, "e2e-") && (tenant.Version != version || tenant.Canary != nil) {
+					return fmt.Errorf("%s: %+v", node, tenant)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	there := time.Now()
+
+	rollOut(t, "e2e-back", "version: "+newEnvoy, "{weight: 50}, {weight: 100}")
+	phase(t, "e2e-back", v1alpha1.RolloutSucceeded)
+	servingVersions(t, "e2e-a", newEnvoy)
+	servingVersions(t, "e2e-b", newEnvoy)
+	back := time.Now()
+	out.Reset()
+	if err := rollout.History(t.Context(), e.Client, back, &out); err != nil {
+		t.Error(err)
+	}
+	t.Logf("there and back took %s:\n%s", back.Sub(there).Round(time.Second), &out)
+	for range cap(results) {
+		l := <-results
+		r := l.result
+		t.Logf("%s: %d exchanges on %d connections, p99 %.1f ms, max %.1f ms", l.what, r.Exchanges, r.Connections, r.Latency.P99, r.Latency.Max)
+		if l.err != nil && r.Exchanges == 0 || r.Failures.Total > 0 {
+			t.Errorf("%s: %v, %d failures %v, first %+v, last %+v", l.what, l.err, r.Failures.Total, r.Failures.ByKind, r.Failures.First, r.Failures.Last)
+		}
+		if r.Ended.Before(back) {
+			t.Errorf("%s: the load ended %s before the rollout", l.what, back.Sub(r.Ended))
+		}
+	}
+	events, err := e.Kube.CoreV1().Events("e2e-a").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := false
+	for _, ev := range events.Items {
+		told = told || ev.Reason == "UpgradeHealthy" && strings.Contains(ev.Message, version) && ev.InvolvedObject.Kind == "TenantProxy"
+	}
+	if !told {
+		t.Errorf("no event in the namespace says that the upgrade goes well: %d events", len(events.Items))
+	}
+}
+
+// TestRolloutTakenBack: rollouts that can't go well change nothing, or are taken back.
+func TestRolloutTakenBack(t *testing.T) {
+	e.goesOn(t)
+	registry, err := newRegistry(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer registry.Close()
+	everything := "{weight: 50, pause: 1h}, {weight: 100}"
+
+	t.Run("an image that isn't there", func(t *testing.T) {
+		missing := registry.Name("sha256:" + strings.Repeat("0", 64))
+		rollOut(t, "e2e-missing", fmt.Sprintf("version: 1.40.1, image: %q", missing), everything)
+		phase(t, "e2e-missing", v1alpha1.RolloutProgressing, "ImageNotFound", e.nodes[0], e.nodes[1])
+		var out bytes.Buffer
+		if err := rollout.Abort(t.Context(), e.Client, "e2e-missing", &out); err != nil {
+			t.Fatal(err)
+		}
+		phase(t, "e2e-missing", v1alpha1.RolloutAborted)
+	})
+	t.Run("no program", func(t *testing.T) {
+		broken := filepath.Join(t.TempDir(), "envoy")
+		if err := os.WriteFile(broken, []byte("no program"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		img, err := oci.ProxyOf("1.40.2", []oci.File{{Source: broken, Path: "/envoy"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		image, err := registry.Push(img)
+		if err != nil {
+			t.Fatal(err)
+		}
+		results := make(chan loaded, 1)
+		startLoad(t, results, "load", e.pod(webB, 0), 20*time.Second, "--connections", "8", "--rate", "100", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 1).IPv4, app.HTTPPort))
+		rollOut(t, "e2e-broken", fmt.Sprintf("version: 1.40.2, image: %q", image), everything)
+		s := phase(t, "e2e-broken", v1alpha1.RolloutRolledBack)
+		if s.Verdict == nil || s.Verdict.Reason != "Crashed" {
+			t.Errorf("%+v", s.Verdict)
+		}
+		l := <-results
+		if r := l.result; r.Failures.Total > 0 || r.Exchanges == 0 {
+			t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
+		}
+	})
+	t.Run("crash", func(t *testing.T) {
+		rollOut(t, "e2e-crash", "version: "+olderEnvoy, everything)
+		phase(t, "e2e-crash", v1alpha1.RolloutWaiting)
+		p, err := e.Proxy(t.Context(), e.nodes[0], "e2e-a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, g := range p.Generations {
+			if g.Version != olderEnvoy {
+				continue
+			}
+			if _, err := e.AgentExec(t.Context(), e.nodes[0], "kill", "--signal", "KILL", fmt.Sprint(g.PID)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		killed := time.Now()
+		s := phase(t, "e2e-crash", v1alpha1.RolloutRolledBack, "e2e-a on "+e.nodes[0], "SIGKILL")
+		// As the nodes say it, written every fifth of a second at most.
+		t.Logf("all new connections were back %s after the crash", time.Since(killed).Round(10*time.Millisecond))
+		if took := time.Since(killed); took > 10*time.Second {
+			t.Errorf("going back took %s", took)
+		}
+		if s.Verdict == nil || s.Verdict.Reason != "Crashed" || s.Verdict.Tenant != "e2e-a" || s.Verdict.Node != e.nodes[0] {
+			t.Errorf("%+v", s.Verdict)
+		}
+		servingVersions(t, "e2e-a", newEnvoy)
+		servingVersions(t, "e2e-b", newEnvoy)
+		err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "an event", func(ctx context.Context) error {
+			list, err := e.Kube.CoreV1().Events("e2e-a").List(ctx, metav1.ListOptions{})
+			if err != nil {
+				return err
+			}
+			for _, ev := range list.Items {
+				if ev.Reason == "UpgradeRolledBack" && strings.Contains(ev.Message, "SIGKILL") && ev.Type == corev1.EventTypeWarning {
+					return nil
+				}
+			}
+			return fmt.Errorf("%d events", len(list.Items))
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	// goesOn looks at the processes again: those that leave have ended.
+	for _, node := range e.nodes {
+		for _, tenant := range tenants {
+			err := harness.Wait(t.Context(), time.Minute, 300*time.Millisecond, "the end of what leaves", func(ctx context.Context) error {
+				p, err := e.Proxy(ctx, node, tenant)
+				if err == nil && len(p.Generations) != 1 {
+					err = fmt.Errorf("%s on %s: %+v", tenant, node, p.Generations)
+				}
+				return err
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// TestProxyRolloutRefused: what makes no sense is refused at once, with the reason.
+func TestProxyRolloutRefused(t *testing.T) {
+	manifest := func(target, steps string) string {
+		return fmt.Sprintf("apiVersion: mesh.bulkhead.dev/v1alpha1\nkind: ProxyRollout\nmetadata: {name: bad}\nspec: {target: {%s}, steps: [%s]}\n", target, steps)
+	}
+	for name, bad := range map[string]struct{ manifest, says string }{
+		"an Envoy that is too old":   {manifest("version: 1.38.9", "{weight: 100}"), "1.39.0 or newer"},
+		"an image by its tag":        {manifest("version: 1.40.0, image: 'registry.example/envoy:latest'", "{weight: 100}"), "spec.target.image"},
+		"no end":                     {manifest("version: 1.40.0", "{weight: 50}"), "last step"},
+		"only a part":                {manifest("version: 1.40.0", "{namespaces: [e2e-a], weight: 100}"), "last step"},
+		"a step of two minds":        {manifest("version: 1.40.0", "{namespaces: [e2e-a], tenantsPercent: 10, weight: 10}, {weight: 100}"), "not both"},
+		"a step that weighs nothing": {manifest("version: 1.40.0", "{weight: 0}, {weight: 100}"), "weight"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := e.Apply(t.Context(), bad.manifest); err == nil || !strings.Contains(err.Error(), bad.says) {
+				t.Errorf("refused with %v, want %q", err, bad.says)
+			}
+		})
+	}
+}
