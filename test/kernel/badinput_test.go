@@ -2,12 +2,14 @@ package kernel
 
 import (
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
@@ -90,6 +92,18 @@ func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 	}
 	rename("poda1", "other0")
 	rename("podb1", "poda1")
+	if n.Redirection == v1alpha1.RedirectionNetfilter {
+		// What sends something before the agent has heard of it is cut.
+		lab.Eventually(t, "the chains of the new names", func() error {
+			var out []byte
+			var err error
+			n.Do(t, func() { out, err = exec.Command("nft", "list", "table", "netdev", "bulkhead").CombinedOutput() })
+			if err == nil && (!strings.Contains(string(out), `"other0"`) || strings.Contains(string(out), `"podb1"`)) {
+				err = fmt.Errorf("the table is %s", out)
+			}
+			return err
+		})
+	}
 	check("renamed")
 	n.Kill()
 	n.Start()
