@@ -98,7 +98,7 @@ func (l *loader) serve(h *lab.Host) {
 	lab.Check(b, err)
 	h.Do(b, func() { lab.Check(b, cmd.Start()) })
 	l.servers = append(l.servers, cmd.Process.Pid)
-	container.Put(b, h.Name, cmd.Process.Pid)
+	container.Put(b, h.Name, cmd.Process.Pid, container.Pod)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -133,7 +133,7 @@ func (l *loader) run(w *way, k kind, duration time.Duration) load.Result {
 	pin(b, k.oneCPU, slices.Concat(l.servers, o.Processes))
 	w.from.Do(b, func() {
 		lab.Check(b, cmd.Start())
-		container.Put(b, "client", cmd.Process.Pid)
+		container.Put(b, "client", cmd.Process.Pid, container.Pod)
 		pin(b, k.oneCPU, []int{cmd.Process.Pid})
 	})
 	if err := cmd.Wait(); err != nil {

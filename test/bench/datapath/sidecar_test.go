@@ -101,7 +101,7 @@ func startSidecar(b *testing.B, h *lab.Host) int {
 		}
 		lab.Check(b, cmd.Start())
 	})
-	container.Put(b, "sidecar", cmd.Process.Pid)
+	container.Put(b, "sidecar", cmd.Process.Pid, container.Pod)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()

@@ -141,7 +141,7 @@ func startByHand(b *testing.B, client, server *lab.Host) []int {
 		cmd.Dir, cmd.Stdout, cmd.Stderr = dir, log, log
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, Credential: &syscall.Credential{Uid: byHandUser, Gid: byHandUser}}
 		h.Do(b, func() { lab.Check(b, cmd.Start()) })
-		container.Put(b, "envoy-"+h.Name, cmd.Process.Pid)
+		container.Put(b, "envoy-"+h.Name, cmd.Process.Pid, container.Pod)
 		b.Cleanup(func() {
 			cmd.Process.Kill()
 			cmd.Wait()

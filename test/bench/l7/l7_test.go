@@ -179,7 +179,7 @@ func serve(b *testing.B, binary string, h *lab.Host) {
 	out, err := cmd.StdoutPipe()
 	lab.Check(b, err)
 	h.Do(b, func() { lab.Check(b, cmd.Start()) })
-	container.Put(b, h.Name, cmd.Process.Pid)
+	container.Put(b, h.Name, cmd.Process.Pid, container.Pod)
 	b.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -199,7 +199,7 @@ func run(b *testing.B, binary string, from *lab.Host, o load.Options) (r load.Re
 	cmd.Stdout, cmd.Stderr = &out, &messages
 	from.Do(b, func() {
 		lab.Check(b, cmd.Start())
-		container.Put(b, "load", cmd.Process.Pid)
+		container.Put(b, "load", cmd.Process.Pid, container.Pod)
 	})
 	if err := cmd.Wait(); err != nil {
 		b.Fatalf("%+v: %v: %s", o, err, messages.String())

@@ -1,5 +1,6 @@
-// Command cmd is both ends of a load: `serve`, which prints a line when it
-// listens, and `run OPTIONS` with load.Options as JSON, which prints the result.
+// Command cmd is both ends of a load: `serve` and `flow`, which print a line when
+// they listen, and `run`, `paced` and `unread` with their options as JSON, which
+// print the result.
 package main
 
 import (
@@ -23,16 +24,45 @@ func run(args []string) error {
 	if len(args) == 1 && args[0] == "serve" {
 		return load.Serve(func() { fmt.Println("ready") })
 	}
-	if len(args) != 2 || args[0] != "run" {
-		return fmt.Errorf("usage: serve | run OPTIONS")
+	if len(args) == 1 && args[0] == "flow" {
+		return load.ServeFlow(func() { fmt.Println("ready") })
 	}
-	var o load.Options
-	if err := json.Unmarshal([]byte(args[1]), &o); err != nil {
-		return fmt.Errorf("read options: %w", err)
+	if len(args) != 2 {
+		return fmt.Errorf("usage: serve | flow | run OPTIONS | paced OPTIONS | unread OPTIONS")
 	}
-	r, err := load.Run(o)
+	var r any
+	var err error
+	switch args[0] {
+	case "run":
+		var o load.Options
+		if err := read(args[1], &o); err != nil {
+			return err
+		}
+		r, err = load.Run(o)
+	case "paced":
+		var o load.PacedOptions
+		if err := read(args[1], &o); err != nil {
+			return err
+		}
+		r = load.RunPaced(o)
+	case "unread":
+		var o load.Options
+		if err := read(args[1], &o); err != nil {
+			return err
+		}
+		load.HoldUnread(o.To, o.Connections, o.Duration)
+	default:
+		err = fmt.Errorf("%q is no command", args[0])
+	}
 	if err != nil {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+func read(options string, o any) error {
+	if err := json.Unmarshal([]byte(options), o); err != nil {
+		return fmt.Errorf("read options: %w", err)
+	}
+	return nil
 }
