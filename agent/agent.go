@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/chain"
+	"github.com/bulkhead-mesh/bulkhead/agent/cost"
 	"github.com/bulkhead-mesh/bulkhead/agent/debug"
 	"github.com/bulkhead-mesh/bulkhead/agent/image"
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
@@ -45,6 +46,7 @@ type Agent struct {
 	operator   nodev1alpha1.NodeServiceClient
 	roots      *uplink.Roots
 	sandboxes  *sandboxes
+	costs      *cost.Meter
 	// nodeProc is a process in the node's own namespaces.
 	nodeProc string
 	// With Kubernetes only.
@@ -87,6 +89,10 @@ type Agent struct {
 	planKnown     bool
 	planError     string
 	last          round
+	// usages are what proxies took when that was read last.
+	usages map[model.Tenant]isolation.Usage
+	// toldCosts are those of the status.
+	toldCosts map[model.Tenant]cost.Account
 	// trusted is a digest of the roots that all proxies have acknowledged.
 	trusted  string
 	roundEnd chan struct{}
@@ -114,6 +120,10 @@ func newAgent(o Options) (*Agent, error) {
 func (a *Agent) open() (err error) {
 	if a.sandboxes, err = openSandboxes(a.o.sandboxDir(), a.log); err != nil {
 		return err
+	}
+	// Without it, counting begins anew.
+	if a.costs, err = cost.Open(a.o.costsFile()); err != nil {
+		a.log.Error("what tenants took before isn't known", "error", err)
 	}
 	options := a.o.isolation()
 	options.Changed = func(model.Tenant) { a.wake() }
@@ -168,6 +178,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 		{"keys", a.identities.Run},
 		{"images", a.images.Run},
 		{"Workload API", a.workloads.Serve},
+		{"meter", a.meter},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {
 		wg.Go(func() {

@@ -148,10 +148,12 @@ func (a *Agent) release(uid string, held int) (again time.Duration, err error) {
 	record, ok := a.sandboxes.get(uid)
 	if !ok || !a.linkExists(record) {
 		delete(a.released, uid)
+		a.lastReading(uid)
 		return resync, a.datapath.DeletePod(uid)
 	}
 	since, known := a.released[uid]
 	if !known {
+		a.lastReading(uid)
 		if err := a.datapath.ReleasePod(uid, a.connections(record)); err != nil {
 			return time.Second, err
 		}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
@@ -51,6 +52,10 @@ type InspectedTenant struct {
 	Bypassed uint64 `json:"bypassed,omitempty"`
 	// Drops counts packets that steering refused, by reason.
 	Drops map[string]uint64 `json:"drops,omitempty"`
+	// Cost is what the tenant has taken of the node; Shares of it are the namespaces'
+	// that use a shared proxy.
+	Cost   *v1alpha1.NodeCost        `json:"cost,omitempty"`
+	Shares []v1alpha1.NamespaceShare `json:"shares,omitempty"`
 }
 
 // InspectedLimits are what the kernel enforces; 0 is none.
@@ -119,6 +124,7 @@ var namespaceKinds = []string{"net", "mnt", "pid", "ipc", "uts", "cgroup"}
 
 // inspect reads everything anew.
 func (a *Agent) inspect() (Inspection, error) {
+	a.readCosts()
 	o := a.observe()
 	i := Inspection{Node: a.o.Node, Problem: cmp.Or(o.planError, o.round.redirectionProblem, o.round.capacityProblem), Tenants: []InspectedTenant{},
 		TrustBundle: o.trustBundle, Identities: identityCondition(o.identities).Message}
@@ -155,6 +161,9 @@ func (a *Agent) inspect() (Inspection, error) {
 			if t.Connections, err = l.Connections(state.Index); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
 				return i, err
 			}
+		}
+		if account, ok := a.costs.Account(tp.tenant); ok {
+			t.Cost, t.Shares = costOf(account)
 		}
 		for _, p := range o.round.plan.pods {
 			s, ok := o.steered(p)

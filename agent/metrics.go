@@ -6,33 +6,34 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // metricsOf are the process's and this agent's.
 func metricsOf(a *Agent) http.Handler {
 	own := prometheus.NewRegistry()
-	own.MustRegister(podMetrics{a})
-	return promhttp.HandlerFor(prometheus.Gatherers{prometheus.DefaultGatherer, own}, promhttp.HandlerOpts{})
+	own.MustRegister(podMetrics{a}, tenantMetrics{a})
+	return promhttp.HandlerFor(prometheus.Gatherers{prometheus.DefaultGatherer, own}, promhttp.HandlerOpts{MaxRequestsInFlight: 2})
 }
 
 // podMetrics are what the last round made of pods, and what the kernel counted since
-// then of them and their tenants.
+// then of them.
 type podMetrics struct{ *Agent }
 
 var (
 	bypassedDesc = prometheus.NewDesc("bulkhead_bypassed_pods", "Pods whose new connections pass the mesh by, in plain text: the emergency bypass.", []string{"namespace"}, nil)
 
-	tenantConnectionsDesc = prometheus.NewDesc("bulkhead_tenant_connections_total", "New connections that a tenant's proxy on this node got, by its generation.", []string{"tenant", "generation"}, nil)
-	tenantClearDesc       = prometheus.NewDesc("bulkhead_tenant_clear_connections_total", "New connections of a tenant's pods that passed in the clear: excluded, or bypassed.", []string{"tenant", "by"}, nil)
-	tenantDropsDesc       = prometheus.NewDesc("bulkhead_tenant_dropped_packets_total", "Packets of a tenant and its pods that steering refused; refused are connections that found no proxy.", []string{"tenant", "reason"}, nil)
-	podConnectionsDesc    = prometheus.NewDesc("bulkhead_pod_connections_total", "New connections of a pod by the listener of its proxy that got them; direct are those in the clear that are written down.", []string{"namespace", "pod", "listener"}, nil)
-	podBytesDesc          = prometheus.NewDesc("bulkhead_pod_bytes_total", "Bytes of TCP on a pod's veth with its headers, by direction: sent or received by the pod.", []string{"namespace", "pod", "direction"}, nil)
-	podDropsDesc          = prometheus.NewDesc("bulkhead_pod_dropped_packets_total", "Packets at a pod's veth that steering refused.", []string{"namespace", "pod", "reason"}, nil)
+	podConnectionsDesc = prometheus.NewDesc("bulkhead_pod_connections_total", "New connections of a pod by the listener of its proxy that got them; direct are those in the clear that are written down.", []string{"namespace", "pod", "listener"}, nil)
+	podBytesDesc       = prometheus.NewDesc("bulkhead_pod_bytes_total", "Bytes of TCP on a pod's veth with its headers, by direction: sent or received by the pod.", []string{"namespace", "pod", "direction"}, nil)
+	podDropsDesc       = prometheus.NewDesc("bulkhead_pod_dropped_packets_total", "Packets at a pod's veth that steering refused.", []string{"namespace", "pod", "reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (podMetrics) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{bypassedDesc, tenantConnectionsDesc, tenantClearDesc, tenantDropsDesc, podConnectionsDesc, podBytesDesc, podDropsDesc} {
+	for _, d := range []*prometheus.Desc{bypassedDesc, podConnectionsDesc, podBytesDesc, podDropsDesc} {
 		c <- d
 	}
 }
@@ -58,36 +59,19 @@ func (m podMetrics) Collect(c chan<- prometheus.Metric) {
 	count := func(d *prometheus.Desc, n uint64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
 	}
-	tenants, err := d.Counters()
-	if err != nil {
-		c <- prometheus.NewInvalidMetric(tenantConnectionsDesc, err)
-		return
-	}
-	for index, counted := range tenants {
-		s, ok := m.tenantOf(index)
-		if !ok {
-			continue
-		}
-		name := s.Tenant.String()
-		for generation, n := range counted.Steered {
-			count(tenantConnectionsDesc, n, name, strconv.Itoa(generation))
-		}
-		count(tenantClearDesc, counted.Excluded, name, "exclusion")
-		count(tenantClearDesc, counted.Bypassed, name, "bypass")
-		for reason, n := range drops(counted) {
-			count(tenantDropsDesc, n, name, reason)
-		}
-	}
 	pods, err := d.PodCounters()
 	if err != nil {
 		c <- prometheus.NewInvalidMetric(podConnectionsDesc, err)
 		return
 	}
+	told := map[string]bool{}
 	for _, p := range r.plan.pods {
 		counted, ok := pods[p.UID]
-		if !ok {
+		// One that is on its way out may have its name with the one after it.
+		if !ok || told[p.Namespace+"/"+p.Name] {
 			continue
 		}
+		told[p.Namespace+"/"+p.Name] = true
 		for listener, n := range podConnections(counted) {
 			count(podConnectionsDesc, n, p.Namespace, p.Name, listener)
 		}
@@ -96,5 +80,137 @@ func (m podMetrics) Collect(c chan<- prometheus.Metric) {
 		for reason, n := range counted.Dropped.ByReason() {
 			count(podDropsDesc, n, p.Namespace, p.Name, reason)
 		}
+	}
+}
+
+// tenantMetrics are of each tenant on the node: what its proxy takes, as of the
+// last reading, and what steering counts. Label values come from the plan and from
+// this file alone, so that no workload can make more of them.
+type tenantMetrics struct{ *Agent }
+
+// tenantDesc describes a metric with the tenant's labels and others; namespace is
+// "" for a proxy that namespaces share.
+func tenantDesc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("bulkhead_tenant_"+name, help, append([]string{"namespace", "tenant"}, labels...), nil)
+}
+
+var (
+	tenantReady       = tenantDesc("ready", "1 if the tenant's proxy serves its pods, else 0.")
+	tenantPods        = tenantDesc("pods", "Pods that are steered to the tenant's proxy.")
+	tenantRestarts    = tenantDesc("restarts_total", "Restarts of the tenant's proxy since it came to the node.", "generation")
+	tenantCPU         = tenantDesc("cpu_seconds_total", "CPU time of the tenant's proxy.")
+	tenantThrottled   = tenantDesc("cpu_throttled_seconds_total", "Time that the proxy's threads waited for the tenant's CPU limit.")
+	tenantMemory      = tenantDesc("memory_bytes", "Memory of the proxy: private is shared with nobody, pss counts shared pages in parts, charged is what the tenant's cgroup holds, sockets included.", "kind")
+	tenantMemoryMax   = tenantDesc("memory_limit_bytes", "Charged memory at which the kernel ends the proxy; only where there is a limit.")
+	tenantOOMKills    = tenantDesc("oom_kills_total", "Processes of the tenant that the kernel ended at its memory limit.")
+	tenantThreads     = tenantDesc("threads", "Threads of the tenant's proxy.")
+	tenantPressure    = tenantDesc("pressure_seconds_total", "Time that at least one of the proxy's threads waited for a resource; only where the kernel measures it.", "resource")
+	tenantSent        = tenantDesc("sent_bytes_total", "TCP bytes, with headers, that the tenant's pods sent.")
+	tenantReceived    = tenantDesc("received_bytes_total", "TCP bytes, with headers, that the tenant's pods received.")
+	tenantConnections = tenantDesc("connections_total", "New connections that the tenant's proxy took, by listener.", "listener")
+	tenantSteered     = tenantDesc("steered_connections_total", "New connections that the tenant's proxy took, by its generation.", "generation")
+	tenantRefused     = tenantDesc("refused_connections_total", "New connections of the tenant that found no proxy.")
+	tenantUnmeshed    = tenantDesc("unmeshed_connections_total", "New connections that passed the proxy by, in plain text.", "why")
+	tenantDropped     = tenantDesc("dropped_packets_total", "Packets that steering refused, by reason.", "reason")
+	tenantRejected    = tenantDesc("rejected_resources", "Resources of configuration that the proxy refused and holds no newer version of.")
+
+	tenantDescs = []*prometheus.Desc{tenantReady, tenantPods, tenantRestarts, tenantCPU, tenantThrottled, tenantMemory, tenantMemoryMax, tenantOOMKills,
+		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantRejected}
+)
+
+// Describe implements prometheus.Collector.
+func (tenantMetrics) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range tenantDescs {
+		c <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m tenantMetrics) Collect(c chan<- prometheus.Metric) {
+	o := m.observe()
+	m.mu.Lock()
+	usages, d := m.usages, m.datapath.datapath
+	m.mu.Unlock()
+	var counters map[uint16]steer.Counters
+	if d != nil {
+		var err error
+		if counters, err = d.Counters(); err != nil {
+			m.log.Error("connections can't be counted", "error", err)
+		}
+	}
+	for n, t := range makeStatus(o).Tenants {
+		tenant := o.round.plan.tenants[n].tenant
+		s := tenantSink{c: c, tenant: tenant}
+		ready := 0.0
+		if t.Ready {
+			ready = 1
+		}
+		s.gauge(tenantReady, ready)
+		s.gauge(tenantPods, float64(t.Pods))
+		s.gauge(tenantRejected, float64(len(t.Rejected)))
+		for _, g := range t.Generations {
+			s.counter(tenantRestarts, float64(g.Restarts), strconv.Itoa(int(g.Generation)))
+		}
+		if t.Limits.MemoryMax > 0 {
+			s.gauge(tenantMemoryMax, float64(t.Limits.MemoryMax))
+		}
+		if u, ok := usages[tenant]; ok {
+			s.usage(u)
+		}
+		if account, ok := m.costs.Account(tenant); ok {
+			s.counter(tenantSent, float64(account.BytesSent))
+			s.counter(tenantReceived, float64(account.BytesReceived))
+		}
+		if count, ok := counters[o.states[tenant].Index]; ok {
+			s.counters(count)
+		}
+	}
+}
+
+// tenantSink takes one tenant's metrics.
+type tenantSink struct {
+	c      chan<- prometheus.Metric
+	tenant model.Tenant
+}
+
+func (s tenantSink) add(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels []string) {
+	s.c <- prometheus.MustNewConstMetric(d, kind, v, append([]string{s.tenant.Namespace, s.tenant.String()}, labels...)...)
+}
+
+func (s tenantSink) gauge(d *prometheus.Desc, v float64, labels ...string) {
+	s.add(d, prometheus.GaugeValue, v, labels)
+}
+
+func (s tenantSink) counter(d *prometheus.Desc, v float64, labels ...string) {
+	s.add(d, prometheus.CounterValue, v, labels)
+}
+
+func (s tenantSink) usage(u isolation.Usage) {
+	s.counter(tenantCPU, u.CPU.Seconds())
+	s.counter(tenantThrottled, u.Throttled.Seconds())
+	s.gauge(tenantMemory, float64(u.Private), "private")
+	s.gauge(tenantMemory, float64(u.PSS), "pss")
+	s.gauge(tenantMemory, float64(u.Memory), "charged")
+	s.counter(tenantOOMKills, float64(u.OOMKills))
+	s.gauge(tenantThreads, float64(u.Threads))
+	if p := u.Pressure; p != nil {
+		s.counter(tenantPressure, p.CPU.Some.Seconds(), "cpu")
+		s.counter(tenantPressure, p.Memory.Some.Seconds(), "memory")
+		s.counter(tenantPressure, p.IO.Some.Seconds(), "io")
+	}
+}
+
+func (s tenantSink) counters(n steer.Counters) {
+	for listener, connections := range n.ByListener() {
+		s.counter(tenantConnections, float64(connections), listener)
+	}
+	for generation, connections := range n.Steered {
+		s.counter(tenantSteered, float64(connections), strconv.Itoa(generation))
+	}
+	s.counter(tenantRefused, float64(n.Refused))
+	s.counter(tenantUnmeshed, float64(n.Excluded), "excluded")
+	s.counter(tenantUnmeshed, float64(n.Bypassed), "bypass")
+	for reason, packets := range n.Dropped.ByReason() {
+		s.counter(tenantDropped, float64(packets), reason)
 	}
 }

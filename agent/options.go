@@ -68,6 +68,12 @@ type Options struct {
 	// Drain is for how long a generation that isn't wanted any more may finish its
 	// connections; it ends as soon as it has none. Default 15 s.
 	Drain time.Duration
+	// MeterPeriod is how often it is read what tenants take: some milliseconds of CPU
+	// a proxy. Default 30 s.
+	MeterPeriod time.Duration
+	// CostPeriod is how often that is told in the status, if nothing else is. Default
+	// 1 min.
+	CostPeriod time.Duration
 	// Log; default slog.Default().
 	Log *slog.Logger
 }
@@ -110,6 +116,12 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Drain == 0 {
 		o.Drain = 15 * time.Second
 	}
+	if o.MeterPeriod == 0 {
+		o.MeterPeriod = 30 * time.Second
+	}
+	if o.CostPeriod == 0 {
+		o.CostPeriod = time.Minute
+	}
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
@@ -122,6 +134,7 @@ func (o Options) isolation() isolation.Options {
 
 func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni", "membership.json") }
 func (o Options) keysDir() string        { return filepath.Join(o.RunDir, "keys") }
+func (o Options) costsFile() string      { return filepath.Join(o.RunDir, "costs.json") }
 func (o Options) sandboxDir() string     { return filepath.Join(o.RunDir, "sandboxes") }
 func (o Options) lastGoodDir() string    { return filepath.Join(o.LibDir, "lastgood") }
 func (o Options) imageDir() string       { return filepath.Join(o.LibDir, "images") }

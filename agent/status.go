@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/bulkhead-mesh/bulkhead/agent/cost"
 	"github.com/bulkhead-mesh/bulkhead/agent/image"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -43,6 +44,8 @@ type observation struct {
 	// connections that are bounded, and what of it can't be.
 	connections map[model.Tenant]boundedConnections
 	configs     map[relay.Key]relay.State
+	// costs as they were told last: a change of them alone is told now and then.
+	costs map[model.Tenant]cost.Account
 	// trustBundle that all proxies trust, and how the certificates are.
 	trustBundle string
 	identities  identity.Health
@@ -225,6 +228,9 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		t.Generations = append(t.Generations, g)
 	}
 	t.Rejected, t.Failure = rejected(o, tp.tenant), failure(state, o.now)
+	if account, ok := o.costs[tp.tenant]; ok {
+		t.Cost, t.Shares = costOf(account)
+	}
 	config := o.configs[relay.Key{Tenant: tp.tenant}]
 	switch {
 	case o.round.problems[tp.tenant] != "":
@@ -265,7 +271,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 func (a *Agent) observe() observation {
 	a.mu.Lock()
 	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: a.datapath.kind, round: a.last,
-		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}}
+		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}, costs: a.toldCosts}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
 	o.images = a.images.States()

@@ -270,6 +270,15 @@ type NodeTenantStatus struct {
 	// Weight is the percentage of new connections that the canary takes.
 	// +optional
 	Weight int32 `json:"weight,omitempty"`
+	// Cost of the tenant on this node, read every 30 seconds.
+	// +optional
+	Cost *NodeCost `json:"cost,omitempty"`
+	// Shares of Cost that the namespaces have whose pods use a shared proxy.
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=1000
+	// +optional
+	Shares []NamespaceShare `json:"shares,omitempty"`
 	// Rejected is configuration that the tenant's Envoys refused and hold no better
 	// version of: what they had before it is in force. At most 16.
 	// +kubebuilder:validation:MaxItems=16

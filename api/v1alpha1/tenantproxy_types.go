@@ -37,6 +37,9 @@ type TenantProxyStatus struct {
 	// +listMapKey=node
 	// +optional
 	Nodes []TenantNodeStatus `json:"nodes,omitempty"`
+	// Cost of the tenant.
+	// +optional
+	Cost *TenantCost `json:"cost,omitempty"`
 }
 
 // TenantUpgrade is where an upgrade of the tenant's proxies is.

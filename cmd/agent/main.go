@@ -68,6 +68,8 @@ func run(ctx context.Context, args []string) error {
 		flags.StringVar(&o.PodCgroups, "pod-cgroups", "", "cgroup of all pods of the kubelet")
 		flags.DurationVar(&o.Linger, "linger", 0, "how long a proxy stays after its tenant's last pod")
 		flags.DurationVar(&o.Drain, "drain", 0, "how long a generation that isn't wanted any more may finish its connections")
+		flags.DurationVar(&o.MeterPeriod, "meter-period", 0, "how often it is read what tenants take (default 30s)")
+		flags.DurationVar(&o.CostPeriod, "cost-period", 0, "how often that is told if nothing else is (default 1m)")
 		plan := flags.String("plan", "", "a plan (YAML) in place of Kubernetes")
 		debug := flags.Bool("debug", false, "log more")
 		if err := flags.Parse(args[1:]); err != nil {
