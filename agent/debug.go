@@ -50,6 +50,7 @@ func (a *Agent) newDebug() *debug.Server {
 	}
 	return debug.New(debug.Options{
 		Node: a.o.Node, Address: a.o.DebugAddress, Reviews: a.kube, Ask: a.askProxy, Roots: a.roots.Pool, Log: a.log,
+		Metrics: metricsOf(a),
 		Sign: func(ctx context.Context, csr []byte) ([][]byte, error) {
 			r, err := a.operator.SignServerCertificate(ctx, &nodev1alpha1.SignServerCertificateRequest{Csr: csr})
 			return r.GetChain(), err

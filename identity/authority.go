@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -192,20 +193,24 @@ func serverTemplate(dnsNames []string) *x509.Certificate {
 // AgentServerName is the DNS name of a node's agent as a server.
 func AgentServerName(node string) string { return node + ".agent.bulkhead" }
 
+// MetricsServerName is the DNS name that all agents have besides: who scrapes them
+// knows them by their addresses. No node's own name is the same.
+const MetricsServerName = "metrics.bulkhead"
+
 // SignServer signs the key of a CSR that has no names (else ErrCSR) for a server
-// with one DNS name, and returns the chain, leaf first, without the root. ttl is
+// with DNS names, and returns the chain, leaf first, without the root. ttl is
 // as in Sign.
-func (a *Authority) SignServer(csrDER []byte, dnsName string, ttl time.Duration, now time.Time) ([][]byte, error) {
+func (a *Authority) SignServer(csrDER []byte, dnsNames []string, ttl time.Duration, now time.Time) ([][]byte, error) {
 	r, key, err := parseCSR(csrDER)
 	if err == nil && len(r.Extensions) > 0 {
 		err = fmt.Errorf("%w: a server's must ask for no name and no extension", ErrCSR)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
+		return nil, fmt.Errorf("sign for server %s: %w", strings.Join(dnsNames, ", "), err)
 	}
-	leaf, err := a.issuer.signLeaf(serverTemplate([]string{dnsName}), key, a.bounded(ttl), now)
+	leaf, err := a.issuer.signLeaf(serverTemplate(dnsNames), key, a.bounded(ttl), now)
 	if err != nil {
-		return nil, fmt.Errorf("sign for server %s: %w", dnsName, err)
+		return nil, fmt.Errorf("sign for server %s: %w", strings.Join(dnsNames, ", "), err)
 	}
 	return a.withChain(leaf), nil
 }

@@ -27,7 +27,7 @@ func TestSignServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain, err := a.SignServer(csr, AgentServerName("node1"), time.Hour, now)
+	chain, err := a.SignServer(csr, []string{AgentServerName("node1")}, time.Hour, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestSignServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, bad := range map[string][]byte{"a workload's": workloads, "with a name": named, "of another kind of key": other, "broken": csr[:20], "empty": nil} {
-		if _, err := a.SignServer(bad, AgentServerName("node1"), time.Hour, now); !errors.Is(err, ErrCSR) {
+		if _, err := a.SignServer(bad, []string{AgentServerName("node1")}, time.Hour, now); !errors.Is(err, ErrCSR) {
 			t.Errorf("a CSR that is %s: %v", what, err)
 		}
 	}

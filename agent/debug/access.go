@@ -18,6 +18,8 @@ import (
 // Subresource of TenantProxy that RBAC speaks of.
 const Subresource = "debug"
 
+const metricsPath = "/metrics"
+
 // maxToken is about ten times what a token has.
 const maxToken = 16 << 10
 
@@ -34,21 +36,21 @@ type refusal struct {
 
 func (r refusal) Error() string { return r.err.Error() }
 
-// authenticate returns who asks. Errors never contain the token.
-func (s *Server) authenticate(ctx context.Context, r *http.Request) (authenticationv1.UserInfo, error) {
+// authenticate returns who asks with a token for the audience. Errors never contain the token.
+func (s *Server) authenticate(ctx context.Context, r *http.Request, audience string) (authenticationv1.UserInfo, error) {
 	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok || token == "" || len(token) > maxToken {
 		return authenticationv1.UserInfo{}, refusal{http.StatusUnauthorized,
-			fmt.Errorf("show a token: kubectl create token NAME --audience %s", s.name)}
+			fmt.Errorf("show a token: kubectl create token NAME --audience %s", audience)}
 	}
-	review := authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{s.name}}}
+	review := authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{audience}}}
 	if err := s.o.Reviews.Create(ctx, &review); err != nil {
 		return authenticationv1.UserInfo{}, refusal{http.StatusServiceUnavailable, errors.New("the API server doesn't say whose the token is")}
 	}
 	// An authenticator that doesn't know of audiences names none.
-	if !review.Status.Authenticated || !slices.Contains(review.Status.Audiences, s.name) {
+	if !review.Status.Authenticated || !slices.Contains(review.Status.Audiences, audience) {
 		return authenticationv1.UserInfo{}, refusal{http.StatusUnauthorized,
-			fmt.Errorf("the token isn't valid here: it must be for the audience %s", s.name)}
+			fmt.Errorf("the token isn't valid here: it must be for the audience %s", audience)}
 	}
 	return review.Status.User, nil
 }
@@ -60,26 +62,40 @@ func (s *Server) authorize(ctx context.Context, user authenticationv1.UserInfo, 
 	if q.Set {
 		verb = "update"
 	}
-	extra := map[string]authorizationv1.ExtraValue{}
-	for k, v := range user.Extra {
-		extra[k] = authorizationv1.ExtraValue(v)
-	}
-	review := authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
-		User: user.Username, UID: user.UID, Groups: user.Groups, Extra: extra,
-		ResourceAttributes: &authorizationv1.ResourceAttributes{
-			Group: v1alpha1.GroupVersion.Group, Version: v1alpha1.GroupVersion.Version, Resource: "tenantproxies", Subresource: Subresource,
-			Namespace: q.Tenant.Namespace, Name: q.Tenant.String(), Verb: verb,
-		},
-	}}
-	if err := s.o.Reviews.Create(ctx, &review); err != nil {
-		return refusal{http.StatusServiceUnavailable, errors.New("the API server doesn't say whether this is allowed")}
-	}
-	if !review.Status.Allowed || review.Status.Denied {
+	allowed, err := s.review(ctx, user, authorizationv1.SubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
+		Group: v1alpha1.GroupVersion.Group, Version: v1alpha1.GroupVersion.Version, Resource: "tenantproxies", Subresource: Subresource,
+		Namespace: q.Tenant.Namespace, Name: q.Tenant.String(), Verb: verb,
+	}})
+	if err == nil && !allowed {
 		where := "all namespaces"
 		if q.Tenant.Namespace != "" {
 			where = "namespace " + q.Tenant.Namespace
 		}
-		return refusal{http.StatusForbidden, fmt.Errorf("%s may not %s tenantproxies/%s in %s", user.Username, verb, Subresource, where)}
+		err = refusal{http.StatusForbidden, fmt.Errorf("%s may not %s tenantproxies/%s in %s", user.Username, verb, Subresource, where)}
 	}
-	return nil
+	return err
+}
+
+// authorizePath asks whether a user may get what is no resource.
+func (s *Server) authorizePath(ctx context.Context, user authenticationv1.UserInfo, path string) error {
+	allowed, err := s.review(ctx, user, authorizationv1.SubjectAccessReviewSpec{
+		NonResourceAttributes: &authorizationv1.NonResourceAttributes{Path: path, Verb: "get"}})
+	if err == nil && !allowed {
+		err = refusal{http.StatusForbidden, fmt.Errorf("%s may not get %s: bind it to the ClusterRole bulkhead-metrics", user.Username, path)}
+	}
+	return err
+}
+
+// review asks the API server whether a user may what the spec says.
+func (s *Server) review(ctx context.Context, user authenticationv1.UserInfo, spec authorizationv1.SubjectAccessReviewSpec) (allowed bool, err error) {
+	spec.User, spec.UID, spec.Groups = user.Username, user.UID, user.Groups
+	spec.Extra = map[string]authorizationv1.ExtraValue{}
+	for k, v := range user.Extra {
+		spec.Extra[k] = authorizationv1.ExtraValue(v)
+	}
+	review := authorizationv1.SubjectAccessReview{Spec: spec}
+	if err := s.o.Reviews.Create(ctx, &review); err != nil {
+		return false, refusal{http.StatusServiceUnavailable, errors.New("the API server doesn't say whether this is allowed")}
+	}
+	return review.Status.Allowed && !review.Status.Denied, nil
 }

@@ -40,6 +40,8 @@ type Options struct {
 	Roots func() *x509.CertPool
 	// Ask has a proxy answer.
 	Ask func(ctx context.Context, q Request) ([]byte, error)
+	// Metrics answers who scrapes them.
+	Metrics http.Handler
 	// Log; default slog.Default(). Each access that is authenticated is told there.
 	Log *slog.Logger
 }
@@ -59,7 +61,7 @@ type Server struct {
 // New returns a server that doesn't listen yet. It panics if something required is
 // missing.
 func New(o Options) *Server {
-	if o.Node == "" || o.Address == "" || o.Reviews == nil || o.Sign == nil || o.Roots == nil || o.Ask == nil {
+	if o.Node == "" || o.Address == "" || o.Reviews == nil || o.Sign == nil || o.Roots == nil || o.Ask == nil || o.Metrics == nil {
 		panic("debug: all Options but Log are required")
 	}
 	if o.Log == nil {
@@ -124,7 +126,27 @@ func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /tenants/{tenant}/{what}", s.answer)
 	mux.HandleFunc("PUT /tenants/{tenant}/{what}", s.answer)
+	mux.HandleFunc("GET "+metricsPath, s.metrics)
 	return mux
+}
+
+// metrics answers who may get them from every component of the cluster: they name
+// all tenants. The token's audience is all agents', so that one configuration
+// scrapes them; it is of no use elsewhere.
+func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), reviewTime)
+	defer cancel()
+	r.Body = http.NoBody
+	user, err := s.authenticate(ctx, r, identity.MetricsServerName)
+	if err == nil {
+		err = s.authorizePath(ctx, user, metricsPath)
+	}
+	if err != nil {
+		s.log.Warn("metrics refused", "user", user.Username, "source", r.RemoteAddr, "error", err)
+		refuse(w, err)
+		return
+	}
+	s.o.Metrics.ServeHTTP(w, r)
 }
 
 // answer looks at who asks before it says anything of what there is.
@@ -132,7 +154,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), reviewTime)
 	defer cancel()
 	r.Body = http.NoBody
-	user, err := s.authenticate(ctx, r)
+	user, err := s.authenticate(ctx, r, s.name)
 	if err != nil {
 		refuse(w, err)
 		return

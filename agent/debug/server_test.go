@@ -51,6 +51,10 @@ func (a *apiServer) Create(_ context.Context, o client.Object, _ ...client.Creat
 				Username: user, UID: "uid-" + user, Groups: []string{"owners"}, Extra: map[string]authenticationv1.ExtraValue{"k": {"v"}}}}
 		}
 	case *authorizationv1.SubjectAccessReview:
+		if path := r.Spec.NonResourceAttributes; path != nil {
+			r.Status.Allowed = r.Spec.User == "scraper" && path.Path == "/metrics" && path.Verb == "get" && r.Spec.ResourceAttributes == nil
+			return nil
+		}
 		a.asked = append(a.asked, *r.Spec.ResourceAttributes)
 		r.Status.Allowed = r.Spec.User == "alice" && r.Spec.UID == "uid-alice" && r.Spec.Groups[0] == "owners" && r.Spec.Extra["k"][0] == "v" &&
 			r.Spec.ResourceAttributes.Namespace == "team-a"
@@ -98,10 +102,11 @@ func newBench(t *testing.T) *bench {
 	b.roots.Store(roots)
 	s := New(Options{
 		Node: "node1", Address: "unused", Reviews: &b.api, Log: slog.New(slog.NewTextHandler(&b.log, nil)),
-		Ask:   func(ctx context.Context, q Request) ([]byte, error) { return b.ask(ctx, q) },
-		Roots: b.roots.Load,
+		Ask:     func(ctx context.Context, q Request) ([]byte, error) { return b.ask(ctx, q) },
+		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "bulkhead_tenant_ready 1") }),
+		Roots:   b.roots.Load,
 		Sign: func(_ context.Context, csr []byte) ([][]byte, error) {
-			return b.authority.Load().SignServer(csr, identity.AgentServerName("node1"), time.Hour, time.Now())
+			return b.authority.Load().SignServer(csr, []string{identity.AgentServerName("node1"), identity.MetricsServerName}, time.Hour, time.Now())
 		},
 	})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -209,6 +214,34 @@ func TestAccess(t *testing.T) {
 	}
 	b.api.away = true
 	if code, body := b.get(t, "GET", mine, "/tenants/team-a/config"); code != 503 || strings.Contains(body, "secret") {
+		t.Errorf("without the API server: %d %s", code, body)
+	}
+}
+
+// Metrics name all tenants: an owner of one may not have them.
+func TestMetricsAccess(t *testing.T) {
+	b := newBench(t)
+	b.client.Transport.(*http.Transport).TLSClientConfig.ServerName = identity.MetricsServerName
+	for _, c := range []struct {
+		name, token string
+		want        int
+	}{
+		{"scraper", "scraper@metrics.bulkhead", 200},
+		{"owner of a tenant", "alice@metrics.bulkhead", 403},
+		{"token for the node's tenants", "scraper@node1.agent.bulkhead", 401},
+		{"token for the API server", "scraper@https://kubernetes.default.svc", 401},
+		{"no token", "", 401},
+	} {
+		code, body := b.get(t, "GET", c.token, "/metrics")
+		if code != c.want || strings.Contains(body, "bulkhead_tenant") != (c.want == 200) {
+			t.Errorf("%s: %d %q, want %d", c.name, code, body, c.want)
+		}
+	}
+	if code, _ := b.get(t, "GET", "scraper@metrics.bulkhead", "/tenants/team-a/config"); code != 401 {
+		t.Errorf("a token for metrics shows a proxy's configuration: %d", code)
+	}
+	b.api.away = true
+	if code, body := b.get(t, "GET", "scraper@metrics.bulkhead", "/metrics"); code != 503 || strings.Contains(body, "secret") {
 		t.Errorf("without the API server: %d %s", code, body)
 	}
 }

@@ -32,7 +32,7 @@ func TestSignServerCertificate(t *testing.T) {
 		t.Fatal(err)
 	}
 	leaf, err := x509.ParseCertificate(r.Chain[0])
-	if err != nil || len(r.Chain) != 2 || !slices.Equal(leaf.DNSNames, []string{"node-1.agent.bulkhead"}) || len(leaf.URIs) > 0 {
+	if err != nil || len(r.Chain) != 2 || !slices.Equal(leaf.DNSNames, []string{"node-1.agent.bulkhead", "metrics.bulkhead"}) || len(leaf.URIs) > 0 {
 		t.Errorf("%d certificates, for %v %v, %v", len(r.Chain), leaf.DNSNames, leaf.URIs, err)
 	}
 	ask := func(csr []byte) codes.Code {

@@ -211,7 +211,7 @@ func (s *Service) SignServerCertificate(ctx context.Context, r *nodev1alpha1.Sig
 	if authority == nil {
 		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
 	}
-	chain, err := authority.SignServer(r.GetCsr(), identity.AgentServerName(caller.Node), ServerTTL, s.now())
+	chain, err := authority.SignServer(r.GetCsr(), []string{identity.AgentServerName(caller.Node), identity.MetricsServerName}, ServerTTL, s.now())
 	switch {
 	case errors.Is(err, identity.ErrCSR):
 		return nil, s.refused(caller, "SignServerCertificate", podRef{}, refusal(codes.InvalidArgument, CauseInvalidCSR, model.Identity{}, "%v", err))

@@ -38,6 +38,16 @@ kind: RoleBinding
 metadata: {name: viewer, namespace: e2e-a}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
 subjects: [{kind: ServiceAccount, name: viewer, namespace: e2e-a}]
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: scraper, namespace: e2e-a}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-scraper}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: bulkhead-metrics}
+subjects: [{kind: ServiceAccount, name: scraper, namespace: e2e-a}]
 `
 
 func TestOwnersLookIntoProxies(t *testing.T) {
@@ -121,6 +131,17 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 	}
 	if code, levels := ask("PUT", owner, "/tenants/e2e-a/loglevel?logger=upstream&level=info"); code != http.StatusOK || !strings.Contains(levels, "upstream: info") {
 		t.Errorf("the owner sets a log level: %d %.200s", code, levels)
+	}
+	scraping := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: identity.MetricsServerName}}}
+	for account, want := range map[string]int{"scraper": http.StatusOK, "owner": http.StatusForbidden} {
+		r, err := newRequest(t, "GET", token(account, identity.MetricsServerName), "https://"+address+"/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		code, body, err := answer(scraping, r)
+		if err != nil || code != want || strings.Contains(body, `bulkhead_tenant_ready{namespace="e2e-b",tenant="e2e-b"} 1`) != (want == http.StatusOK) {
+			t.Errorf("metrics for the %s: %d %.200s %v", account, code, body, err)
+		}
 	}
 	if code, heap := ask("GET", owner, "/tenants/e2e-a/heap"); code != http.StatusOK || heap == "" {
 		t.Errorf("the owner's heap profile: %d, %d bytes", code, len(heap))
