@@ -82,6 +82,7 @@ type triggers struct {
 	authority  trigger[struct{}]
 	plans      trigger[string]               // node
 	tenants    trigger[string]               // namespace
+	costs      trigger[string]               // namespace
 	policies   trigger[string]               // namespace
 	status     trigger[string]               // MeshTopology
 	served     trigger[types.NamespacedName] // Service
@@ -106,7 +107,14 @@ type nodeReport struct {
 	trustBundle, notRenewed string
 	// notRedirected says why the redirection isn't the planned one; "" if it is.
 	notRedirected string
-	tenants       map[string]v1alpha1.NodeTenantStatus
+	tenants       map[string]v1alpha1.NodeTenantStatus // without what they cost
+	costs         map[string]tenantCost
+}
+
+// tenantCost is what a node says of a tenant's cost, and who shares it.
+type tenantCost struct {
+	total  *v1alpha1.NodeCost
+	shares []v1alpha1.NamespaceShare
 }
 
 func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.Logger) *mesh {
@@ -127,6 +135,7 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 	m.triggers.routeStatus.delay = 100 * time.Millisecond
 	m.triggers.membership.delay = 50 * time.Millisecond
 	m.triggers.tenants.delay = 200 * time.Millisecond
+	m.triggers.costs.delay = costDelay
 	m.triggers.policies.delay = 200 * time.Millisecond
 	m.triggers.status.delay = 500 * time.Millisecond
 	m.triggers.served.delay = time.Second // rollouts pass through states that nobody need read of
@@ -450,7 +459,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	}
 	m.triggers.rollouts.add(struct{}{})
 	had := m.reports[node]
-	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}}
+	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRedirected = c.Message
 	}
@@ -468,6 +477,8 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		m.triggers.status.add(m.topologies.Names()...)
 	}
 	for _, t := range np.Status.Tenants {
+		now.costs[t.Name] = tenantCost{t.Cost, t.Shares}
+		t.Cost, t.Shares = nil, nil // they change all the time
 		now.tenants[t.Name] = t
 	}
 	if found {
@@ -477,6 +488,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	}
 	names := maps.Clone(now.tenants)
 	maps.Copy(names, had.tenants)
+	m.costsChanged(node, had.costs, now.costs)
 	for name := range names {
 		if sameTenantStatus(had.tenants, now.tenants, name) && slices.Equal(had.versions, now.versions) {
 			continue
@@ -485,15 +497,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		if err != nil {
 			continue
 		}
-		concerned := map[string]bool{t.Namespace: true}
-		if t.Scope == model.ScopeNode {
-			concerned = map[string]bool{}
-			for _, p := range m.nodePods[node] {
-				if p.Tenant == t {
-					concerned[p.Namespace] = true
-				}
-			}
-		}
+		concerned := m.namespacesOf(node, t)
 		m.triggers.served.add(m.refusedServices(had.tenants[name], now.tenants[name])...)
 		for namespace := range concerned {
 			m.triggers.tenants.add(namespace)
@@ -504,6 +508,33 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		}
 	}
 	return nil
+}
+
+// costsChanged has the owners told of what their tenants have taken of a node.
+func (m *mesh) costsChanged(node string, had, now map[string]tenantCost) {
+	for name, c := range now {
+		t, err := model.ParseTenant(name)
+		if was := had[name].total; err != nil || c.total == nil || was != nil && was.At.Equal(&c.total.At) {
+			continue
+		}
+		for namespace := range m.namespacesOf(node, t) {
+			m.triggers.costs.add(namespace)
+		}
+	}
+}
+
+// namespacesOf are those with pods of the tenant on a node.
+func (m *mesh) namespacesOf(node string, t model.Tenant) map[string]bool {
+	if t.Scope != model.ScopeNode {
+		return map[string]bool{t.Namespace: true}
+	}
+	all := map[string]bool{}
+	for _, p := range m.nodePods[node] {
+		if p.Tenant == t {
+			all[p.Namespace] = true
+		}
+	}
+	return all
 }
 
 func sameTenantStatus(a, b map[string]v1alpha1.NodeTenantStatus, name string) bool {

@@ -175,11 +175,16 @@ func (w *writer) apply(ctx context.Context, o client.Object, kind, field string)
 
 // applyStatus updates the status of an object of ours that exists.
 func (w *writer) applyStatus(ctx context.Context, o client.Object, kind string) error {
+	return w.applyStatusAs(ctx, o, kind, FieldManager)
+}
+
+// applyStatusAs updates the part of a status that a field manager owns.
+func (w *writer) applyStatusAs(ctx context.Context, o client.Object, kind, manager string) error {
 	c, err := applyConfiguration(o, kind, "status")
 	if err != nil {
 		return err
 	}
-	err = w.Status().Apply(ctx, c, client.FieldOwner(FieldManager), client.ForceOwnership)
+	err = w.Status().Apply(ctx, c, client.FieldOwner(manager), client.ForceOwnership)
 	if apierrors.IsNotFound(err) {
 		return nil // its deletion is on the way to us
 	} else if err != nil {

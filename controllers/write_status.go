@@ -64,6 +64,9 @@ func startWriters(mgr manager.Manager, w *writer, late *lateKinds) error {
 				watch(mgr, &corev1.Namespace{}, byName), watch(mgr, &v1alpha1.TenantProxy{}, byNamespace), &t.tenants)
 		},
 		func() error {
+			return reconciles[string]{name: "costs", leader: true, workers: 2, do: once(w.writeCosts)}.start(mgr, w.mesh, &t.costs)
+		},
+		func() error {
 			return reconciles[string]{name: "policies", leader: true, workers: 4, do: once(w.writePolicies)}.start(mgr, w.mesh,
 				watch(mgr, &v1alpha1.IsolationPolicy{}, byNamespace, changedSpec[*v1alpha1.IsolationPolicy]()), &t.policies)
 		},
@@ -140,9 +143,11 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 	}
 	want.Status = translate.TenantProxyStatus(tenant, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
 	want.Status.Upgrade = translate.Upgrade(m.Version, views, rollouts)
+	want.Status.Cost = have.Status.Cost
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
 	}
+	want.Status.Cost = nil // writeCosts owns it
 	if err := w.applyStatus(ctx, &want, "TenantProxy"); err != nil {
 		return err
 	}

@@ -55,6 +55,9 @@ type NodeView struct {
 	// Reported says whether the agent knows of the tenant; Status is its word.
 	Reported bool
 	Status   v1alpha1.NodeTenantStatus
+	// Cost of the tenant there, nil if it isn't known; Shares of it are namespaces'.
+	Cost   *v1alpha1.NodeCost
+	Shares []v1alpha1.NamespaceShare
 	// ProxyVersions that the node can run; empty if its agent hasn't said.
 	ProxyVersions []string
 }
