@@ -39,6 +39,6 @@ func command(name string) *cobra.Command {
 	}
 	var f cluster.Flags
 	f.AddTo(c.PersistentFlags())
-	c.AddCommand(rolloutCommand(&f))
+	c.AddCommand(rolloutCommand(&f), costCommand(&f))
 	return c
 }
