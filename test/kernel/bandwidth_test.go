@@ -40,14 +40,22 @@ func TestBandwidth(t *testing.T) {
 			defer neighbour.stop()
 			defer own.stop()
 			<-time.After(time.Second) // what may pass at once has passed
-			begin, had, others := time.Now(), own.received(), neighbour.received()
-			<-time.After(4 * time.Second) // a rate is measured
-			elapsed := time.Since(begin).Seconds()
-			rate, other := float64(own.received()-had)/elapsed, float64(neighbour.received()-others)/elapsed
-			t.Logf("%.2f MiB/s of %.2f, the neighbour %.1f", rate/(1<<20), test.rate/(1<<20), other/(1<<20))
-			// Headers are 4 % of what is bounded.
-			if rate > 1.02*test.rate || rate < 0.9*0.96*test.rate {
-				t.Errorf("%.0f bytes per second, want %.0f", rate, test.rate)
+			var best, other float64
+			// On a busy machine it can be less for a while; it must never be more.
+			for window := 0; window < 4 && best < 0.9*0.96*test.rate; window++ {
+				begin, had, others := time.Now(), own.received(), neighbour.received()
+				<-time.After(3 * time.Second) // a rate is measured
+				elapsed := time.Since(begin).Seconds()
+				rate := float64(own.received()-had) / elapsed
+				best, other = max(best, rate), max(other, float64(neighbour.received()-others)/elapsed)
+				t.Logf("%.2f MiB/s of %.2f, the neighbour %.1f", rate/(1<<20), test.rate/(1<<20), other/(1<<20))
+				// Headers are 4 % of what is bounded.
+				if rate > 1.02*test.rate {
+					t.Errorf("%.0f bytes per second, at most %.0f", rate, test.rate)
+				}
+			}
+			if best < 0.9*0.96*test.rate {
+				t.Errorf("%.0f bytes per second, want %.0f", best, test.rate)
 			}
 			if other < 4*ingress {
 				t.Errorf("the neighbour has only %.0f bytes per second", other)
