@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -102,6 +103,24 @@ func testFlows(t *testing.T, l *lab.Lab) {
 			}
 		})
 	})
+}
+
+// All of it is so with every Envoy that is delivered.
+func TestFlowsWithOtherEnvoys(t *testing.T) {
+	for _, version := range dist.Versions() {
+		if version == dist.Default {
+			continue // TestFlows
+		}
+		t.Run(version, func(t *testing.T) {
+			l := lab.NewWith(t, lab.Options{Envoy: version})
+			for _, name := range []string{"team-a", "team-b"} {
+				if got := l.Node1.Tenant(name).Generations[0].Version; got != version {
+					t.Errorf("%s has Envoy %s", name, got)
+				}
+			}
+			testFlows(t, l)
+		})
+	}
 }
 
 // Source addresses are kept without a cgroup of version 2, in which a program could

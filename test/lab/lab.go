@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -71,6 +72,8 @@ type Options struct {
 	PathMTU int
 	// Redirection of both nodes. Default EBPF.
 	Redirection v1alpha1.Redirection
+	// Envoy is the version of all proxies. Default dist.Default.
+	Envoy string
 	// NoAccessLog has the proxies write none.
 	NoAccessLog bool
 	// Pairs are so many further pods on each node, of a service account each: those
@@ -101,7 +104,8 @@ func NewWith(t testing.TB, o Options) *Lab {
 	if testing.Short() {
 		t.Skip("needs root: make test-kernel")
 	}
-	envoy, err := dist.Fetch(t.Context(), dist.Default)
+	o.Envoy = cmp.Or(o.Envoy, dist.Default)
+	envoy, err := dist.Fetch(t.Context(), o.Envoy)
 	Check(t, err)
 	Check(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	// Keys, state and copies of Envoy: nothing of it on a disk.

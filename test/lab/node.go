@@ -33,7 +33,6 @@ import (
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
-	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -61,14 +60,14 @@ type Node struct {
 	Namespaces []v1alpha1.NodeNamespace
 	// Exclusions of pods, by name.
 	Exclusions map[string][]v1alpha1.Exclusion
-	// Version of Envoy. Default dist.Default.
+	// Version of Envoy. Default the lab's.
 	Version string
 	// Images that the node is to have.
 	Images []v1alpha1.NodeImage
 	// Canary is the share of new connections, in percent, that a second generation
 	// of each proxy gets; there is none with 0.
 	Canary int
-	// CanaryVersion of Envoy. Default dist.Default.
+	// CanaryVersion of Envoy. Default the lab's.
 	CanaryVersion string
 	// Promoted has the second generation take over.
 	Promoted bool
@@ -170,13 +169,13 @@ func (n *Node) WritePlan() string {
 	for _, p := range n.Planned {
 		if name := p.Tenant.String(); !seen[name] {
 			seen[name] = true
-			tenant := object{"name": name, "version": cmp.Or(n.Version, dist.Default), "limits": cmp.Or(n.Limits[name], v1alpha1.Limits{MemoryMax: 1 << 30})}
+			tenant := object{"name": name, "version": cmp.Or(n.Version, n.l.o.Envoy), "limits": cmp.Or(n.Limits[name], v1alpha1.Limits{MemoryMax: 1 << 30})}
 			tenant["standby"] = n.Standby
 			if n.PlanDrain > 0 {
 				tenant["drainSeconds"] = int(n.PlanDrain / time.Second)
 			}
 			if n.Canary > 0 {
-				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, dist.Default), "weight": n.Canary, "promoted": n.Promoted}
+				tenant["canary"] = object{"version": cmp.Or(n.CanaryVersion, n.l.o.Envoy), "weight": n.Canary, "promoted": n.Promoted}
 			}
 			tenants = append(tenants, tenant)
 		}
