@@ -1,0 +1,108 @@
+package e2e
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/agent"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+)
+
+// TestTenancyRuleChanges changes who shares a proxy, and then who is in the mesh, of
+// pods that talk and are never restarted: 1,000 connections go on to their ends, and
+// none that begins while the rule changes fails.
+func TestTenancyRuleChanges(t *testing.T) {
+	tm := newTeam(t, "e2e-tenancy")
+	web, batch, other := tm.pod(tm.web, 0), tm.pod(tm.batch, 1), e.pod(webB, 1)
+	const rate = 20
+	begins := time.Now()
+	var held, fresh []*begun
+	for _, w := range []struct {
+		what string
+		n    int
+		from string
+	}{{"to a pod of the team on another node", 400, "web"}, {"to another namespace", 300, "web"}, {"from another pod of the team", 200, "batch"}, {"from outside", 100, "outside"}} {
+		from, to := web, tm.pod(tm.web, 1)
+		switch {
+		case w.from == "batch":
+			from, to = batch, web
+		case w.from == "outside":
+			from, to = e.pod(webO, 1), web
+		case w.n == 300:
+			to = other
+		}
+		held = append(held, begin(t, w.what, from, "hold", fmt.Sprint("--connections=", w.n), "--interval=1s", "--duration=60s", "--timeout=5s", hostPort(to.IPv4, app.GreetPort)))
+		fresh = append(fresh, begin(t, "new, "+w.what, from, "load", "--protocol=http", "--connections=4", fmt.Sprint("--rate=", rate), "--new-connection-ratio=1", "--duration=35s", hostPort(to.IPv4, app.HTTPPort)))
+	}
+	fresh = append(fresh, begin(t, "new, to the team's service", e.pod(webA, 0), "load", "--protocol=http", "--connections=4", fmt.Sprint("--rate=", rate), "--new-connection-ratio=1", "--duration=35s",
+		hostPort(tm.web.Name+"."+tm.web.Namespace+".svc", app.HTTPPort)))
+
+	for _, rule := range []struct {
+		isolation v1alpha1.Isolation
+		tenant    func(p agent.InspectedPod) string
+	}{
+		{v1alpha1.IsolationServiceAccount, func(p agent.InspectedPod) string {
+			if p.Name[:3] == "web" {
+				return tm.name + ".sa.web"
+			}
+			return tm.name + ".sa.batch"
+		}},
+		{v1alpha1.IsolationNode, func(agent.InspectedPod) string { return "_node" }},
+		{v1alpha1.IsolationNamespace, func(agent.InspectedPod) string { return tm.name }},
+	} {
+		tm.change(t, map[string]any{"rules": []map[string]any{{
+			"namespaceSelector": map[string]any{"matchLabels": map[string]string{"e2e.bulkhead.dev/team": tm.name}}, "isolation": rule.isolation}}})
+		tm.waitPods(t, "tenants of "+string(rule.isolation), 4, func(tenant string, p agent.InspectedPod) bool { return tenant == rule.tenant(p) })
+		seenAs(t, web, other, "inbound", web.Identity(trustDomain))
+	}
+	if took := time.Since(begins); took > 35*time.Second {
+		t.Errorf("the changes took %s, longer than connections began", took)
+	}
+	for _, b := range fresh {
+		b.want(t, 30*rate)
+	}
+
+	tm.join(t, false)
+	tm.waitPods(t, "the namespace to leave", 0, func(string, agent.InspectedPod) bool { return false })
+	seenAs(t, web, other, "plain", "")
+	held = append(held, begin(t, "begun in the clear", batch, "hold", "--connections=20", "--interval=500ms", "--duration=10s", "--timeout=5s", hostPort(other.IPv4, app.GreetPort)))
+	tm.join(t, true)
+	tm.waitPods(t, "the namespace to join again", 4, func(tenant string, p agent.InspectedPod) bool { return tenant == tm.name })
+	seenAs(t, web, other, "inbound", web.Identity(trustDomain))
+
+	optOut := func(value string, steered int) {
+		t.Helper()
+		if _, err := e.Kubectl(t.Context(), "", "label", "pod", "-n", tm.name, "--overwrite", web.Name, v1alpha1.LabelOptOut+value); err != nil {
+			t.Fatal(err)
+		}
+		tm.waitPods(t, "the pod to opt out"+value, steered, func(string, agent.InspectedPod) bool { return true })
+	}
+	optOut("=true", 3)
+	seenAs(t, web, other, "plain", "")
+	seenAs(t, tm.pod(tm.web, 1), other, "inbound", web.Identity(trustDomain))
+	optOut("-", 4)
+	seenAs(t, web, other, "inbound", web.Identity(trustDomain))
+	if took := time.Since(begins); took > 60*time.Second {
+		t.Errorf("the changes took %s, longer than connections were held", took)
+	}
+	for i, n := range []int{400, 300, 200, 100, 20} {
+		held[i].want(t, n)
+	}
+	for _, a := range []string{"web", "batch"} {
+		echo := tm.web
+		if a == "batch" {
+			echo = tm.batch
+		}
+		after, err := e.EchoPods(t.Context(), echo, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for node, p := range after {
+			if p.UID != tm.pods[echo][node].UID || p.Status.ContainerStatuses[0].RestartCount > 0 {
+				t.Errorf("%s was restarted", p)
+			}
+		}
+	}
+}
