@@ -1,0 +1,132 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/harness"
+)
+
+// enforced waits until the kernels of all nodes have the limits of a tenant: within
+// 2 s, with the machine's noise.
+func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) {
+	t.Helper()
+	begin := time.Now()
+	err := harness.Wait(t.Context(), 20*time.Second, 20*time.Millisecond, "limits of "+tenant, func(ctx context.Context) error {
+		for _, node := range e.nodes {
+			var np v1alpha1.NodeProxy
+			if err := e.Client.Get(ctx, client.ObjectKey{Name: node}, &np); err != nil {
+				return err
+			}
+			for _, s := range np.Status.Tenants {
+				have := s.Limits
+				have.CPUWeight, have.Concurrency = 0, 0 // the kernel's, and Envoy's, own
+				if s.Name == tenant && have != want {
+					return fmt.Errorf("%s: %+v, %q", node, s.Limits, s.Unenforced)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(begin)
+	t.Logf("%+v after %s", want, took.Round(time.Millisecond))
+	if took > 2*time.Second {
+		t.Errorf("limits took %s", took)
+	}
+}
+
+// A policy, its topology's ceilings, and their end, in place.
+func TestLimitsFollowPolicies(t *testing.T) {
+	e.goesOn(t)
+	const unlimited = 512 // pids
+	e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: unlimited})
+	remove := func(ctx context.Context) error {
+		_, err := e.Kubectl(ctx, "", "delete", "isolationpolicy", "-n", "e2e-a", "--all", "--wait=true")
+		return err
+	}
+	ceilings := func(ctx context.Context, limits string) error {
+		_, err := e.Kubectl(ctx, "", "patch", "meshtopology", "e2e", "--type=merge", "--patch", `{"spec":{"limits":`+limits+`}}`)
+		return err
+	}
+	t.Cleanup(func() {
+		for _, err := range []error{remove(context.Background()), ceilings(context.Background(), "null")} {
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err := e.Apply(t.Context(), `
+apiVersion: mesh.bulkhead.dev/v1alpha1
+kind: IsolationPolicy
+metadata: {name: limits, namespace: e2e-a}
+spec:
+  cpu: {limit: 900m}
+  memory: {max: 300Mi}
+  pids: 200
+  connections: {concurrent: 500, newPerSecond: 100}
+  bandwidth: {egress: 20Mi, ingress: 30Mi}
+`); err != nil {
+		t.Fatal(err)
+	}
+	want := v1alpha1.Limits{CPUMillis: 900, MemoryMax: 300 << 20, Pids: 200, Connections: 500, NewConnections: 100, Egress: 20 << 20, Ingress: 30 << 20}
+	e.enforced(t, "e2e-a", want)
+	policy := func(accepted, ready string) (p v1alpha1.IsolationPolicy) {
+		t.Helper()
+		err := harness.Wait(t.Context(), 20*time.Second, 50*time.Millisecond, "the policy's status", func(ctx context.Context) error {
+			if err := e.Client.Get(ctx, client.ObjectKey{Namespace: "e2e-a", Name: "limits"}, &p); err != nil {
+				return err
+			}
+			a, r := meta.FindStatusCondition(p.Status.Conditions, v1alpha1.ConditionAccepted), meta.FindStatusCondition(p.Status.Conditions, v1alpha1.ConditionReady)
+			if a == nil || r == nil || a.Reason != accepted || r.Reason != ready || len(p.Status.Nodes) != len(e.nodes) {
+				return fmt.Errorf("%+v", p.Status)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	for _, n := range policy("Accepted", "Enforced").Status.Nodes {
+		if n.Tenant != "e2e-a" || n.Limits.Connections != 500 || n.Hits == nil || n.Hits.Since == nil {
+			t.Errorf("on %s is told %+v", n.Node, n)
+		}
+	}
+	mustCall(t, e.pod(webA, 0), e.pod(webA, 0).IPv4, "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
+
+	if err := ceilings(t.Context(), `{"ceilings":{"cpu":{"limit":"500m"},"connections":{"concurrent":200}},"node":{"pids":4000}}`); err != nil {
+		t.Fatal(err)
+	}
+	want.CPUMillis, want.Connections = 500, 200
+	e.enforced(t, "e2e-a", want)
+	policy("Capped", "Enforced")
+	if err := harness.Wait(t.Context(), 10*time.Second, 50*time.Millisecond, "the node's bound", func(ctx context.Context) error {
+		var np v1alpha1.NodeProxy
+		if err := e.Client.Get(ctx, client.ObjectKey{Name: e.nodes[0]}, &np); err != nil {
+			return err
+		}
+		if np.Status.Limits.Pids != 4000 {
+			return fmt.Errorf("%+v %q", np.Status.Limits, np.Status.Unenforced)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if err := ceilings(t.Context(), "null"); err != nil {
+		t.Fatal(err)
+	}
+	if err := remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: unlimited})
+}
