@@ -55,8 +55,10 @@ func (w *writer) tell(o client.Object, kind, reason, note string) {
 	}
 }
 
+// referenceTo names an object as it was read: events of one reason about the same
+// version are one for the API server, with the words of the first.
 func referenceTo(o client.Object, kind string) *corev1.ObjectReference {
-	return &corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID()}
+	return &corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID(), ResourceVersion: o.GetResourceVersion()}
 }
 
 func apiVersion(kind string) string {
