@@ -1,15 +1,11 @@
 package kernel
 
 import (
-	"bufio"
 	"fmt"
-	"io"
-	"net"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
@@ -93,19 +89,12 @@ func testCost(t *testing.T, l *lab.Lab) {
 func scrape(t *testing.T, n *lab.Node) map[string]float64 {
 	t.Helper()
 	all := map[string]float64{}
-	n.Do(t, func() {
-		c, err := net.Dial("tcp", "127.0.0.1:15021")
-		lab.Check(t, err)
-		defer c.Close()
-		lab.Check(t, c.SetDeadline(time.Now().Add(10*time.Second)))
-		_, err = io.WriteString(c, "GET /metrics HTTP/1.0\r\n\r\n")
-		lab.Check(t, err)
-		for lines := bufio.NewScanner(c); lines.Scan(); {
-			if name, value, ok := strings.Cut(lines.Text(), " "); ok && strings.HasPrefix(name, "bulkhead_") {
-				all[name], err = strconv.ParseFloat(value, 64)
-				lab.Check(t, err)
-			}
+	for line := range strings.Lines(n.Metrics(t)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && strings.HasPrefix(name, "bulkhead_tenant_") {
+			v, err := strconv.ParseFloat(value, 64)
+			lab.Check(t, err)
+			all[name] = v
 		}
-	})
+	}
 	return all
 }

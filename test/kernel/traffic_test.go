@@ -208,11 +208,11 @@ func testExclusionsAndBypass(t *testing.T, l *lab.Lab) {
 	pod, tenant := podOf(t, n, "a1"), n.Tenant("team-a")
 	metrics := n.Metrics(t)
 	for series, want := range map[string]uint64{
-		`bulkhead_pod_connections_total{listener="direct",namespace="team-a",pod="a1"}`:  pod.Connections["direct"],
-		`bulkhead_pod_connections_total{listener="inbound",namespace="team-a",pod="a1"}`: pod.Connections["inbound"],
-		`bulkhead_tenant_clear_connections_total{by="exclusion",tenant="team-a"}`:        tenant.Excluded,
-		`bulkhead_tenant_clear_connections_total{by="bypass",tenant="team-a"}`:           tenant.Bypassed,
-		`bulkhead_tenant_connections_total{generation="0",tenant="team-a"}`:              tenant.Steered[0],
+		`bulkhead_pod_connections_total{listener="direct",namespace="team-a",pod="a1"}`:                 pod.Connections["direct"],
+		`bulkhead_pod_connections_total{listener="inbound",namespace="team-a",pod="a1"}`:                pod.Connections["inbound"],
+		`bulkhead_tenant_unmeshed_connections_total{namespace="team-a",tenant="team-a",why="excluded"}`: tenant.Excluded,
+		`bulkhead_tenant_unmeshed_connections_total{namespace="team-a",tenant="team-a",why="bypass"}`:   tenant.Bypassed,
+		`bulkhead_tenant_steered_connections_total{generation="0",namespace="team-a",tenant="team-a"}`:  tenant.Steered[0],
 	} {
 		if line := fmt.Sprintf("%s %d\n", series, want); want == 0 || !strings.Contains(metrics, line) {
 			t.Errorf("the metrics lack %q", line)
