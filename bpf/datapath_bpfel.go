@@ -86,7 +86,8 @@ type datapathFlowState struct {
 	Ended         uint8
 	Learned       uint8
 	Outbound      uint8
-	Pad           [5]uint8
+	Led           uint8
+	Pad           [4]uint8
 	Seen          uint64
 	BytesSent     uint64
 	BytesReceived uint64

@@ -30,7 +30,10 @@ struct flow_state {
 	__u8 ended;
 	__u8 learned;
 	__u8 outbound;
-	__u8 pad[5];
+	// The SYN of the pod, or of its peer, led it there. What a tenant opened by itself,
+	// or had when the agent looked, gets no SYN of theirs.
+	__u8 led;
+	__u8 pad[4];
 	// When its last packet came: nanoseconds of CLOCK_MONOTONIC.
 	__u64 seen;
 	__u64 bytes_sent, bytes_received;
@@ -148,13 +151,13 @@ static __always_inline void forget(const struct flow *f, const struct flow_state
 		__sync_fetch_and_add(&veth->learned, -1);
 }
 
-// learn writes a flow down.
-static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 tenant, int outbound)
+// learn writes a flow down. by is the tenant that opens it, if one does.
+static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 tenant, int outbound, __u32 by)
 {
 	if (!f || !pod)
 		return FLOWS_FULL;
 	__u32 ifindex = pod->ifindex;
-	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound };
+	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound, .led = !by };
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	s.seen = bpf_ktime_get_ns();
 	if (!veth || veth->learned >= MAX_LEARNED)
@@ -206,7 +209,10 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	// What isn't the sender's isn't touched: a tenant is hostile.
 	if (s && by && s->tenant != by && !(by == tenant && opens(p) && s->ended))
 		return s->tenant;
-	if (s && opens(p) && s->ended) {
+	// A former tenant could take up ports beforehand, and would get what the pod opens
+	// from them. Peers' SYNs can be forged: they end none that was there before it moved.
+	int taken = !by && s && s->tenant != DIRECT && s->tenant != tenant && !s->led && (from_pod || s->learned);
+	if (s && opens(p) && (s->ended || taken)) {
 		forget(f, s);
 		s = 0;
 	}
@@ -218,9 +224,9 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 		// What a former tenant opens must be written down: its answers would go
 		// to the pod's tenant.
 		if (tenant != by && is_former(by, &f->pod))
-			return learn(f, pod, by, from_pod) ? FLOWS_FULL : by;
+			return learn(f, pod, by, from_pod, by) ? FLOWS_FULL : by;
 		if (pod->learn && tenant == by)
-			learn(f, pod, tenant, from_pod);
+			learn(f, pod, tenant, from_pod, by);
 		return tenant;
 	}
 	struct tenant_counters *c = counters_of(tenant);
@@ -237,8 +243,8 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 			c->bypassed++;
 	}
 	if (direct)
-		return learn(f, pod, DIRECT, from_pod) ? FLOWS_FULL : DIRECT;
+		return learn(f, pod, DIRECT, from_pod, 0) ? FLOWS_FULL : DIRECT;
 	if (pod->learn)
-		learn(f, pod, tenant, from_pod);
+		learn(f, pod, tenant, from_pod, 0);
 	return tenant;
 }

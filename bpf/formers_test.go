@@ -17,6 +17,56 @@ func wantPlacement(t *testing.T, d *Datapath, uid string, tenant uint16, formers
 	}
 }
 
+// led has it that a SYN led a flow that is written down to where it is.
+func (m *mesh) led(f model.Flow) {
+	m.t.Helper()
+	pod, err := addrKey(f.Pod.Addr())
+	check(m.t, err)
+	peer, err := addrKey(f.Peer.Addr())
+	check(m.t, err)
+	key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port()}
+	var s datapathFlowState
+	check(m.t, m.d.maps[datapathMapFlows].Lookup(key, &s))
+	s.Led = 1
+	check(m.t, m.d.maps[datapathMapFlows].Put(key, s))
+}
+
+// What a tenant has opened as a pod, or to it, before the pod left it or since, gets it
+// none of the pod's new connections.
+func TestFormerTakesPorts(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8081)
+	var held []heldFlow
+	take := func(family int) {
+		pod, remote := m.a.of(family), remoteAddresses.of(family)
+		port := uint16(40000 + len(held))
+		m.hold(&held, "as the pod", m.one.namespace, at(pod, port), at(remote, 80), "app "+pod.String())
+	}
+	take(4)
+	take(6)
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	take(4)
+	take(6)
+	for i, c := range held {
+		check(t, echo(c, 1000))
+		family := []int{4, 6}[i%2]
+		pod, remote := m.a.of(family), remoteAddresses.of(family)
+		if _, got, err := dial(t, m.a.namespace, at(pod, uint16(40000+i)), at(remote, 80)); got != "proxy2" {
+			t.Errorf("IPv%d, port %d: %q, %v, want proxy2", family, 40000+i, got, err)
+		}
+	}
+	for _, family := range []int{4, 6} {
+		pod, remote := m.a.of(family), remoteAddresses.of(family)
+		var to []heldFlow
+		m.hold(&to, "to the pod", m.one.namespace, at(remote, 41000), at(pod, 8081), "app "+remote.String())
+		if _, got, err := dial(t, m.remote, at(remote, 41000), at(pod, 8081)); got != "proxy2" {
+			t.Errorf("IPv%d, to the pod: %q, %v, want proxy2", family, got, err)
+		}
+	}
+}
+
 // A SYN that was led to a tenant before its pod moved, and comes to its listeners
 // after that, is that tenant's.
 func TestSynOnItsWay(t *testing.T) {
@@ -31,6 +81,8 @@ func TestSynOnItsWay(t *testing.T) {
 			pod, remote := m.a.of(family), remoteAddresses.of(family)
 			out, in := model.Flow{Pod: at(pod, uint16(40000+i)), Peer: at(remote, 80)}, model.Flow{Pod: at(pod, 8080), Peer: at(remote, uint16(40000+i))}
 			check(t, m.d.keepFlows(m.a.Pod, 1, func(uint16) ([]model.Flow, error) { return []model.Flow{out, in}, nil }))
+			m.led(out)
+			m.led(in)
 			refused := m.counters(1).Dropped.Unsteered
 			_, sent, errSent := dial(t, m.a.namespace, out.Pod, out.Peer)
 			_, received, errReceived := dial(t, m.remote, in.Peer, in.Pod)
