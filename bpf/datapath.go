@@ -49,6 +49,7 @@ type Datapath struct {
 	exclusions map[uint32]map[datapathExclusion]bool
 	reading    bool             // an EventReader is open
 	suspected  map[uint16]int64 // by how much a tenant's count of connections was too high
+	kept       map[uint16]int   // connections in the map of flows by tenant, as of the last sweep and moves since
 }
 
 // sharedMaps are used by the programs of all tenants.
@@ -95,7 +96,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := &Datapath{
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
-		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{},
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, kept: map[uint16]int{},
 	}
 	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()

@@ -101,7 +101,7 @@ func addrPort(ip []byte, port uint16) netip.AddrPort {
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
-// can be repeated. Connections of a pod are read twice if it is new to the mesh.
+// can be repeated. Those beyond model.MaxKept are cut. Connections of a pod are read twice if it is new to the mesh.
 func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
@@ -227,8 +227,17 @@ func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowRea
 	if err != nil {
 		return err
 	}
+	kept := 0
+	if from != 0 {
+		kept = d.kept[from]
+		defer func() { d.kept[from] = kept }()
+	}
 	state := datapathFlowState{Tenant: uint32(from), Ifindex: uint32(p.Ifindex), Seen: now}
-	for _, f := range list {
+	for i, f := range list {
+		if kept >= model.MaxKept {
+			d.log.Warn("A pod that moves loses connections: there are too many", "pod", p.UID, "tenant", from, "kept", kept, "lost", len(list)-i)
+			break
+		}
 		pod, err := addrKey(f.Pod.Addr())
 		if err != nil {
 			return err
@@ -239,6 +248,9 @@ func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowRea
 		}
 		key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port()}
 		err = m.Update(key, state, ebpf.UpdateNoExist)
+		if err == nil {
+			kept++
+		}
 		if errors.Is(err, ebpf.ErrKeyExist) {
 			// An earlier move's, which knows better, unless that one has ended.
 			var former datapathFlowState
@@ -300,7 +312,7 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 	if err != nil {
 		return err
 	}
-	learned, used := map[uint32]uint32{}, map[datapathFormer]bool{}
+	learned, used, kept := map[uint32]uint32{}, map[datapathFormer]bool{}, map[uint16]int{}
 	err = d.deleteFlows(func(key datapathFlow, s datapathFlowState) bool {
 		quiet := time.Duration(max(now, s.Seen) - s.Seen)
 		if over(s, quiet, idle) {
@@ -310,11 +322,13 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 			learned[s.Ifindex]++
 		}
 		used[datapathFormer{Pod: key.Pod, Tenant: s.Tenant}] = true
+		kept[uint16(s.Tenant)]++
 		return false
 	})
 	if err != nil {
 		return fmt.Errorf("sweep connections: %w", err)
 	}
+	d.kept = kept
 	if err := d.sweepFormers(used, now); err != nil {
 		return err
 	}

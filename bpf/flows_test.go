@@ -126,6 +126,38 @@ func TestFlowsStayOnJoin(t *testing.T) {
 	m.greets("ended", d.namespace, at(remoteAddresses.v4, 80), "proxy1")
 }
 
+// A tenant that shows more sockets than anybody needs neither takes the room of others
+// nor keeps its pods.
+func TestTooManyToKeep(t *testing.T) {
+	m := newMesh(t)
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, func(uint16) ([]model.Flow, error) {
+		var shown []model.Flow
+		for i := range model.MaxKept + 1000 {
+			shown = append(shown, model.Flow{Pod: at(m.a.v4, uint16(1+i%60000)), Peer: at(remoteAddresses.v4, uint16(1+i/60000))})
+		}
+		return shown, nil
+	}))
+	if n := size(t, m.d.maps[datapathMapFlows]); n != model.MaxKept {
+		t.Errorf("%d connections are written down, want %d", n, model.MaxKept)
+	}
+	wantPlacement(t, m.d, "a", 2, 1)
+	// Of another pod of that tenant none is left room for, until some have ended.
+	check(t, m.d.SweepFlows(time.Hour))
+	more := func(uint16) ([]model.Flow, error) {
+		return []model.Flow{{Pod: at(m.c.v4, 40000), Peer: at(remoteAddresses.v4, 80)}}, nil
+	}
+	check(t, m.d.keepFlows(m.c.Pod, 1, more))
+	if n := size(t, m.d.maps[datapathMapFlows]); n != model.MaxKept {
+		t.Errorf("%d connections are written down of two pods, want %d", n, model.MaxKept)
+	}
+	check(t, m.d.SweepFlows(0))
+	check(t, m.d.keepFlows(m.c.Pod, 1, more))
+	if n := size(t, m.d.maps[datapathMapFlows]); n != 1 {
+		t.Errorf("%d connections are written down, want 1", n)
+	}
+}
+
 // What opens between the list and the programs' start isn't in either.
 func TestFlowsOpenedWhileJoining(t *testing.T) {
 	m := newMesh(t)

@@ -42,7 +42,7 @@ func (f family) parseFlow(k []byte) model.Flow {
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
-// can be repeated. Connections of a pod are read twice if it is new to the mesh.
+// can be repeated. Those beyond model.MaxKept are cut. Connections of a pod are read twice if it is new to the mesh.
 func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
@@ -161,17 +161,25 @@ func (d *Datapath) keepFlows(from uint16, established model.FlowReader) error {
 	if err != nil {
 		return err
 	}
-	known := map[model.Flow]bool{}
+	known, kept := map[model.Flow]bool{}, 0
 	for _, f := range stored {
 		known[f.Flow] = true // an earlier move's, which knows better
+		if f.tenant == from && (from != 0 || f.Pod.Addr() == list[0].Pod.Addr().Unmap()) {
+			kept++
+		}
 	}
 	var flows [2][]nftables.SetElement
-	for _, f := range list {
+	for i, f := range list {
+		if kept >= model.MaxKept {
+			d.log.Warn("A pod that moves loses connections: there are too many", "pod", f.Pod.Addr(), "tenant", from, "kept", kept, "lost", len(list)-i)
+			break
+		}
 		f = model.Flow{Pod: unmapped(f.Pod), Peer: unmapped(f.Peer)}
 		if known[f] || f.Peer.Addr().IsUnspecified() || f.Pod.Addr().Is4() != f.Peer.Addr().Is4() {
 			continue
 		}
 		known[f] = true
+		kept++
 		i := slices.IndexFunc(families, func(fam family) bool { return fam.version == familyOf(f.Pod.Addr()).version })
 		flows[i] = append(flows[i], nftables.SetElement{Key: flowKey(f), Val: native(uint32(from)), Timeout: flowIdle})
 	}
