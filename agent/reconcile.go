@@ -126,7 +126,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	r.capacityProblem = a.checkCapacity()
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(ctx, places, indexes, held, &r))
-	next = min(next, a.removeTenants(ctx, p, held, r.steered), a.removeFormer(&r))
+	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r))
 	a.checkConnections(p)
 	r.hits = a.readHits(p)
 	a.finishRound(r)
@@ -271,11 +271,12 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, steered map[string]steer.Pod) time.Duration {
+func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time.Duration {
 	next := resync
-	used := map[uint16]bool{}
-	for _, pod := range steered {
-		used[pod.Tenant] = true
+	used, err := a.usedTenants()
+	if err != nil {
+		a.log.Error("steered pods can't be read", "error", err)
+		return time.Second
 	}
 	for _, t := range a.bulkheads.Tenants() {
 		if p.has(t) {
@@ -315,6 +316,17 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts, stee
 		a.log.Error("last good configuration stays", "error", err)
 	}
 	return next
+}
+
+// usedTenants are those that pods are at by what the kernel has: one that couldn't be
+// moved, or let go, is where it was, and the index may be another tenant's later.
+func (a *Agent) usedTenants() (map[uint16]bool, error) {
+	places, err := a.datapath.Placements()
+	used := map[uint16]bool{}
+	for _, place := range places {
+		used[place.Tenant] = true
+	}
+	return used, err
 }
 
 // removeTenant ends the processes first: while one runs, the programs guard what
