@@ -1,6 +1,7 @@
 package translate
 
 import (
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -88,7 +89,8 @@ func costAt(namespace string, n NodeView) (v1alpha1.NodeCost, bool) {
 	return *n.Cost, true
 }
 
-// plus adds n times what was taken; an agent that counted back takes nothing away.
+// plus adds n times what was taken, with n 1 or -1; an agent that counted back, or
+// tells of less than nothing or more than fits, takes nothing away from what others told.
 func plus(to *v1alpha1.Taken, t v1alpha1.Taken, n int64) {
 	for _, f := range []struct {
 		to *int64
@@ -97,7 +99,8 @@ func plus(to *v1alpha1.Taken, t v1alpha1.Taken, n int64) {
 		{&to.CPUMilliseconds, t.CPUMilliseconds}, {&to.PrivateMebibyteSeconds, t.PrivateMebibyteSeconds}, {&to.PSSMebibyteSeconds, t.PSSMebibyteSeconds},
 		{&to.BytesSent, t.BytesSent}, {&to.BytesReceived, t.BytesReceived}, {&to.Connections, t.Connections},
 	} {
-		*f.to = max(0, *f.to+n*f.by)
+		by := min(max(0, f.by), math.MaxInt64-max(0, n)**f.to)
+		*f.to = max(0, *f.to+n*by)
 	}
 }
 

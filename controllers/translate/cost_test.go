@@ -2,6 +2,7 @@ package translate
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -46,6 +47,21 @@ func TestTenantCost(t *testing.T) {
 	late := TenantCost("team-a", []NodeView{counted("n1", 0, 2*time.Hour, 150)}, four, at(2*time.Hour))
 	if len(late.Nodes) != 1 || late.Total.CPUMilliseconds != 209 {
 		t.Errorf("nodes that are gone stay: %+v", late)
+	}
+}
+
+// A node that lies adds to the bill at most: it takes nothing away from what others tell.
+func TestTenantCostOfALiar(t *testing.T) {
+	at := metav1.NewTime(costStart.Add(time.Minute))
+	for _, lie := range []int64{math.MinInt64, -1, math.MaxInt64} {
+		had := TenantCost("team-a", []NodeView{counted("n1", 0, 0, 100)}, nil, at)
+		for round := range 3 {
+			since := time.Duration(round) * time.Second
+			had = TenantCost("team-a", []NodeView{counted("n1", 0, since+1, 100+int64(round)), counted("n2", since, since, lie)}, had, at)
+		}
+		if had.Total.CPUMilliseconds < 102 || had.Days[0].CPUMilliseconds < 102 {
+			t.Errorf("%d: %+v", lie, had)
+		}
 	}
 }
 
