@@ -5,6 +5,8 @@
 // Of one pod, that the programs may write down: it must not take all of the
 // room. What the agent writes before a pod moves isn't limited.
 #define MAX_LEARNED 8192
+// Of those, that tenants open: the rest is for what the pod and its peers open.
+#define MAX_LEARNED_BY_TENANTS (MAX_LEARNED / 2)
 // 32 of its namespace and 8 of its own for each of 1,000 pods.
 #define MAX_EXCLUSIONS 65536
 
@@ -160,7 +162,7 @@ static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 t
 	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound, .led = !by };
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	s.seen = bpf_ktime_get_ns();
-	if (!veth || veth->learned >= MAX_LEARNED)
+	if (!veth || veth->learned >= (by ? MAX_LEARNED_BY_TENANTS : MAX_LEARNED))
 		return FLOWS_FULL;
 	if (bpf_map_update_elem(&flows, f, &s, BPF_NOEXIST))
 		return FLOWS_FULL;

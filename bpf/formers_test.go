@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 func wantPlacement(t *testing.T, d *Datapath, uid string, tenant uint16, formers ...uint16) {
@@ -65,6 +66,32 @@ func TestFormerTakesPorts(t *testing.T) {
 			t.Errorf("IPv%d, to the pod: %q, %v, want proxy2", family, got, err)
 		}
 	}
+}
+
+// A former tenant leaves room for what the pod opens in the clear.
+func TestFormerLeavesRoom(t *testing.T) {
+	const byTenants = 4096
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.remote, 81)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}}))
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	veths := m.d.maps[datapathMapVeths]
+	var veth datapathVeth
+	check(t, veths.Lookup(uint32(m.a.Ifindex), &veth))
+	veth.Learned = byTenants - 1
+	check(t, veths.Put(uint32(m.a.Ifindex), veth))
+	as, server := at(m.a.v4, 0), at(remoteAddresses.v4, 80)
+	if _, got, err := dial(t, m.one.namespace, as, server); got != "app "+m.a.v4.String() {
+		t.Errorf("with room: %q, %v", got, err)
+	}
+	check(t, veths.Lookup(uint32(m.a.Ifindex), &veth))
+	veth.Learned = byTenants // also if that connection is over
+	check(t, veths.Put(uint32(m.a.Ifindex), veth))
+	before := m.counters(1).Dropped.Foreign
+	syn(t, m.one.namespace, m.a.v4, server, func() bool { return m.counters(1).Dropped.Foreign > before })
+	m.greets("excluded", m.a.namespace, at(remoteAddresses.v4, 81), "app "+m.a.v4.String())
 }
 
 // A SYN that was led to a tenant before its pod moved, and comes to its listeners
