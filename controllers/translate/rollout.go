@@ -190,6 +190,9 @@ func (r *rollout) proceed() map[string]NodeRollout {
 	for {
 		step := spec.Steps[s.Step-1]
 		taking := r.taking(int(s.Step))
+		if spec.Paused {
+			taking = r.begun()
+		}
 		waiting := r.count(taking, lacking)
 		s.Weight, s.Tenants = step.Weight, int32(len(taking))
 		last := int(s.Step) == len(spec.Steps)
@@ -201,8 +204,9 @@ func (r *rollout) proceed() map[string]NodeRollout {
 			s.Phase, s.ReachedAt = v1alpha1.RolloutProgressing, nil
 			s.Message = fmt.Sprintf("%s; nodes that lack it or say nothing: %s (at most %d may)", of, describe(lacking), spec.MaxUnavailable)
 			if s.Step == 1 {
-				// Nothing changes anywhere before the version is where it is needed.
-				return r.nodes(nil)
+				// Nothing begins anywhere before the version is where it is needed. What has
+				// begun stays: a node may have joined since.
+				return r.nodes(r.begun())
 			}
 		case len(waiting) > 0:
 			s.Phase, s.ReachedAt = v1alpha1.RolloutProgressing, nil
@@ -278,6 +282,19 @@ func (r *rollout) taking(step int) map[string]int32 {
 // has reports whether a tenant takes part already.
 func (r *rollout) has(tenant string) bool {
 	return slices.ContainsFunc(r.tenants[tenant], r.owns)
+}
+
+// begun are the tenants that take part already, with the weights that they have.
+func (r *rollout) begun() map[string]int32 {
+	out := map[string]int32{}
+	for name, places := range r.tenants {
+		for _, p := range places {
+			if r.owns(p) {
+				out[name] = max(out[name], p.spec.Canary.Weight)
+			}
+		}
+	}
+	return out
 }
 
 // heldUntil is when the rollout may begin with a tenant; its namespace can't hold it

@@ -395,3 +395,41 @@ func TestUpgrade(t *testing.T) {
 		t.Errorf("without a rollout: %+v", u)
 	}
 }
+
+// A node that joins during the first step takes nothing away from those that take
+// part: nothing begins until it has the version, that is all.
+func TestRolloutKeepsWhatBegan(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Namespaces: []string{"a", "c"}, Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.want("first step", v1alpha1.RolloutWaiting, "a 50")
+	for i := range f.nodes {
+		f.nodes[i].Spec.Tenants = append(f.nodes[i].Spec.Tenants, v1alpha1.NodeTenant{Name: "c", Version: oldEnvoy})
+	}
+	f.nodes = append(f.nodes, v1alpha1.NodeProxy{ObjectMeta: metav1.ObjectMeta{Name: "n3"}, Spec: v1alpha1.NodeProxySpec{
+		Tenants: []v1alpha1.NodeTenant{{Name: "b", Version: oldEnvoy}}}})
+	f.lacks["n3"] = ""
+	f.report()
+	f.want("a node without the version", v1alpha1.RolloutProgressing, "a 50")
+	f.lacks = map[string]string{}
+	f.report()
+	f.want("it has it", v1alpha1.RolloutWaiting, "a 50, c 50")
+}
+
+// Whoever pauses a rollout keeps everything as it is, also if nothing has begun.
+func TestRolloutPausedBeginsNothing(t *testing.T) {
+	spec := steps()
+	spec.Paused = true
+	f := newFleet(t, spec, "a", "b", "c", "d")
+	f.want("made with a pause", v1alpha1.RolloutPaused, "")
+	f.rollout.Spec.Paused = false
+	f.want("resumed", v1alpha1.RolloutWaiting, "a 10")
+	f.rollout.Spec.Paused = true
+	for i := range f.nodes {
+		for _, name := range []string{"e", "f", "g", "h"} {
+			f.nodes[i].Spec.Tenants = append(f.nodes[i].Spec.Tenants, v1alpha1.NodeTenant{Name: name, Version: oldEnvoy})
+		}
+	}
+	f.report()
+	f.want("more tenants", v1alpha1.RolloutPaused, "a 10")
+	f.rollout.Spec.Paused = false
+	f.want("and again", v1alpha1.RolloutWaiting, "a 10, b 10")
+}
