@@ -460,16 +460,25 @@ func (r *rollout) succeeded() map[string]NodeRollout {
 	if len(s.From) == 0 {
 		s.Message = fmt.Sprintf("all %d tenants run Envoy %s", len(r.tenants), r.version)
 	}
-	stay := map[string]int32{}
+	stay, planned := map[string]int32{}, map[string]bool{}
 	for name, places := range r.tenants {
 		for _, p := range places {
 			// Until the plan has it. What people ask for since goes before it.
 			if r.owns(p) && slices.Contains(s.From, p.spec.Version) {
 				stay[name] = 100
 			}
+			planned[p.node.Name] = planned[p.node.Name] || p.spec.Version == r.version
 		}
 	}
-	return r.nodes(stay)
+	nodes := r.nodes(stay)
+	// Its image stays where its version does: all that ever succeeded would soon be
+	// more than a node takes.
+	for name, n := range nodes {
+		if len(n.Canaries) == 0 && !planned[name] {
+			delete(nodes, name)
+		}
+	}
+	return nodes
 }
 
 // RolledOutVersion is the version of tenants whose MeshTopology asks for asked: what

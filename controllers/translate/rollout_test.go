@@ -433,3 +433,31 @@ func TestRolloutPausedBeginsNothing(t *testing.T) {
 	f.rollout.Spec.Paused = false
 	f.want("and again", v1alpha1.RolloutWaiting, "a 10, b 10")
 }
+
+// An image stays where its version is planned, not for as long as anybody remembers
+// the rollout: a node takes eight.
+func TestRolloutLetsImagesGo(t *testing.T) {
+	spec := v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}}
+	spec.Target.Image = "registry.example/envoy@sha256:" + strings.Repeat("ab", 32)
+	f := newFleet(t, spec, "a")
+	s := f.want("done", v1alpha1.RolloutSucceeded, "a promoted")
+	images := func(what string, want int) {
+		t.Helper()
+		f.settle()
+		for _, n := range f.nodes {
+			if len(n.Spec.Images) != want {
+				t.Errorf("%s: %s has the images %+v", what, n.Name, n.Spec.Images)
+			}
+		}
+	}
+	images("while the canaries are all that asks for it", 1)
+	planned := func(version string) {
+		for i := range f.nodes {
+			f.nodes[i].Spec.Tenants[0].Version = version
+		}
+	}
+	planned(s.Version)
+	images("planned", 1)
+	planned("1.41.0")
+	images("after another one", 0)
+}
