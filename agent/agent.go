@@ -37,6 +37,8 @@ type process struct {
 type Agent struct {
 	o   Options
 	log *slog.Logger
+	// started is when this agent did: what runs may be older.
+	started time.Time
 
 	bulkheads  *isolation.Manager
 	identities *identity.Store
@@ -109,7 +111,7 @@ func newAgent(o Options) (*Agent, error) {
 		return nil, err
 	}
 	return &Agent{
-		o: o, log: o.Log, roots: &uplink.Roots{}, nodeProc: "/proc/1",
+		o: o, log: o.Log, started: time.Now(), roots: &uplink.Roots{}, nodeProc: "/proc/1",
 		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}),
 		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, staying: map[model.Tenant]bool{}, released: map[string]time.Time{},
 		admissions: map[string]*admission{},

@@ -183,7 +183,7 @@ func TestMakeStatus(t *testing.T) {
 	}
 	good := func() observation {
 		return observation{
-			redirection: v1alpha1.RedirectionEBPF,
+			redirection: v1alpha1.RedirectionEBPF, agentStarted: time.Unix(1e9, 5),
 			round: round{plan: p, known: true, serving: map[model.Tenant]process{a: {pid: 40}, b: {pid: 40}}, problems: map[model.Tenant]string{},
 				steered: map[string]steer.Pod{"1": {}, "2": {}}, weights: map[model.Tenant]int{a: 25}},
 			states: map[model.Tenant]isolation.State{
@@ -202,6 +202,9 @@ func TestMakeStatus(t *testing.T) {
 	}
 	if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionRedirected); s.Redirection != v1alpha1.RedirectionEBPF || c == nil || c.Status != metav1.ConditionTrue {
 		t.Errorf("redirection %q, conditions %+v", s.Redirection, s.Conditions)
+	}
+	if s.AgentStartedAt == nil || s.AgentStartedAt.Unix() != 1e9 {
+		t.Errorf("the agent started at %s", s.AgentStartedAt)
 	}
 	flags := good()
 	flags.round.steered["1"] = steer.Pod{Strict: true, Bypass: true}

@@ -34,6 +34,7 @@ const maxMessage = 4096 // of 32768 that the API takes
 // observation is what the status is made from.
 type observation struct {
 	agentVersion  string
+	agentStarted  time.Time
 	proxyVersions []string
 	planError     string
 	// redirection that pods have.
@@ -73,6 +74,10 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		Redirection:        o.redirection,
 		Limits:             enforcedLimits(o.limits, isolation.Bandwidth{}, steer.ConnectionLimits{}),
 		Unenforced:         o.unenforced,
+	}
+	if !o.agentStarted.IsZero() {
+		at := metav1.NewTime(o.agentStarted.UTC().Truncate(time.Second))
+		s.AgentStartedAt = &at
 	}
 	if problem := o.round.limitProblem; problem != "" {
 		s.Unenforced = append(slices.Clone(s.Unenforced), problem)
@@ -270,7 +275,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 // observe gathers what makeStatus needs.
 func (a *Agent) observe() observation {
 	a.mu.Lock()
-	o := observation{agentVersion: a.o.Version, planError: a.planError, redirection: a.datapath.kind, round: a.last,
+	o := observation{agentVersion: a.o.Version, agentStarted: a.started, planError: a.planError, redirection: a.datapath.kind, round: a.last,
 		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}, costs: a.toldCosts}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()

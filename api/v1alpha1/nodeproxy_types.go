@@ -189,6 +189,10 @@ type NodeProxyStatus struct {
 	// AgentVersion that runs on the node.
 	// +optional
 	AgentVersion string `json:"agentVersion,omitempty"`
+	// AgentStartedAt is since when this agent runs. Proxies outlive it, and come back
+	// to the next one within some seconds: before that, none of them is Serving.
+	// +optional
+	AgentStartedAt *metav1.Time `json:"agentStartedAt,omitempty"`
 	// ProxyVersions of Envoy that the node can run.
 	// +listType=set
 	// +optional

@@ -798,6 +798,10 @@ func (in *NodeProxyStatus) DeepCopyInto(out *NodeProxyStatus) {
 			(*in)[i].DeepCopyInto(&(*out)[i])
 		}
 	}
+	if in.AgentStartedAt != nil {
+		in, out := &in.AgentStartedAt, &out.AgentStartedAt
+		*out = (*in).DeepCopy()
+	}
 	if in.ProxyVersions != nil {
 		in, out := &in.ProxyVersions, &out.ProxyVersions
 		*out = make([]string, len(*in))

@@ -155,7 +155,12 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 					others = max(others, other.Rejected)
 				}
 			}
-			switch since := g.StartedAt; {
+			// A new agent doesn't know yet what its predecessor's proxies hold.
+			since := g.StartedAt
+			if agent := p.node.Status.AgentStartedAt; since != nil && agent != nil && agent.After(since.Time) {
+				since = agent
+			}
+			switch {
 			case g.Restarts > 0:
 				v.Reason, v.Message = VerdictCrashed, cutTo(fmt.Sprintf("the new proxy ended %d times, limit 0; the last time: %s", g.Restarts, cmp.Or(g.LastExit, "it could not be started")), 1000)
 			case g.Rejected > others:
@@ -163,7 +168,7 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources, the old one %d: %s", g.Rejected, others, rejectedNames(p.status)), 1000)
 			case !g.Serving && since != nil && r.Now.Sub(since.Time) > within:
 				v.Reason = VerdictNotReady
-				v.Message = cutTo(fmt.Sprintf("the new proxy takes no connections %s after its start, limit %s: %s", r.Now.Sub(since.Time).Round(time.Second), within, cmp.Or(p.status.Waits, p.status.Reason, "no reason is known")), 1000)
+				v.Message = cutTo(fmt.Sprintf("the new proxy takes no connections %s after it or its agent started, limit %s: %s", r.Now.Sub(since.Time).Round(time.Second), within, cmp.Or(p.status.Waits, p.status.Reason, "no reason is known")), 1000)
 			default:
 				if !g.Serving && since != nil {
 					r.again(within - r.Now.Sub(since.Time) + time.Second)

@@ -461,3 +461,32 @@ func TestRolloutLetsImagesGo(t *testing.T) {
 	planned("1.41.0")
 	images("after another one", 0)
 }
+
+// Proxies that run longer than an agent come back to it: that they take some time for
+// it says nothing of their version.
+func TestRolloutForgivesAgents(t *testing.T) {
+	f := newFleet(t, steps(), "a", "b", "c", "d")
+	f.want("first step", v1alpha1.RolloutWaiting, "a 10")
+	began := metav1.NewTime(f.now)
+	f.now = f.now.Add(9 * time.Minute)
+	agent := metav1.NewTime(f.now)
+	f.broken = func(_, _ string, g *v1alpha1.GenerationStatus) { g.Serving, g.StartedAt = false, &began }
+	decide := func() v1alpha1.RolloutPhase {
+		t.Helper()
+		f.report()
+		for i := range f.nodes {
+			f.nodes[i].Status.AgentStartedAt = &agent
+		}
+		return f.step().Phase
+	}
+	if phase := decide(); phase != v1alpha1.RolloutProgressing {
+		t.Errorf("an agent that has just started: %s: %s", phase, f.rollout.Status.Message)
+	}
+	if f.after <= 0 || f.after > 2*time.Minute+time.Second {
+		t.Errorf("it is looked at again after %s", f.after)
+	}
+	f.now = f.now.Add(2*time.Minute + time.Second)
+	if phase := decide(); phase != v1alpha1.RolloutRollingBack || f.rollout.Status.Verdict.Reason != VerdictNotReady {
+		t.Errorf("two minutes on: %s: %s", phase, f.rollout.Status.Message)
+	}
+}
