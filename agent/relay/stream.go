@@ -149,6 +149,9 @@ func (s *stream) request(ctx context.Context, r *discovery.DeltaDiscoveryRequest
 		return err
 	}
 	s.subs[r.TypeUrl] = sub
+	if r.TypeUrl == TypeCluster {
+		s.relay.forget(s.key, s.down, c.unsubscribe)
+	}
 	if !seen && r.TypeUrl == TypeCluster {
 		s.relay.found(s.key, s.down, sub.named(slices.Collect(maps.Keys(sub.held))), true)
 	}

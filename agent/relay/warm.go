@@ -58,6 +58,21 @@ func (r *Relay) found(key Key, st downstream, names []string, exist bool) {
 	}
 }
 
+// forget drops what a proxy knew of clusters that it doesn't have by name any more.
+func (r *Relay) forget(key Key, st downstream, names []string) {
+	e := r.endpoint(key)
+	if e == nil || len(names) == 0 {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.current == st {
+		for _, name := range names {
+			delete(e.found, name)
+		}
+	}
+}
+
 // getAhead asks for what Warm wants, as if the proxy did.
 func (s *stream) getAhead() error {
 	e := s.relay.endpoint(s.key)
@@ -78,6 +93,7 @@ func (s *stream) getAhead() error {
 		return err
 	}
 	s.log.Info("proxy gets ahead what the other generation holds", "clusters", len(c.subscribe))
+	s.relay.forget(s.key, s.down, c.unsubscribe)
 	s.relay.found(s.key, s.down, c.dropped, false)
 	s.ask(TypeCluster, c, nil, false)
 	return nil

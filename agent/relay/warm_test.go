@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 
@@ -62,4 +63,43 @@ func TestWarm(t *testing.T) {
 	if lacking := f.relay.Warm(Key{Tenant: teamB}, second); lacking != nil {
 		t.Errorf("a proxy that isn't served lacks %q", lacking)
 	}
+}
+
+// What is remembered of a proxy for another one is no more than it asks for: names
+// that it lets go, or that made room for others, are forgotten.
+func TestWarmForgets(t *testing.T) {
+	f := setUp(t, func(o *Options) { o.NamesPerSecond = 1e6 })
+	key := Key{Tenant: teamA}
+	p := f.proxyOf(key)
+	known := func() int {
+		e := f.relay.endpoint(key)
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return len(e.found)
+	}
+	up := (*operatorStream)(nil)
+	vain := func(from, to int) (names []string) {
+		t.Helper()
+		for i := from; i < to; i++ {
+			names = append(names, fmt.Sprintf("vip|%d", i))
+		}
+		p.subscribe(TypeCluster, names...)
+		if up == nil {
+			up = f.op.stream()
+		}
+		up.await(t, TypeCluster, names[0])
+		if err := up.st.Send(&discovery.DeltaDiscoveryResponse{TypeUrl: TypeCluster, Nonce: fmt.Sprint(from), RemovedResources: names}); err != nil {
+			t.Fatal(err)
+		}
+		p.next()
+		return names
+	}
+	names := vain(0, 100)
+	eventually(t, "they are known", func() bool { return known() == 100 })
+	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesUnsubscribe: names})
+	eventually(t, "they are forgotten", func() bool { return known() == 0 })
+	for from := 1000; from < 2*maxNames; from += 1000 {
+		vain(from, from+1000)
+	}
+	eventually(t, "those that made room are forgotten", func() bool { return known() == maxNames })
 }
