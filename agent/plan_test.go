@@ -206,6 +206,11 @@ func TestMakeStatus(t *testing.T) {
 	if s.AgentStartedAt == nil || s.AgentStartedAt.Unix() != 1e9 {
 		t.Errorf("the agent started at %s", s.AgentStartedAt)
 	}
+	vain := good()
+	vain.configs[relay.Key{Tenant: a, Generation: 1}] = relay.State{Rejections: []relay.Rejection{{Type: "CDS", Name: "*", Message: "100 or more names"}, {Type: "CDS", Name: "x", Message: "bad"}}}
+	if s := makeStatus(vain).Tenants[0]; s.Generations[1].Rejected != 1 || len(s.Rejected) != 2 {
+		t.Errorf("refused by generation 1: %d, of all: %+v", s.Generations[1].Rejected, s.Rejected)
+	}
 	flags := good()
 	flags.round.steered["1"] = steer.Pod{Strict: true, Bypass: true}
 	if s := makeStatus(flags); s.Tenants[0].StrictPods != 1 || s.Tenants[0].BypassedPods != 1 || s.Tenants[1].StrictPods != 0 || s.Tenants[1].BypassedPods != 0 {

@@ -221,7 +221,7 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		g := v1alpha1.GenerationStatus{Generation: int32(p.Generation), Version: p.Version, PID: int32(p.PID),
 			Role: o.round.placed[tp.tenant].role(p), Serving: o.takes(tp.tenant, p),
 			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit,
-			Rejected: int32(len(o.configs[relay.Key{Tenant: tp.tenant, Generation: p.Generation}].Rejections))}
+			Rejected: refusals(o.configs[relay.Key{Tenant: tp.tenant, Generation: p.Generation}].Rejections)}
 		if !p.DrainUntil.IsZero() {
 			until := metav1.NewTime(p.DrainUntil.UTC().Truncate(time.Second))
 			g.DrainUntil = &until
@@ -255,6 +255,17 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		t.Reason = "Envoy's listeners are being taken"
 	}
 	return t
+}
+
+// refusals counts resources that a process refused. What pods dial in vain says
+// nothing of its version.
+func refusals(rejections []relay.Rejection) (n int32) {
+	for _, r := range rejections {
+		if !r.InVain() {
+			n++
+		}
+	}
+	return n
 }
 
 // rejected is what the tenant's generations refused, each resource once.

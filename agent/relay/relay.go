@@ -83,6 +83,10 @@ type Rejection struct {
 	Message string
 }
 
+// InVain reports whether this isn't about a resource: the proxy asked for names that
+// don't exist, as pods had it do.
+func (r Rejection) InVain() bool { return r.Name == wildcard }
+
 func (r Rejection) String() string { return r.Type + " " + r.Name + ": " + r.Message }
 
 // maxRejections are kept of one proxy: who refuses everything says nothing more.
