@@ -39,6 +39,9 @@ const (
 	maxConfig  = 1 << 20
 	maxEntries = 4096
 	maxTree    = 1 << 30
+	// maxDepth is how many folders a file may be in: a path has room for a million,
+	// which nobody could remove again.
+	maxDepth = 16
 )
 
 // What can be wrong with an image.

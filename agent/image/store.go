@@ -91,11 +91,13 @@ func Open(o Options) (*Store, error) {
 		return nil, fmt.Errorf("open images: %w", err)
 	}
 	left, err := filepath.Glob(filepath.Join(o.Dir, ".pull-*"))
-	for _, dir := range left {
-		err = errors.Join(err, os.RemoveAll(dir))
-	}
 	if err != nil {
 		return nil, fmt.Errorf("open images: %w", err)
+	}
+	for _, dir := range left {
+		if err := os.RemoveAll(dir); err != nil { // the agent is needed all the same
+			o.Log.Error("what was half fetched stays", "folder", dir, "error", err)
+		}
 	}
 	return &Store{o: o, wanted: map[string]Source{}, states: map[string]State{}, changed: make(chan struct{}, 1)}, nil
 }

@@ -278,6 +278,8 @@ func TestBadImages(t *testing.T) {
 		"leads out":         {source: h.push(good, layerOf(t, envoy, entry{name: "../out", content: "x"})), reason: ReasonInvalid, says: "leads out"},
 		"leads out inside":  {source: h.push(good, layerOf(t, envoy, entry{name: "lib/../../out", content: "x"})), reason: ReasonInvalid, says: "leads out"},
 		"absolute":          {source: h.push(good, layerOf(t, envoy, entry{name: "/out", content: "x"})), reason: ReasonInvalid, says: "leads out"},
+		"too deep":          {source: h.push(good, layerOf(t, envoy, entry{name: strings.Repeat("d/", maxDepth+1) + "out", content: "x"})), reason: ReasonInvalid, says: "folders"},
+		"deep folders":      {source: h.push(good, layerOf(t, envoy, entry{name: strings.Repeat("d/", maxDepth+2), kind: tar.TypeDir})), reason: ReasonInvalid, says: "folders"},
 		"a link":            {source: h.push(good, layerOf(t, envoy, entry{name: "lib", kind: tar.TypeSymlink, link: "/"}, entry{name: "lib/out", content: "x"})), reason: ReasonInvalid, says: "no regular file"},
 		"a hard link":       {source: h.push(good, layerOf(t, envoy, entry{name: "passwd", kind: tar.TypeLink, link: "/etc/passwd"})), reason: ReasonInvalid, says: "no regular file"},
 		"a device":          {source: h.push(good, layerOf(t, envoy, entry{name: "mem", kind: tar.TypeChar})), reason: ReasonInvalid, says: "no regular file"},

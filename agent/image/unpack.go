@@ -138,6 +138,8 @@ func (t *tree) files(in *tar.Reader) error {
 		switch {
 		case !filepath.IsLocal(name):
 			return fmt.Errorf("%w: %.128q leads out of the image", ErrInvalid, h.Name)
+		case strings.Count(name, "/") > maxDepth:
+			return fmt.Errorf("%w: %.128q is in more than %d folders", ErrInvalid, h.Name, maxDepth)
 		case strings.HasPrefix(path.Base(name), ".wh."):
 			return fmt.Errorf("%w: %.128q removes a file of another layer: build it in one", ErrInvalid, h.Name)
 		case h.Typeflag == tar.TypeDir:
