@@ -2,9 +2,7 @@ package image
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -247,8 +245,10 @@ func (s *Store) fetch(ctx context.Context, source Source) error {
 	if err := (puller{access, s.o.Reserve}).pull(ctx, source, dir); err != nil {
 		return err
 	}
-	if err := os.Remove(s.record(source.Version)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("forget another image of that version: %w", err)
+	// Without a digest it is no image that is there, but one that is removed if nobody
+	// wants it, whenever the agent is killed from here on.
+	if err := s.keepRecord(source.Version, ""); err != nil {
+		return err
 	}
 	if err := s.o.Versions.AddVersion(source.Version, dir); err != nil {
 		return err

@@ -38,6 +38,8 @@ type place struct {
 
 	mu   sync.Mutex
 	used map[string]bool
+	// killed has AddVersion end as if nothing came after it.
+	killed bool
 }
 
 func (p *place) HasVersion(version string) error {
@@ -47,7 +49,10 @@ func (p *place) HasVersion(version string) error {
 
 func (p *place) AddVersion(version, tree string) error {
 	os.RemoveAll(filepath.Join(p.dir, version))
-	return os.Rename(tree, filepath.Join(p.dir, version))
+	if err := os.Rename(tree, filepath.Join(p.dir, version)); err != nil || !p.killed {
+		return err
+	}
+	return errors.New("killed")
 }
 
 func (p *place) RemoveVersion(version string) error {
@@ -251,6 +256,29 @@ func TestKeptAndRemoved(t *testing.T) {
 	if now := h.asked.Load(); now != asked {
 		t.Errorf("the registry was asked %d times for what was there", now-asked)
 	}
+}
+
+// A tree that came whole, with an agent that was killed before it noted it, goes as
+// any other when nobody wants it.
+func TestKilledBeforeTheRecord(t *testing.T) {
+	h, n := newHub(t), newNode(t, nil)
+	source := h.push(good, layerOf(t, entry{name: "envoy", content: "a"}))
+	n.place.killed = true
+	stop := n.run()
+	n.Want([]Source{source}, nil)
+	n.eventually("a failure", func() bool { return n.States()[source.Version].Reason != "" })
+	stop()
+	if n.place.HasVersion(source.Version) != nil || n.has(source) {
+		t.Fatalf("the tree isn't there, or taken for whole")
+	}
+	n.open(n.o.Dir, nil)
+	n.run()
+	n.Want(nil, nil)
+	n.eventually("nothing is left", func() bool {
+		trees, err := os.ReadDir(n.place.dir)
+		records, err2 := os.ReadDir(n.o.Dir)
+		return err == nil && err2 == nil && len(trees) == 0 && len(records) == 0
+	})
 }
 
 func TestBadImages(t *testing.T) {
