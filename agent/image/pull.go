@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"regexp"
 	"runtime"
@@ -175,11 +176,20 @@ type confined struct{ http.RoundTripper }
 
 // RoundTrip implements http.RoundTripper.
 func (c confined) RoundTrip(r *http.Request) (*http.Response, error) {
-	host := r.URL.Hostname()
-	if r.URL.Scheme != "https" && r.Header.Get("Authorization") != "" && host != "localhost" && host != "::1" && !strings.HasPrefix(host, "127.") {
+	// What a puller sends in a body is a form that asks for a token, with another one.
+	secret := r.Header.Get("Authorization") != "" || r.Body != nil && r.Body != http.NoBody
+	if secret && r.URL.Scheme != "https" && !isLocal(r.URL.Hostname()) {
+		if r.Body != nil {
+			r.Body.Close()
+		}
 		return nil, fmt.Errorf("registry %s speaks no TLS: credentials aren't sent in the clear", r.URL.Host)
 	}
 	return c.RoundTripper.RoundTrip(r)
+}
+
+func isLocal(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
 // Reasons why a version can't be had, for status.

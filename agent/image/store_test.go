@@ -437,9 +437,23 @@ func TestCredentials(t *testing.T) {
 		t.Error("a registry without TLS can't be asked without credentials")
 	}
 	reached = false
+	form, err := http.NewRequest(http.MethodPost, "http://10.0.0.1:5000/token", strings.NewReader("grant_type=refresh_token&refresh_token=secret"))
+	must(t, err)
+	if _, err := c.RoundTrip(form); reached || err == nil || !strings.Contains(err.Error(), "in the clear") {
+		t.Errorf("an identity token in the clear: reached %t, %v", reached, err)
+	}
+	reached = false
 	r.Header.Set("Authorization", want)
 	if _, err := c.RoundTrip(r); reached || err == nil || !strings.Contains(err.Error(), "in the clear") {
 		t.Errorf("credentials in the clear: reached %t, %v", reached, err)
+	}
+	r.URL.Host = "127.evil.example"
+	if _, err := c.RoundTrip(r); reached || err == nil {
+		t.Errorf("credentials in the clear to a name that looks like this machine: reached %t, %v", reached, err)
+	}
+	r.URL.Host = "[::1]:5000"
+	if c.RoundTrip(r); !reached {
+		t.Error("this machine can't be asked with credentials")
 	}
 }
 
