@@ -134,7 +134,7 @@ func check(img v1.Image, want string) error {
 	if err != nil {
 		return err
 	}
-	if m.Config.Size > maxConfig || len(m.Layers) == 0 || len(m.Layers) > maxLayers {
+	if m.Config.Size < 0 || m.Config.Size > maxConfig || len(m.Layers) == 0 || len(m.Layers) > maxLayers {
 		return fmt.Errorf("%w: it has %d layers and %d bytes of configuration", ErrInvalid, len(m.Layers), m.Config.Size)
 	}
 	var size int64
@@ -142,9 +142,10 @@ func check(img v1.Image, want string) error {
 		if len(l.URLs) > 0 {
 			return fmt.Errorf("%w: layer %s is elsewhere", ErrInvalid, l.Digest)
 		}
-		if size += max(l.Size, 0); size > maxTree {
-			return fmt.Errorf("%w: its layers have more than %d bytes", ErrInvalid, maxTree)
+		if l.Size < 0 || l.Size > maxTree-size {
+			return fmt.Errorf("%w: its layers have more than %d bytes, or don't say how many", ErrInvalid, maxTree)
 		}
+		size += l.Size
 	}
 	config, err := img.ConfigFile()
 	if err != nil {

@@ -361,6 +361,32 @@ func TestBadImages(t *testing.T) {
 	}
 }
 
+// sized is an image whose manifest has other sizes.
+type sized struct {
+	v1.Image
+	config, layer int64
+}
+
+func (s sized) Manifest() (*v1.Manifest, error) {
+	m, err := s.Image.Manifest()
+	if err == nil {
+		m = m.DeepCopy()
+		m.Config.Size, m.Layers[0].Size = s.config, s.layer
+	}
+	return m, err
+}
+
+// What has no size has no bound either.
+func TestSizes(t *testing.T) {
+	img, err := mutate.AppendLayers(empty.Image, layerOf(t, entry{name: "envoy", content: "x"}))
+	must(t, err)
+	for name, s := range map[string]sized{"no configuration's": {img, -1, 1}, "no layer's": {img, 1, -1}, "a large layer": {img, 1, maxTree + 1}} {
+		if err := check(s, "1.40.0"); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "bytes") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // tamper answers a blob or manifest with a bit changed, of the same length: JSON, or
 // what isn't.
 func tamper(w http.ResponseWriter, r *http.Request, what string, isJSON bool) bool {
