@@ -11,7 +11,7 @@ type IsolationPolicySpec struct {
 	ProxyLimits `json:",inline"`
 	// PlainText can be Strict only: a namespace can refuse what its MeshTopology
 	// would let in, and not the reverse. Default: as the MeshTopology says.
-	// +kubebuilder:validation:Enum=Strict
+	// +kubebuilder:validation:XValidation:rule="self == 'Strict'",message="plainText must be Strict: a namespace can only refuse what its MeshTopology lets in; leave it out for what the MeshTopology says"
 	// +optional
 	PlainText PlainText `json:"plainText,omitempty"`
 	// Upgrades of the namespace's proxies: when they may begin, and how long
