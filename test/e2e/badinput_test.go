@@ -16,10 +16,10 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
 )
 
-// processes are the pids of all tenants' proxies, by node and tenant.
-func (e *env) processes(ctx context.Context, t *testing.T) map[string]int {
+// processes are the pids and versions of all tenants' proxies, by node and tenant.
+func (e *env) processes(ctx context.Context, t *testing.T) map[string]string {
 	t.Helper()
-	pids := map[string]int{}
+	pids := map[string]string{}
 	for _, node := range e.nodes {
 		for _, tenant := range tenants {
 			p, err := e.Proxy(ctx, node, tenant)
@@ -27,7 +27,7 @@ func (e *env) processes(ctx context.Context, t *testing.T) map[string]int {
 				t.Fatal(err)
 			}
 			for _, g := range p.Generations {
-				pids[fmt.Sprintf("%s %s generation %d", node, tenant, g.Generation)] = g.PID
+				pids[fmt.Sprintf("%s %s generation %d", node, tenant, g.Generation)] = fmt.Sprintf("%d, Envoy %s, serving %v", g.PID, g.Version, g.Serving)
 			}
 		}
 	}
