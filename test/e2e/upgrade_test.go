@@ -66,6 +66,23 @@ func phase(t *testing.T, name string, phase v1alpha1.RolloutPhase, words ...stri
 	return s
 }
 
+// onlyVersion waits until a tenant has one process on each node, of a version.
+func onlyVersion(t *testing.T, tenant, version string) {
+	t.Helper()
+	for _, node := range e.nodes {
+		err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, tenant+" on "+node+" to have nothing but Envoy "+version, func(ctx context.Context) error {
+			p, err := e.Proxy(ctx, node, tenant)
+			if err == nil && (len(p.Generations) != 1 || p.Generations[0].Version != version || !p.Generations[0].Serving) {
+				err = fmt.Errorf("%+v", p.Generations)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // servingVersions waits until new connections of a tenant go to these versions on
 // all nodes.
 func servingVersions(t *testing.T, tenant string, versions ...string) {
@@ -209,6 +226,11 @@ func TestProxyRollout(t *testing.T) {
 
 // TestRolloutTakenBack: rollouts that can't go well change nothing, or are taken back.
 func TestRolloutTakenBack(t *testing.T) {
+	// Rollouts of the test before this one that are deleted, the later first, have
+	// proxies follow.
+	for _, tenant := range tenants {
+		onlyVersion(t, tenant, newEnvoy)
+	}
 	e.goesOn(t)
 	registry, err := newRegistry(t.TempDir())
 	if err != nil {
