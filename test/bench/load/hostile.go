@@ -8,7 +8,7 @@ import (
 )
 
 // FlowPort of ServeFlow.
-const FlowPort = 9102
+const FlowPort = 9109
 
 // ServeFlow sends to each connection as much as it takes, without end. It returns
 // when it can't listen.
