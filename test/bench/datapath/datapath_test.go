@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,7 +14,9 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -49,17 +49,17 @@ type comparison struct {
 func BenchmarkDatapath(b *testing.B) {
 	// As wide as the hosts' links: the path's MTU is the tests' business.
 	l := lab.NewWith(b, lab.Options{PathMTU: 1500, NoAccessLog: true})
-	ld := newLoader(b)
+	ld := &bench{Loader: loader.New(b), b: b}
 	plain1 := l.AddPod(l.Node1, "plain1", 31)
 	plain2 := l.AddPod(l.Node1, "plain2", 32)
 	plain3 := l.AddPod(l.Node2, "plain3", 33)
 	side := l.AddPod(l.Node1, "side", 34)
 	sidecar := startSidecar(b, side)
 	for _, h := range []*lab.Host{l.Outside, plain2, plain3, l.A2, l.B1, l.B2} {
-		ld.serve(h)
+		ld.servers = append(ld.servers, ld.Serve(h, "serve", h.Name, container.Pod))
 	}
 	for _, h := range []*lab.Host{plain1, side, l.A1} {
-		roomForPorts(b, h)
+		loader.RoomForPorts(b, h)
 	}
 	publishService(b, l, l.B2)
 	algorithm := congestionControl(b, l, plain1, plain2, plain3, side)
@@ -104,7 +104,7 @@ func BenchmarkDatapath(b *testing.B) {
 }
 
 // compare measures all ways in alternation.
-func (l *loader) compare(c comparison) report.Table {
+func (l *bench) compare(c comparison) report.Table {
 	b := l.b
 	wanted, err := regexp.Compile(*only)
 	lab.Check(b, err)
@@ -127,7 +127,7 @@ func (l *loader) compare(c comparison) report.Table {
 					l.steer(c.ways[m.way])
 					stop := func() {}
 					if round == *report.Rounds-1 && *perf != "" {
-						stop = record(b, c.title+" "+k.name+" "+c.ways[m.way].name)
+						stop = loader.Record(b, *perf, c.title+" "+k.name+" "+c.ways[m.way].name)
 					}
 					o.add(k, l.run(c.ways[m.way], k, *report.Duration))
 					stop()
@@ -149,7 +149,7 @@ func (l *loader) compare(c comparison) report.Table {
 }
 
 // steer makes the node of the way's pod use its redirection.
-func (l *loader) steer(w *way) {
+func (l *bench) steer(w *way) {
 	b := l.b
 	b.Helper()
 	n, r := w.from.Node, cmp.Or(w.redirection, v1alpha1.RedirectionEBPF)
@@ -167,19 +167,6 @@ func (l *loader) steer(w *way) {
 	n.WaitReady()
 	// The first packet after a change may be lost, and comes again a second later.
 	l.run(w, kinds[0], 50*time.Millisecond)
-}
-
-// record has perf look at all CPUs until stop is called.
-func record(b *testing.B, name string) (stop func()) {
-	b.Helper()
-	lab.Check(b, os.MkdirAll(*perf, 0o755))
-	file := filepath.Join(*perf, strings.NewReplacer(" ", "-", ",", "").Replace(name)+".data")
-	cmd := exec.Command("perf", "record", "--quiet", "--all-cpus", "-e", "cpu-clock", "-F", "1999", "-g", "-o", file)
-	lab.Check(b, cmd.Start())
-	return func() {
-		cmd.Process.Signal(os.Interrupt)
-		cmd.Wait()
-	}
 }
 
 // congestionControl sets the algorithm that is asked for, and says which it is.

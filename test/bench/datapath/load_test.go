@@ -1,14 +1,9 @@
 package datapath
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -19,6 +14,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -63,60 +59,16 @@ func pin(b *testing.B, one bool, pids []int) {
 	}
 }
 
-// loader runs the program of package load on hosts.
-type loader struct {
-	b      *testing.B
-	binary string
+// bench runs the load on hosts.
+type bench struct {
+	*loader.Loader
+	b *testing.B
 	// servers are all of them, by PID.
 	servers []int
 }
 
-func newLoader(b *testing.B) *loader {
-	b.Helper()
-	l := &loader{b: b, binary: filepath.Join(b.TempDir(), "load")}
-	out, err := exec.Command("go", "build", "-o", l.binary, "github.com/bulkhead-mesh/bulkhead/test/bench/load/cmd").CombinedOutput()
-	if err != nil {
-		b.Fatalf("build the load: %v: %s", err, out)
-	}
-	return l
-}
-
-func (l *loader) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(l.binary, args...)
-	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	return cmd
-}
-
-// serve bears load on a host until the benchmark ends.
-func (l *loader) serve(h *lab.Host) {
-	b := l.b
-	b.Helper()
-	cmd := l.command("serve")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	lab.Check(b, err)
-	h.Do(b, func() { lab.Check(b, cmd.Start()) })
-	l.servers = append(l.servers, cmd.Process.Pid)
-	container.Put(b, h.Name, cmd.Process.Pid, container.Pod)
-	b.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		b.Fatalf("the server on %s: %q, %v", h.Name, line, err)
-	}
-}
-
-// roomForPorts lets a host make many connections in a second: as many ports as
-// there can be, taken again one second after their last use.
-func roomForPorts(b *testing.B, h *lab.Host) {
-	b.Helper()
-	h.Do(b, func() { lab.Sysctl(b, "ipv4/ip_local_port_range=1024 65535", "ipv4/tcp_tw_reuse=1") })
-}
-
 // run makes load on a way, of which no request may fail.
-func (l *loader) run(w *way, k kind, duration time.Duration) load.Result {
+func (l *bench) run(w *way, k kind, duration time.Duration) load.Result {
 	b := l.b
 	b.Helper()
 	o := k.options
@@ -125,22 +77,13 @@ func (l *loader) run(w *way, k kind, duration time.Duration) load.Result {
 		o.To = netip.AddrPortFrom(w.to, load.BulkPort)
 	}
 	o.Processes = w.processes()
-	text, err := json.Marshal(o)
-	lab.Check(b, err)
-	cmd := l.command("run", string(text))
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
 	pin(b, k.oneCPU, slices.Concat(l.servers, o.Processes))
-	w.from.Do(b, func() {
-		lab.Check(b, cmd.Start())
-		container.Put(b, "client", cmd.Process.Pid, container.Pod)
-		pin(b, k.oneCPU, []int{cmd.Process.Pid})
-	})
-	if err := cmd.Wait(); err != nil {
-		b.Fatalf("%s, %s: %v: %s", w.name, k.name, err, messages.String())
-	}
+	client := l.Begin(b.Context(), w.from, "run", o, "client", container.Pod)
+	pin(b, k.oneCPU, []int{client.PID})
 	var r load.Result
-	lab.Check(b, json.Unmarshal(out.Bytes(), &r))
+	if err := client.Wait(&r); err != nil {
+		b.Fatalf("%s, %s: %v", w.name, k.name, err)
+	}
 	if len(o.Processes) > 0 && r.CPU.Processes == 0 {
 		b.Fatalf("%s, %s: the proxies had nothing to do", w.name, k.name)
 	}

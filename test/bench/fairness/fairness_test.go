@@ -11,6 +11,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -116,12 +117,14 @@ type measured struct {
 
 func BenchmarkFairness(b *testing.B) {
 	l := lab.NewWith(b, lab.Options{PathMTU: 1500, NoAccessLog: true})
-	g := newGenerators(b)
+	g := &generators{loader.New(b), b}
 	for _, h := range []*lab.Host{l.A3, l.B2} {
-		g.serve(h, "serve", 0)
+		g.Serve(h, "serve", h.Name+"-serve", limits(0))
 	}
-	g.serve(l.B2, "flow", generatorCPU)
-	g.ports(l.A1, l.B1)
+	g.Serve(l.B2, "flow", l.B2.Name+"-flow", limits(generatorCPU))
+	for _, h := range []*lab.Host{l.A1, l.B1} {
+		loader.RoomForPorts(b, h)
+	}
 	for i := range services {
 		lab.Check(b, l.Store.SetService(service(l, i, 0)))
 	}

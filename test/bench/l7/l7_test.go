@@ -1,24 +1,18 @@
 package l7
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -62,22 +56,19 @@ type samples struct{ rate, p50, p99, cpu report.Samples }
 
 func BenchmarkL7(b *testing.B) {
 	l := lab.NewWith(b, lab.Options{PathMTU: 1500, NoAccessLog: true})
-	binary := filepath.Join(b.TempDir(), "load")
-	if out, err := exec.Command("go", "build", "-o", binary, "github.com/bulkhead-mesh/bulkhead/test/bench/load/cmd").CombinedOutput(); err != nil {
-		b.Fatalf("build the load: %v: %s", err, out)
-	}
+	ld := loader.New(b)
 	client, server := l.AddPod(l.Node1, "client", 31), l.AddPod(l.Node2, "server", 32)
 	for _, h := range []*lab.Host{l.B2, server} {
-		serve(b, binary, h)
+		ld.Serve(h, "serve", h.Name, container.Pod)
 	}
 	byHand := startByHand(b, client, server)
 	publish(b, l, l.B2)
 	mesh := []int{l.Node1.Tenant(l.A1.Tenant.String()).Generations[0].PID, l.Node2.Tenant(l.B2.Tenant.String()).Generations[0].PID}
 	run := func(w way, n int, d time.Duration) load.Result {
 		if w.byHand {
-			return run(b, binary, client, load.Options{To: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), w.port), Connections: n, Protocol: w.protocol, Duration: d, Processes: byHand})
+			return run(b, ld, client, load.Options{To: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), w.port), Connections: n, Protocol: w.protocol, Duration: d, Processes: byHand})
 		}
-		return run(b, binary, l.A1, load.Options{To: netip.AddrPortFrom(l.B2.VIP.V4, w.port), Connections: n, Protocol: w.protocol, Duration: d, Processes: mesh})
+		return run(b, ld, l.A1, load.Options{To: netip.AddrPortFrom(l.B2.VIP.V4, w.port), Connections: n, Protocol: w.protocol, Duration: d, Processes: mesh})
 	}
 	wanted, err := regexp.Compile(*only)
 	lab.Check(b, err)
@@ -98,7 +89,7 @@ func BenchmarkL7(b *testing.B) {
 				i = (i + round) % len(measured)
 				stop := func() {}
 				if round == *report.Rounds-1 && *perf != "" && n == 16 {
-					stop = record(b, measured[i].name)
+					stop = loader.Record(b, *perf, measured[i].name)
 				}
 				r, s := run(measured[i], n, *report.Duration), &all[n][i]
 				stop()
@@ -164,59 +155,11 @@ func publish(b *testing.B, l *lab.Lab, h *lab.Host) {
 // targets are the ports of the load's server.
 var targets = map[load.Protocol]uint16{load.HTTP1: load.HTTPPort, load.HTTP2: load.HTTP2Port, load.GRPC: load.HTTP2Port}
 
-func command(binary string, args ...string) *exec.Cmd {
-	cmd := exec.Command(binary, args...)
-	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
-	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	return cmd
-}
-
-// serve bears load on a host until the benchmark ends.
-func serve(b *testing.B, binary string, h *lab.Host) {
-	b.Helper()
-	cmd := command(binary, "serve")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	lab.Check(b, err)
-	h.Do(b, func() { lab.Check(b, cmd.Start()) })
-	container.Put(b, h.Name, cmd.Process.Pid, container.Pod)
-	b.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		b.Fatalf("the server on %s: %q, %v", h.Name, line, err)
-	}
-}
-
 // run makes load, of which no request may fail.
-func run(b *testing.B, binary string, from *lab.Host, o load.Options) (r load.Result) {
+func run(b *testing.B, ld *loader.Loader, from *lab.Host, o load.Options) (r load.Result) {
 	b.Helper()
-	text, err := json.Marshal(o)
-	lab.Check(b, err)
-	cmd := command(binary, "run", string(text))
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	from.Do(b, func() {
-		lab.Check(b, cmd.Start())
-		container.Put(b, "load", cmd.Process.Pid, container.Pod)
-	})
-	if err := cmd.Wait(); err != nil {
-		b.Fatalf("%+v: %v: %s", o, err, messages.String())
+	if err := ld.Begin(b.Context(), from, "run", o, "load", container.Pod).Wait(&r); err != nil {
+		b.Fatalf("%+v: %v", o, err)
 	}
-	lab.Check(b, json.Unmarshal(out.Bytes(), &r))
 	return r
-}
-
-// record has perf look at all CPUs until stop is called.
-func record(b *testing.B, name string) (stop func()) {
-	b.Helper()
-	lab.Check(b, os.MkdirAll(*perf, 0o755))
-	file := filepath.Join(*perf, regexp.MustCompile("[^A-Za-z0-9.]+").ReplaceAllString(name, "-")+".data")
-	cmd := exec.Command("perf", "record", "--quiet", "--all-cpus", "-e", "cpu-clock", "-F", "1999", "-g", "-o", file)
-	lab.Check(b, cmd.Start())
-	return func() {
-		cmd.Process.Signal(os.Interrupt)
-		cmd.Wait()
-	}
 }

@@ -1,0 +1,118 @@
+// Package loader runs the program of package load on hosts of the lab, each process
+// in a container of its own.
+package loader
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// Loader has the program.
+type Loader struct {
+	b      *testing.B
+	binary string
+}
+
+// New builds the program.
+func New(b *testing.B) *Loader {
+	b.Helper()
+	l := &Loader{b: b, binary: filepath.Join(b.TempDir(), "load")}
+	out, err := exec.Command("go", "build", "-o", l.binary, "github.com/bulkhead-mesh/bulkhead/test/bench/load/cmd").CombinedOutput()
+	if err != nil {
+		b.Fatalf("build the load: %v: %s", err, out)
+	}
+	return l
+}
+
+// Serve bears load on a host until the benchmark ends; command is serve or flow. It
+// returns the process, which listens.
+func (l *Loader) Serve(h *lab.Host, command, name string, limits container.Limits) (pid int) {
+	b := l.b
+	b.Helper()
+	cmd := l.command(context.Background(), command)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	lab.Check(b, err)
+	h.Do(b, func() { lab.Check(b, cmd.Start()) })
+	container.Put(b, name, cmd.Process.Pid, limits)
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		b.Fatalf("%s on %s: %q, %v", command, h.Name, line, err)
+	}
+	return cmd.Process.Pid
+}
+
+// Load is a process that makes load.
+type Load struct {
+	PID           int
+	cmd           *exec.Cmd
+	out, messages bytes.Buffer
+}
+
+// Begin has a host make load until it is done, or the context is: command is run,
+// paced or unread, with its options.
+func (l *Loader) Begin(ctx context.Context, h *lab.Host, command string, options any, name string, limits container.Limits) *Load {
+	b := l.b
+	b.Helper()
+	text, err := json.Marshal(options)
+	lab.Check(b, err)
+	load := &Load{cmd: l.command(ctx, command, string(text))}
+	load.cmd.Stdout, load.cmd.Stderr = &load.out, &load.messages
+	h.Do(b, func() { lab.Check(b, load.cmd.Start()) })
+	load.PID = load.cmd.Process.Pid
+	container.Put(b, name, load.PID, limits)
+	return load
+}
+
+// Wait waits for the end of a load, and reads what it found. The error has what the
+// process said.
+func (l *Load) Wait(result any) error {
+	if err := l.cmd.Wait(); err != nil {
+		return fmt.Errorf("%w: %s", err, l.messages.String())
+	}
+	return json.Unmarshal(l.out.Bytes(), result)
+}
+
+func (l *Loader) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, l.binary, args...)
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	return cmd
+}
+
+// RoomForPorts lets a host make many connections in a second: as many ports as
+// there can be, taken again one second after their last use.
+func RoomForPorts(b *testing.B, h *lab.Host) {
+	b.Helper()
+	h.Do(b, func() { lab.Sysctl(b, "ipv4/ip_local_port_range=1024 65535", "ipv4/tcp_tw_reuse=1") })
+}
+
+// Record has perf look at all CPUs until stop is called; the file is named after
+// what was measured.
+func Record(b *testing.B, dir, name string) (stop func()) {
+	b.Helper()
+	lab.Check(b, os.MkdirAll(dir, 0o755))
+	file := filepath.Join(dir, regexp.MustCompile("[^A-Za-z0-9.]+").ReplaceAllString(name, "-")+".data")
+	cmd := exec.Command("perf", "record", "--quiet", "--all-cpus", "-e", "cpu-clock", "-F", "1999", "-g", "-o", file)
+	lab.Check(b, cmd.Start())
+	return func() {
+		cmd.Process.Signal(os.Interrupt)
+		cmd.Wait()
+	}
+}
