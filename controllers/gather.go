@@ -113,6 +113,11 @@ func stripNode(o any) (any, error) {
 	}
 	out := &corev1.Node{ObjectMeta: stripMeta(n.ObjectMeta), Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
 	out.Labels = n.Labels
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			out.Status.Conditions = []corev1.NodeCondition{{Type: c.Type, Status: c.Status, LastTransitionTime: c.LastTransitionTime}}
+		}
+	}
 	return out, nil
 }
 

@@ -340,6 +340,9 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 		m.triggers.plans.add(name)
 		m.triggers.status.add(m.topologies.Names()...)
 	}
+	if had.Away != now.Away {
+		m.triggers.rollouts.add(struct{}{})
+	}
 	var errs []error
 	if known && found && had.Zone() != now.Zone() {
 		for tenant, nodes := range m.proxies {

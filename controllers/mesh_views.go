@@ -275,6 +275,32 @@ func (m *mesh) bypasses(topology string) []translate.BypassView {
 	return views
 }
 
+// away are the nodes that do nothing that they are told, and why.
+func (m *mesh) away() map[string]string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	nodes := map[string]string{}
+	for name, n := range m.nodes {
+		if n.Away != "" {
+			nodes[name] = n.Away
+		}
+	}
+	return nodes
+}
+
+// bounds of all namespaces of the mesh.
+func (m *mesh) bounds() map[string]translate.Bounds {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := map[string]translate.Bounds{}
+	for name, ns := range m.namespaces {
+		if ns.IsMember() {
+			all[name] = ns.Bounds
+		}
+	}
+	return all
+}
+
 // everything are the names of all nodes, and of all namespaces of the mesh.
 func (m *mesh) everything() (nodes, namespaces []string) {
 	m.mu.Lock()

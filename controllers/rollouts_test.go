@@ -170,3 +170,50 @@ func TestPlanFollowsRollout(t *testing.T) {
 		t.Errorf("the plan has version %s", v)
 	}
 }
+
+// A tenant that was held back stays where it was, and the others of its namespace
+// don't; the status of nodes reaches who decides.
+func TestPlanLeavesTenantsBehind(t *testing.T) {
+	r := newRolling(t)
+	var done v1alpha1.ProxyRollout
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &done))
+	at := metav1.NewTime(born)
+	done.Status = v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutSucceeded, Version: "1.41.0", From: []string{"1.40.0"}, FinishedAt: &at,
+		HeldBack: []v1alpha1.HeldBackTenant{{Tenant: "a", Node: "n1", Reason: "Crashed", Message: "it did", At: at}}}
+	r.must(r.Status().Update(t.Context(), &done))
+	r.must(r.w.writePlan(t.Context(), "n1"))
+	if v := r.nodeProxy("n1").Spec.Tenants[0].Version; v != "1.40.0" {
+		t.Errorf("the plan has version %s", v)
+	}
+	// The next one brings it.
+	r.clock = r.clock.Add(time.Hour)
+	r.must(r.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "s", CreationTimestamp: metav1.NewTime(r.clock)}, Spec: v1alpha1.ProxyRolloutSpec{
+		Target: v1alpha1.RolloutTarget{Version: "1.41.0"}, Steps: []v1alpha1.RolloutStep{{Weight: 100}}}}))
+	r.decide()
+	if c := r.canary(); c == nil || c.Rollout != "s" || c.Version != "1.41.0" {
+		t.Errorf("the canary is %+v", c)
+	}
+	var next v1alpha1.ProxyRollout
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "s"}, &next))
+	if !slices.Contains(next.Status.From, "1.40.0") {
+		t.Errorf("it comes from %v", next.Status.From)
+	}
+}
+
+func TestNodesAway(t *testing.T) {
+	r := newRolling(t)
+	var n corev1.Node
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &n))
+	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeDiskPressure, Status: corev1.ConditionFalse},
+		{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, LastTransitionTime: metav1.NewTime(born)}}
+	stripped, err := stripNode(&n)
+	r.must(err)
+	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
+	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
+	if away := r.w.mesh.away(); len(away) != 1 || !strings.Contains(away["n1"], "isn't Ready since "+born.UTC().Format(time.RFC3339)) {
+		t.Errorf("away are %v", away)
+	}
+	if s := r.decide(); !strings.Contains(s.Message, "n1 (the node isn't Ready") {
+		t.Errorf("%s", s.Message)
+	}
+}

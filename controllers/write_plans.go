@@ -61,9 +61,14 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	plan.shared.Version = translate.RolledOutVersion(plan.shared.Version, rollouts)
+	plan.shared.Version = translate.RolledOutVersion(plan.shared.Version, "", rollouts)
+	left := translate.HeldBackTenants(rollouts)
 	for namespace, p := range plan.namespaces {
-		p.Version = translate.RolledOutVersion(p.Version, rollouts)
+		p.HeldBack = map[string]string{}
+		for _, tenant := range left {
+			p.HeldBack[tenant] = translate.RolledOutVersion(p.Version, tenant, rollouts)
+		}
+		p.Version = translate.RolledOutVersion(p.Version, "", rollouts)
 		policies, err := w.policies(ctx, namespace)
 		if err != nil {
 			return err

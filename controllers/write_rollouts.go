@@ -31,6 +31,7 @@ const rolloutWrites = 16
 const (
 	reasonRolloutStep  = "RolloutStep"
 	reasonRolloutPhase = "RolloutPhase"
+	reasonHeldBack     = "TenantHeldBack"
 )
 
 // rollouts are all of them, the oldest first.
@@ -85,9 +86,11 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 	older := ""
 	for i := range rollouts {
 		r := &rollouts[i]
-		in := translate.RolloutInput{Rollout: r, Older: older, Nodes: nodes.Items, Policies: byNamespace, Now: w.now()}
+		in := translate.RolloutInput{Rollout: r, Older: older, Nodes: nodes.Items, Policies: byNamespace, Bounds: w.mesh.bounds(), Away: w.mesh.away(), Now: w.now()}
 		for _, version := range from {
-			in.From = append(in.From, translate.RolledOutVersion(version, rollouts))
+			for _, tenant := range append(translate.HeldBackTenants(rollouts), "") {
+				in.From = append(in.From, translate.RolledOutVersion(version, tenant, rollouts))
+			}
 		}
 		slices.Sort(in.From)
 		in.From = slices.Compact(in.From)
@@ -154,13 +157,16 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 		return err
 	}
 	kind := corev1.EventTypeNormal
-	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack {
+	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack || len(status.HeldBack) > len(r.Status.HeldBack) {
 		kind = corev1.EventTypeWarning
 	}
 	switch had := r.Status; {
 	case w.upgrade == nil:
 	case had.Phase != status.Phase && status.Phase != v1alpha1.RolloutWaiting && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
+	case len(status.HeldBack) > len(had.HeldBack):
+		h := status.HeldBack[len(status.HeldBack)-1]
+		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonHeldBack, "Leave"+h.Reason, fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message))
 	case had.Step != status.Step:
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
 	}
@@ -173,7 +179,7 @@ func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade)
 		return
 	}
 	kind := corev1.EventTypeNormal
-	if u.Verdict == translate.UpgradeRolledBack {
+	if u.Verdict == translate.UpgradeRolledBack || u.Verdict == translate.UpgradeHeldBack {
 		kind = corev1.EventTypeWarning
 	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}

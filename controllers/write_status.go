@@ -118,11 +118,17 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	if err != nil {
 		return err
 	}
-	m.Version = translate.RolledOutVersion(m.Version, rollouts)
+	policies, err := w.policies(ctx, namespace)
+	if err != nil {
+		return err
+	}
+	asked := m.Version
 	var errs []error
 	for tenant, nodes := range views {
 		name := translate.TenantProxyName(tenant)
-		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], rollouts))
+		m.Version = translate.RolledOutVersion(asked, tenant.String(), rollouts)
+		upgrade := translate.Upgrade(translate.UpgradeInput{Version: m.Version, Nodes: nodes, Rollouts: rollouts, Policies: policies, Now: w.now()})
+		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade))
 		delete(have, name)
 	}
 	for _, t := range have {
@@ -133,7 +139,7 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	return errors.Join(errs...)
 }
 
-func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, rollouts []v1alpha1.ProxyRollout) error {
+func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, upgrade *v1alpha1.TenantUpgrade) error {
 	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: translate.TenantProxyName(tenant)}}
 	if have == nil {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
@@ -142,7 +148,7 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 		have = want.DeepCopy()
 	}
 	want.Status = translate.TenantProxyStatus(tenant, m, views, have.Status.Conditions, metav1.NewTime(w.now()))
-	want.Status.Upgrade = translate.Upgrade(m.Version, views, rollouts)
+	want.Status.Upgrade = upgrade
 	want.Status.Cost = have.Status.Cost
 	if equality.Semantic.DeepEqual(have.Status, want.Status) {
 		return nil
@@ -180,6 +186,7 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 func (w *writer) writePolicies(ctx context.Context, namespace string) error {
 	w.mesh.triggers.plans.add(w.mesh.tenantNodes(namespace)...)
 	w.mesh.triggers.rollouts.add(struct{}{}) // they may say when it may begin
+	w.mesh.triggers.tenants.add(namespace)   // and their owner is told
 	policies, err := w.policies(ctx, namespace)
 	if err != nil || len(policies) == 0 {
 		return err

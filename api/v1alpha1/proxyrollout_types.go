@@ -87,8 +87,8 @@ type ProxyRolloutSpec struct {
 	// +optional
 	ReadyWithin string `json:"readyWithin,omitempty"`
 
-	// MaxUnavailable is how many nodes may lag behind, because they lack the version
-	// or their agents say nothing, without holding up the others.
+	// MaxUnavailable is how many nodes may lag behind, because they lack the version,
+	// aren't Ready, or their agents say nothing, without holding up the others.
 	// +kubebuilder:default=0
 	// +kubebuilder:validation:Minimum=0
 	// +optional
@@ -101,6 +101,15 @@ type ProxyRolloutSpec struct {
 	// +kubebuilder:validation:MaxLength=20
 	// +optional
 	MaxHold string `json:"maxHold,omitempty"`
+
+	// MaxHeldBackPercent of the tenants may be left at the version before because of a
+	// fault of their own (see status.heldBack) before all are taken back; one always
+	// may, unless it is 0. At most 64.
+	// +kubebuilder:default=10
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=100
+	// +optional
+	MaxHeldBackPercent *int32 `json:"maxHeldBackPercent,omitempty"`
 
 	// Deadline of all of it, from its start: what isn't done by then is rolled back.
 	// Default: none.
@@ -167,6 +176,22 @@ type RolloutVerdict struct {
 	At metav1.Time `json:"at"`
 }
 
+// HeldBackTenant is a tenant that the rollout goes on without.
+type HeldBackTenant struct {
+	// Tenant that stays at the version before.
+	// +kubebuilder:validation:MaxLength=330
+	Tenant string `json:"tenant"`
+	// Node where it was seen.
+	Node string `json:"node"`
+	// Reason: Crashed or NotReady.
+	Reason string `json:"reason"`
+	// Message says what was seen, and why that is the tenant's own fault.
+	// +kubebuilder:validation:MaxLength=1024
+	Message string `json:"message"`
+	// At is when it was judged.
+	At metav1.Time `json:"at"`
+}
+
 // ProxyRolloutStatus tells what a rollout came to.
 type ProxyRolloutStatus struct {
 	// ObservedGeneration of the spec that this status is about.
@@ -209,6 +234,16 @@ type ProxyRolloutStatus struct {
 	ReachedAt *metav1.Time `json:"reachedAt,omitempty"`
 	// +optional
 	FinishedAt *metav1.Time `json:"finishedAt,omitempty"`
+	// StoppedAt is when it began to go back.
+	// +optional
+	StoppedAt *metav1.Time `json:"stoppedAt,omitempty"`
+	// HeldBack are tenants whose new proxies failed by a fault of their own: they stay
+	// at the version before until another ProxyRollout, and the others go on.
+	// +kubebuilder:validation:MaxItems=64
+	// +listType=map
+	// +listMapKey=tenant
+	// +optional
+	HeldBack []HeldBackTenant `json:"heldBack,omitempty"`
 	// Verdict that rolled it back.
 	// +optional
 	Verdict *RolloutVerdict `json:"verdict,omitempty"`
@@ -227,6 +262,7 @@ type ProxyRolloutStatus struct {
 // +kubebuilder:printcolumn:name="Tenants",type=integer,JSONPath=`.status.tenants`
 // +kubebuilder:printcolumn:name="Reached",type=integer,JSONPath=`.status.reachedTenants`
 // +kubebuilder:printcolumn:name="Verdict",type=string,JSONPath=`.status.verdict.reason`
+// +kubebuilder:printcolumn:name="HeldBack",type=string,JSONPath=`.status.heldBack[*].tenant`
 // +kubebuilder:printcolumn:name="Since",type=date,JSONPath=`.status.startedAt`
 // +kubebuilder:printcolumn:name="Message",type=string,JSONPath=`.status.message`,priority=1
 type ProxyRollout struct {

@@ -54,8 +54,10 @@ type TenantUpgrade struct {
 	// Step of the rollout and how many it has: "1/3".
 	// +optional
 	Step string `json:"step,omitempty"`
-	// Verdict: NotYet (the tenant doesn't take part so far), InProgress, Healthy (it
-	// serves and nothing is wrong), RolledBack or Aborted.
+	// Verdict: NotYet (the tenant doesn't take part so far), OnHold (its namespace's
+	// IsolationPolicies hold it back), InProgress, Healthy (it serves and nothing is
+	// wrong), HeldBack (it failed here alone, and the tenant stays at the version
+	// before), RolledBack or Aborted.
 	Verdict string `json:"verdict"`
 	// Message says what is happening, since when, what comes next, and who can stop it.
 	// +kubebuilder:validation:MaxLength=2048
@@ -63,6 +65,10 @@ type TenantUpgrade struct {
 	// Since when.
 	// +optional
 	Since *metav1.Time `json:"since,omitempty"`
+	// HeldUntil is when the upgrade begins here, which the namespace's
+	// IsolationPolicies hold back.
+	// +optional
+	HeldUntil *metav1.Time `json:"heldUntil,omitempty"`
 }
 
 // TenantNodeStatus is a tenant's proxy on one node.
@@ -106,6 +112,8 @@ type TenantNodeStatus struct {
 // +kubebuilder:printcolumn:name="Weight",type=integer,JSONPath=`.status.upgrade.weight`
 // +kubebuilder:printcolumn:name="Step",type=string,JSONPath=`.status.upgrade.step`
 // +kubebuilder:printcolumn:name="Verdict",type=string,JSONPath=`.status.upgrade.verdict`
+// +kubebuilder:printcolumn:name="UpgradeSince",type=date,JSONPath=`.status.upgrade.since`
+// +kubebuilder:printcolumn:name="HeldUntil",type=string,JSONPath=`.status.upgrade.heldUntil`,priority=1
 // +kubebuilder:printcolumn:name="Upgrade",type=string,JSONPath=`.status.upgrade.message`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type TenantProxy struct {

@@ -24,6 +24,10 @@ one that is at work, or else the newest.`,
 		return rollout.Status(ctx, c, name, namespace, watch, w)
 	})
 	status.Flags().BoolVarP(&watch, "watch", "w", false, "show each change, until the rollout is done")
+	history := sub(f, "history", "Show all rollouts, the newest first", func(ctx context.Context, c client.Client, _, _ string, w io.Writer) error {
+		return rollout.History(ctx, c, time.Now(), w)
+	})
+	history.Args = cobra.NoArgs
 	c.AddCommand(status,
 		sub(f, "pause [NAME]", "Keep a rollout as it is; what goes wrong still takes it back", func(ctx context.Context, c client.Client, _, name string, w io.Writer) error {
 			return rollout.Pause(ctx, c, name, true, w)
@@ -37,9 +41,7 @@ one that is at work, or else the newest.`,
 		sub(f, "abort [NAME]", "Give all new connections back to the version before, for good", func(ctx context.Context, c client.Client, _, name string, w io.Writer) error {
 			return rollout.Abort(ctx, c, name, w)
 		}),
-		sub(f, "history", "Show all rollouts, the newest first", func(ctx context.Context, c client.Client, _, _ string, w io.Writer) error {
-			return rollout.History(ctx, c, time.Now(), w)
-		}))
+		history)
 	return c
 }
 

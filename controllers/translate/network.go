@@ -3,6 +3,7 @@ package translate
 import (
 	"net/netip"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -17,6 +18,8 @@ type Node struct {
 	UID string
 	// Linux nodes can run proxies.
 	Linux bool
+	// Away says why the node does nothing that it is told, "" if it does.
+	Away string
 	// Labels are the Node's, all of them: selectors may name any.
 	Labels map[string]string
 	// PodCIDRs are its pod ranges; none if Kubernetes doesn't assign them.
@@ -33,7 +36,18 @@ func NewNode(n *corev1.Node) Node {
 		cidrs = []string{n.Spec.PodCIDR}
 	}
 	os := n.Labels[corev1.LabelOSStable]
-	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", Labels: n.Labels, PodCIDRs: prefixes(cidrs)}
+	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", Away: away(n), Labels: n.Labels, PodCIDRs: prefixes(cidrs)}
+}
+
+// away says why a node does nothing that it is told. One that nobody has said
+// anything of is taken to be there.
+func away(n *corev1.Node) string {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
+			return "the node isn't Ready since " + c.LastTransitionTime.UTC().Format(time.RFC3339)
+		}
+	}
+	return ""
 }
 
 // Network is what every proxy has to know.

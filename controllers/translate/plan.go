@@ -1,6 +1,7 @@
 package translate
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -23,7 +24,9 @@ func IsStrict(policies []v1alpha1.IsolationPolicy) bool {
 type NamespacePlan struct {
 	// Version and Limits of its proxy.
 	Version string
-	Limits  v1alpha1.Limits
+	// HeldBack are tenants that have another version, by name.
+	HeldBack map[string]string
+	Limits   v1alpha1.Limits
 	// Standby: it has a second process.
 	Standby bool
 	// Bounds that Limits and Standby were made with.
@@ -86,7 +89,7 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 		spec.Pods = append(spec.Pods, pod)
 		if !planned[name] {
 			planned[name] = true
-			t := v1alpha1.NodeTenant{Name: name, Version: ns.Version, Limits: ns.Limits, DrainSeconds: int64(ns.Drain / time.Second), Standby: ns.Standby}
+			t := v1alpha1.NodeTenant{Name: name, Version: cmp.Or(ns.HeldBack[name], ns.Version), Limits: ns.Limits, DrainSeconds: int64(ns.Drain / time.Second), Standby: ns.Standby}
 			if p.Tenant.Scope == model.ScopeNode {
 				// No namespace's policy bounds what others use as well.
 				t.DrainSeconds, t.Version, t.Limits, t.Standby = 0, n.Shared.Version, Limits(nil, n.Shared.Bounds), Standby(nil, n.Shared.Bounds)

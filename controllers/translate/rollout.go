@@ -31,9 +31,12 @@ type RolloutInput struct {
 	From []string
 	// Nodes have all NodeProxies.
 	Nodes []v1alpha1.NodeProxy
-	// Policies by namespace.
+	// Policies and Bounds by namespace.
 	Policies map[string][]v1alpha1.IsolationPolicy
-	Now      time.Time
+	Bounds   map[string]Bounds
+	// Away are nodes that do nothing that they are told, and why.
+	Away map[string]string
+	Now  time.Time
 }
 
 // NodeRollout is what a rollout wants of one node. It is all that the rollout owns
@@ -148,6 +151,9 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			if g == nil || !r.owns(p) {
 				continue
 			}
+			if isHeldBack(r.status, name) {
+				continue
+			}
 			v := &v1alpha1.RolloutVerdict{Tenant: name, Node: p.node.Name, At: at}
 			others := int32(0)
 			for _, other := range p.status.Generations {
@@ -166,6 +172,8 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			case g.Rejected > others:
 				v.Reason = VerdictConfigRejected
 				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources, the old one %d: %s", g.Rejected, others, rejectedNames(p.status)), 1000)
+			case r.Away[p.node.Name] != "": // what it says last is about what was
+				continue
 			case !g.Serving && since != nil && r.Now.Sub(since.Time) > within:
 				v.Reason = VerdictNotReady
 				v.Message = cutTo(fmt.Sprintf("the new proxy takes no connections %s after it or its agent started, limit %s: %s", r.Now.Sub(since.Time).Round(time.Second), within, cmp.Or(p.status.Waits, p.status.Reason, "no reason is known")), 1000)
@@ -174,6 +182,12 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 					r.again(within - r.Now.Sub(since.Time) + time.Second)
 				}
 				continue
+			}
+			if why := r.ownFault(name, p, g, v.Reason); why != "" {
+				if r.holdBack(*v, why) {
+					continue
+				}
+				v.Message = cutTo(fmt.Sprintf("%s; %s; %d of %d tenants were left behind for such already", v.Message, why, len(r.status.HeldBack), len(r.tenants)), 1000)
 			}
 			return v
 		}
@@ -192,6 +206,9 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 func (r *rollout) proceed() map[string]NodeRollout {
 	s, spec := &r.status, r.Rollout.Spec
 	lacking := r.lacking()
+	if s.Weight != spec.Steps[s.Step-1].Weight {
+		s.ReachedAt = nil // another step, or the step is another
+	}
 	for {
 		step := spec.Steps[s.Step-1]
 		taking := r.taking(int(s.Step))
@@ -201,12 +218,14 @@ func (r *rollout) proceed() map[string]NodeRollout {
 		waiting := r.count(taking, lacking)
 		s.Weight, s.Tenants = step.Weight, int32(len(taking))
 		last := int(s.Step) == len(spec.Steps)
-		of := fmt.Sprintf("step %d of %d: Envoy %s gets %d %% of new connections of %d tenants", s.Step, len(spec.Steps), r.version, step.Weight, len(taking))
+		of := fmt.Sprintf("step %d of %d: Envoy %s gets %d %% of new connections of %d tenants", s.Step, len(spec.Steps), r.version, step.Weight, len(taking)) + r.without()
 		switch {
 		case spec.Paused:
 			s.Phase, s.Message = v1alpha1.RolloutPaused, of+"; paused: set spec.paused to false to go on, or spec.abort to true to go back"
 		case len(lacking) > int(spec.MaxUnavailable):
-			s.Phase, s.ReachedAt = v1alpha1.RolloutProgressing, nil
+			// A step that was reached stays so: a node or a pod that comes later, or an
+			// agent that starts anew, holds it up but doesn't have it begin again.
+			s.Phase = v1alpha1.RolloutProgressing
 			s.Message = fmt.Sprintf("%s; nodes that lack it or say nothing: %s (at most %d may)", of, describe(lacking), spec.MaxUnavailable)
 			if s.Step == 1 {
 				// Nothing begins anywhere before the version is where it is needed. What has
@@ -214,7 +233,7 @@ func (r *rollout) proceed() map[string]NodeRollout {
 				return r.nodes(r.begun())
 			}
 		case len(waiting) > 0:
-			s.Phase, s.ReachedAt = v1alpha1.RolloutProgressing, nil
+			s.Phase = v1alpha1.RolloutProgressing
 			s.Message = of + "; waiting for " + listed(waiting)
 		case last:
 			s.Phase = v1alpha1.RolloutSucceeded
@@ -250,6 +269,9 @@ func (r *rollout) taking(step int) map[string]int32 {
 	// take another one's place. Those that are held back are the last.
 	rank := map[string]int{}
 	for name := range r.tenants {
+		if isHeldBack(r.status, name) {
+			continue
+		}
 		switch until := r.heldUntil(name); {
 		case r.has(name):
 			rank[name] = -1
@@ -260,6 +282,7 @@ func (r *rollout) taking(step int) map[string]int32 {
 	names := slices.SortedFunc(maps.Keys(r.tenants), func(a, b string) int {
 		return cmp.Or(cmp.Compare(rank[a], rank[b]), strings.Compare(a, b))
 	})
+	names = slices.DeleteFunc(names, func(name string) bool { return isHeldBack(r.status, name) })
 	all := map[string]int32{}
 	for _, s := range r.Rollout.Spec.Steps[:step] {
 		n := len(names)
@@ -272,7 +295,7 @@ func (r *rollout) taking(step int) map[string]int32 {
 				}
 			}
 		case s.TenantsPercent != nil:
-			n = (len(r.tenants)*int(*s.TenantsPercent) + 99) / 100
+			n = min(n, (len(r.tenants)*int(*s.TenantsPercent)+99)/100)
 		}
 		for _, name := range names[:n] {
 			all[name] = max(all[name], s.Weight)
@@ -294,7 +317,7 @@ func (r *rollout) begun() map[string]int32 {
 	out := map[string]int32{}
 	for name, places := range r.tenants {
 		for _, p := range places {
-			if r.owns(p) {
+			if r.owns(p) && !isHeldBack(r.status, name) {
 				out[name] = max(out[name], p.spec.Canary.Weight)
 			}
 		}
@@ -309,11 +332,18 @@ func (r *rollout) heldUntil(tenant string) time.Time {
 	if err != nil || t.Scope == model.ScopeNode || r.status.StartedAt == nil {
 		return time.Time{}
 	}
-	until := MayBegin(r.Policies[t.Namespace], r.Now)
-	if most := r.status.StartedAt.Add(parseDuration(r.Rollout.Spec.MaxHold, 168*time.Hour)); until.After(most) {
-		return most
-	}
+	until, _ := hold(r.Rollout.Spec, r.status.StartedAt.Time, r.Policies[t.Namespace], r.Now)
 	return until
+}
+
+// hold is until when policies hold a rollout back that started then, and until when
+// they can at most.
+func hold(spec v1alpha1.ProxyRolloutSpec, startedAt time.Time, policies []v1alpha1.IsolationPolicy, now time.Time) (until, most time.Time) {
+	most = startedAt.Add(parseDuration(spec.MaxHold, 168*time.Hour))
+	if until = MayBegin(policies, now); until.After(most) {
+		until = most
+	}
+	return until, most
 }
 
 // owns reports whether a tenant on a node has the rollout's canary.
@@ -326,7 +356,14 @@ func (r *rollout) lacking() map[string]string {
 	out := map[string]string{}
 	for i := range r.Nodes {
 		n := &r.Nodes[i]
-		if len(n.Spec.Tenants) == 0 || slices.Contains(n.Status.ProxyVersions, r.version) {
+		if len(n.Spec.Tenants) == 0 {
+			continue
+		}
+		if why := r.Away[n.Name]; why != "" {
+			out[n.Name] = why
+			continue
+		}
+		if slices.Contains(n.Status.ProxyVersions, r.version) {
 			continue
 		}
 		why := "its agent doesn't have it"
@@ -422,17 +459,36 @@ func (r *rollout) nodes(taking map[string]int32) map[string]NodeRollout {
 	return out
 }
 
+// silence is how long an agent may say nothing of what it is told before a rollout
+// that goes back doesn't wait for it.
+const silence = 30 * time.Second
+
 // takeBack gives all connections back, and says when that is so.
 func (r *rollout) takeBack() map[string]NodeRollout {
 	s := &r.status
+	if s.StoppedAt == nil {
+		at := metav1.NewTime(r.Now)
+		s.StoppedAt = &at
+	}
 	var waiting []string
+	away := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(r.tenants)) {
 		for _, p := range r.tenants[name] {
 			if p.spec.Version == r.version {
 				continue // its own by now
 			}
-			if g := p.generation(r.version); r.owns(p) || g != nil && g.Serving {
+			g := p.generation(r.version)
+			switch left := silence - r.Now.Sub(s.StoppedAt.Time); {
+			case !r.owns(p) && (g == nil || !g.Serving):
+			case r.Away[p.node.Name] != "":
+				away[p.node.Name] = r.Away[p.node.Name]
+			case left <= 0 && !r.owns(p) && p.node.Status.ObservedGeneration < p.node.Generation:
+				away[p.node.Name] = "its agent says nothing"
+			default:
 				waiting = append(waiting, name+" on "+p.node.Name)
+				if left > 0 {
+					r.again(left)
+				}
 			}
 		}
 	}
@@ -448,6 +504,9 @@ func (r *rollout) takeBack() map[string]NodeRollout {
 	if s.Phase, s.Message = done, "all new connections go to the version before; "+why; len(waiting) > 0 {
 		s.Phase, s.Message = doing, fmt.Sprintf("going back (%s); still to do: %s", why, listed(waiting))
 	}
+	if len(away) > 0 {
+		s.Message += "; follow when they are back: " + describe(away)
+	}
 	s.Weight, s.ReachedAt = 0, nil
 	return nil
 }
@@ -455,21 +514,26 @@ func (r *rollout) takeBack() map[string]NodeRollout {
 // succeeded keeps tenants at the version until their plan itself says so.
 func (r *rollout) succeeded() map[string]NodeRollout {
 	s := &r.status
-	s.Weight, s.Tenants, s.ReachedTenants, s.ReachedAt = 100, int32(len(r.tenants)), int32(len(r.tenants)), nil
-	s.Message = fmt.Sprintf("all %d tenants run Envoy %s. It decides in the place of MeshTopologies that ask for %s: set their spec.proxy.version before you delete it",
-		len(r.tenants), r.version, strings.Join(s.From, ", "))
-	if r.Rollout.Spec.Target.Image != "" {
-		s.Message = fmt.Sprintf("all %d tenants run Envoy %s. It decides in the place of MeshTopologies that ask for %s, and has its image fetched: keep it",
-			len(r.tenants), r.version, strings.Join(s.From, ", "))
+	have := 0
+	for name := range r.tenants {
+		if !isHeldBack(*s, name) {
+			have++
+		}
 	}
-	if len(s.From) == 0 {
-		s.Message = fmt.Sprintf("all %d tenants run Envoy %s", len(r.tenants), r.version)
+	s.Weight, s.Tenants, s.ReachedTenants, s.ReachedAt = 100, int32(have), int32(have), nil
+	s.Message = fmt.Sprintf("all %d tenants run Envoy %s", have, r.version) + r.without()
+	switch {
+	case len(s.From) == 0:
+	case r.Rollout.Spec.Target.Image != "":
+		s.Message += fmt.Sprintf(". It decides in the place of MeshTopologies that ask for %s, and has its image fetched: keep it", strings.Join(s.From, ", "))
+	default:
+		s.Message += fmt.Sprintf(". It decides in the place of MeshTopologies that ask for %s: set their spec.proxy.version before you delete it", strings.Join(s.From, ", "))
 	}
 	stay, planned := map[string]int32{}, map[string]bool{}
 	for name, places := range r.tenants {
 		for _, p := range places {
 			// Until the plan has it. What people ask for since goes before it.
-			if r.owns(p) && slices.Contains(s.From, p.spec.Version) {
+			if r.owns(p) && slices.Contains(s.From, p.spec.Version) && !isHeldBack(*s, name) {
 				stay[name] = 100
 			}
 			planned[p.node.Name] = planned[p.node.Name] || p.spec.Version == r.version
@@ -484,23 +548,6 @@ func (r *rollout) succeeded() map[string]NodeRollout {
 		}
 	}
 	return nodes
-}
-
-// RolledOutVersion is the version of tenants whose MeshTopology asks for asked: what
-// the rollouts that succeeded since made of it, one after another.
-func RolledOutVersion(asked string, rollouts []v1alpha1.ProxyRollout) string {
-	done := slices.DeleteFunc(slices.Clone(rollouts), func(r v1alpha1.ProxyRollout) bool {
-		return r.Status.Phase != v1alpha1.RolloutSucceeded || r.Status.FinishedAt == nil
-	})
-	slices.SortFunc(done, func(a, b v1alpha1.ProxyRollout) int {
-		return cmp.Or(a.Status.FinishedAt.Compare(b.Status.FinishedAt.Time), strings.Compare(a.Name, b.Name))
-	})
-	for _, r := range done {
-		if slices.Contains(r.Status.From, asked) {
-			asked = r.Status.Version
-		}
-	}
-	return asked
 }
 
 // again has it decided again after d at the latest.

@@ -26,6 +26,10 @@ type fleet struct {
 	// broken changes what a tenant's process of the new version reports.
 	broken   func(node, tenant string, g *v1alpha1.GenerationStatus)
 	policies map[string][]v1alpha1.IsolationPolicy
+	bounds   map[string]Bounds
+	away     map[string]string
+	// told changes what a tenant's node says of it.
+	told func(node string, s *v1alpha1.NodeTenantStatus)
 	// after is when the last decision wanted to be made again.
 	after time.Duration
 	// lacks are nodes that don't have the new version.
@@ -53,6 +57,9 @@ func (f *fleet) report() {
 	version := RolloutVersion(f.rollout.Spec.Target)
 	for i := range f.nodes {
 		n := &f.nodes[i]
+		if f.away[n.Name] != "" {
+			continue // what it said last stays
+		}
 		n.Status = v1alpha1.NodeProxyStatus{ProxyVersions: []string{oldEnvoy}}
 		why, lacks := f.lacks[n.Name]
 		if !lacks {
@@ -77,7 +84,11 @@ func (f *fleet) report() {
 				}
 				s.Generations = append(s.Generations, g)
 			}
-			n.Status.Tenants = append(n.Status.Tenants, v1alpha1.NodeTenantStatus{Name: s.Name, Ready: true, Weight: s.Weight, Generations: append(s.Generations, first)})
+			s.Generations = append(s.Generations, first)
+			if f.told != nil {
+				f.told(n.Name, &s)
+			}
+			n.Status.Tenants = append(n.Status.Tenants, s)
 		}
 	}
 }
@@ -85,7 +96,7 @@ func (f *fleet) report() {
 // step decides once, and has the nodes do it.
 func (f *fleet) step() v1alpha1.ProxyRolloutStatus {
 	f.t.Helper()
-	d := DecideRollout(RolloutInput{Rollout: &f.rollout, Older: f.older, From: []string{oldEnvoy}, Nodes: f.nodes, Policies: f.policies, Now: f.now})
+	d := DecideRollout(RolloutInput{Rollout: &f.rollout, Older: f.older, From: []string{oldEnvoy}, Nodes: f.nodes, Policies: f.policies, Bounds: f.bounds, Away: f.away, Now: f.now})
 	f.rollout.Status, f.after = d.Status, d.After
 	for i := range f.nodes {
 		n := &f.nodes[i]
@@ -180,7 +191,7 @@ func TestRolloutSucceeds(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// The plan follows, and then the canaries aren't needed.
-	if v := RolledOutVersion(oldEnvoy, []v1alpha1.ProxyRollout{f.rollout}); v != newEnvoy {
+	if v := RolledOutVersion(oldEnvoy, "", []v1alpha1.ProxyRollout{f.rollout}); v != newEnvoy {
 		t.Errorf("the plan's version is %s", v)
 	}
 	for i := range f.nodes {
@@ -350,7 +361,7 @@ func TestRolledOutVersion(t *testing.T) {
 		{"1.40.0", []v1alpha1.ProxyRollout{there}, "1.40.0"},
 		{"1.38.0", []v1alpha1.ProxyRollout{there, on}, "1.38.0"},
 	} {
-		if got := RolledOutVersion(tc.asked, tc.rollouts); got != tc.want {
+		if got := RolledOutVersion(tc.asked, "", tc.rollouts); got != tc.want {
 			t.Errorf("%s becomes %s, want %s", tc.asked, got, tc.want)
 		}
 	}
@@ -372,7 +383,7 @@ func TestUpgrade(t *testing.T) {
 	}
 	check := func(tenant, verdict string, weight int32, words ...string) {
 		t.Helper()
-		u := Upgrade(oldEnvoy, views(tenant), []v1alpha1.ProxyRollout{f.rollout})
+		u := Upgrade(UpgradeInput{Version: oldEnvoy, Nodes: views(tenant), Rollouts: []v1alpha1.ProxyRollout{f.rollout}, Policies: f.policies[tenant], Now: f.now})
 		if u == nil || u.Verdict != verdict || u.Weight != weight || u.From != oldEnvoy || u.To != newEnvoy {
 			t.Fatalf("%s: %+v", tenant, u)
 		}
@@ -391,7 +402,7 @@ func TestUpgrade(t *testing.T) {
 	f.settle()
 	check("a", UpgradeRolledBack, 0, "here, on n1", "SIGSEGV", "nothing that you have to do")
 	check("b", UpgradeRolledBack, 0, "at another tenant")
-	if u := Upgrade(oldEnvoy, views("b"), nil); u != nil {
+	if u := Upgrade(UpgradeInput{Version: oldEnvoy, Nodes: views("b")}); u != nil {
 		t.Errorf("without a rollout: %+v", u)
 	}
 }

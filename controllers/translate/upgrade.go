@@ -2,7 +2,10 @@ package translate
 
 import (
 	"fmt"
+	"slices"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -11,26 +14,45 @@ import (
 // Verdicts of a tenant's upgrade.
 const (
 	UpgradeNotYet     = "NotYet"
+	UpgradeOnHold     = "OnHold"
 	UpgradeInProgress = "InProgress"
 	UpgradeHealthy    = "Healthy"
+	UpgradeHeldBack   = "HeldBack"
 	UpgradeRolledBack = "RolledBack"
 	UpgradeAborted    = "Aborted"
 )
 
+// UpgradeInput is what a tenant's owner is told of an upgrade by.
+type UpgradeInput struct {
+	// Version is the tenant's outside of the rollout.
+	Version string
+	// Nodes have proxies of one tenant.
+	Nodes []NodeView
+	// Rollouts are all, the oldest first.
+	Rollouts []v1alpha1.ProxyRollout
+	// Policies of the tenant's namespace.
+	Policies []v1alpha1.IsolationPolicy
+	Now      time.Time
+}
+
 // Upgrade is what the owner of a tenant is to know of the rollout that is at its
-// proxies, or was last; nil if there is nothing to tell. version is the tenant's
-// outside of it, rollouts are all, the oldest first.
-func Upgrade(version string, nodes []NodeView, rollouts []v1alpha1.ProxyRollout) *v1alpha1.TenantUpgrade {
+// proxies, or was last; nil if there is nothing to tell.
+func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
+	version, nodes := in.Version, in.Nodes
 	var r *v1alpha1.ProxyRollout
-	for i := range rollouts {
-		if phase := rollouts[i].Status.Phase; phase != "" && phase != v1alpha1.RolloutPending {
-			r = &rollouts[i]
+	for i := range in.Rollouts {
+		if phase := in.Rollouts[i].Status.Phase; phase != "" && phase != v1alpha1.RolloutPending {
+			r = &in.Rollouts[i]
 		}
 	}
-	if r == nil || r.Status.Phase == v1alpha1.RolloutSucceeded || len(nodes) == 0 {
+	if r == nil || len(nodes) == 0 {
 		return nil
 	}
-	s := r.Status
+	s, tenant := r.Status, nodes[0].Tenant
+	left := slices.IndexFunc(s.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == tenant.String() })
+	if s.Phase == v1alpha1.RolloutSucceeded && left < 0 {
+		return nil
+	}
 	u := &v1alpha1.TenantUpgrade{Rollout: r.Name, From: version, To: s.Version, Step: fmt.Sprintf("%d/%d", s.Step, len(r.Spec.Steps)), Since: s.StartedAt}
 	serving := 0
 	var waits string
@@ -56,6 +78,13 @@ func Upgrade(version string, nodes []NodeView, rollouts []v1alpha1.ProxyRollout)
 		}
 	}
 	change := fmt.Sprintf("from Envoy %s to %s by ProxyRollout %s, step %s", u.From, u.To, r.Name, u.Step)
+	if u.Since != nil {
+		change += ", since " + u.Since.UTC().Format(time.RFC3339)
+	}
+	var until, most time.Time
+	if u.Since != nil && tenant.Scope != model.ScopeNode {
+		until, most = hold(r.Spec, u.Since.Time, in.Policies, in.Now)
+	}
 	stop := fmt.Sprintf("who runs the mesh can stop it: bulkhead rollout abort %s", r.Name)
 	switch s.Phase {
 	case v1alpha1.RolloutRolledBack, v1alpha1.RolloutRollingBack:
@@ -78,6 +107,18 @@ func Upgrade(version string, nodes []NodeView, rollouts []v1alpha1.ProxyRollout)
 		u.Message = fmt.Sprintf("the upgrade %s was aborted; new connections go to %s", change, u.From)
 	default:
 		switch {
+		case left >= 0:
+			h := s.HeldBack[left]
+			u.Verdict, u.Step, u.Since = UpgradeHeldBack, "", &h.At
+			u.Message = fmt.Sprintf("Envoy %s was taken back here alone (%s on %s): %s. New connections go to %s; the other tenants go on. Mend what it says, and the next ProxyRollout brings it",
+				u.To, h.Reason, h.Node, h.Message, u.From)
+			u.Message = cutTo(u.Message, 2048)
+			return u
+		case serving == 0 && until.After(in.Now):
+			at := metav1.NewTime(until)
+			u.Verdict, u.HeldUntil = UpgradeOnHold, &at
+			u.Message = fmt.Sprintf("an upgrade %s is held back here by your namespace's IsolationPolicies (%s) until %s; your connections aren't touched so far. To let it begin now, take notBefore and windows out of their spec.upgrades; to hold it back for longer, set notBefore: until %s at the latest, then it begins whatever they say; %s",
+				change, listed(holders(in.Policies)), until.UTC().Format(time.RFC3339), most.UTC().Format(time.RFC3339), stop)
 		case serving == 0:
 			u.Verdict = UpgradeNotYet
 			u.Message = fmt.Sprintf("an upgrade %s is on its way; your connections aren't touched so far; %s", change, stop)
@@ -88,22 +129,53 @@ func Upgrade(version string, nodes []NodeView, rollouts []v1alpha1.ProxyRollout)
 			u.Verdict = UpgradeHealthy
 			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all %d nodes; it serves, has not crashed and refused nothing; %s", change, u.Weight, len(nodes), stop)
 		}
-		if s.Phase == v1alpha1.RolloutPaused {
-			u.Message += "; it is paused"
-		}
+		u.Message += nextMove(r)
 		if waits != "" {
 			u.Message += "; " + waits
 		}
 	}
+	u.Message += finishing(nodes)
+	u.Message = cutTo(u.Message, 2048)
+	return u
+}
+
+// nextMove says what comes next of a rollout, and when.
+func nextMove(r *v1alpha1.ProxyRollout) string {
+	s, next := r.Status, ""
+	switch {
+	case s.Phase == v1alpha1.RolloutPaused:
+		next = "; it is paused"
+	case s.Phase != v1alpha1.RolloutWaiting || s.Step < 1 || int(s.Step) > len(r.Spec.Steps):
+	case r.Spec.Steps[s.Step-1].Approval && r.Spec.ApprovedSteps < s.Step:
+		next = "; the next step waits for the approval of who runs the mesh"
+	case s.ReachedAt != nil:
+		next = "; the next step begins at " + s.ReachedAt.Add(parseDuration(r.Spec.Steps[s.Step-1].Pause, 0)).UTC().Format(time.RFC3339)
+	}
+	if deadline := parseDuration(r.Spec.Deadline, 0); deadline > 0 && s.StartedAt != nil {
+		next += "; what isn't done by " + s.StartedAt.Add(deadline).UTC().Format(time.RFC3339) + " is taken back"
+	}
+	return next
+}
+
+// holders are the policies that say when upgrades may begin.
+func holders(policies []v1alpha1.IsolationPolicy) (names []string) {
+	for _, p := range policies {
+		if u := p.Spec.Upgrades; u != nil && (u.NotBefore != nil || len(u.Windows) > 0) {
+			names = append(names, p.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// finishing says until when connections last that were there before.
+func finishing(nodes []NodeView) string {
 	for _, n := range nodes {
 		for _, g := range n.Status.Generations {
 			if g.Role == v1alpha1.RoleLeaving && g.DrainUntil != nil {
-				u.Message += fmt.Sprintf("; connections that were there before finish in %s, until %s at the latest", g.Version, g.DrainUntil.UTC().Format(time.RFC3339))
-				u.Message = cutTo(u.Message, 2048)
-				return u
+				return fmt.Sprintf("; connections that were there before finish in %s, until %s at the latest", g.Version, g.DrainUntil.UTC().Format(time.RFC3339))
 			}
 		}
 	}
-	u.Message = cutTo(u.Message, 2048)
-	return u
+	return ""
 }

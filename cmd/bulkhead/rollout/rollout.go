@@ -122,7 +122,14 @@ func writeStatus(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout,
 		fmt.Fprintf(t, "Until:\t%s\n", s.FinishedAt.UTC().Format(time.RFC3339))
 	}
 	if v := s.Verdict; v != nil {
-		fmt.Fprintf(t, "Verdict:\t%s: %s\n", v.Reason, v.Message)
+		where := ""
+		if v.Tenant != "" {
+			where = " (" + v.Tenant + " on " + v.Node + ")"
+		}
+		fmt.Fprintf(t, "Verdict:\t%s%s: %s\n", v.Reason, where, v.Message)
+	}
+	for _, h := range s.HeldBack {
+		fmt.Fprintf(t, "Left behind:\t%s, %s on %s: %s\n", h.Tenant, h.Reason, h.Node, h.Message)
 	}
 	fmt.Fprintf(t, "Now:\t%s\n", cmp.Or(s.Message, "nothing has been decided; is the operator running?"))
 	if err := t.Flush(); err != nil {
@@ -196,8 +203,10 @@ func Approve(ctx context.Context, c client.Client, name string, w io.Writer) err
 	if err != nil {
 		return err
 	}
-	if r.Status.Phase != v1alpha1.RolloutWaiting || !r.Spec.Steps[r.Status.Step-1].Approval {
-		return fmt.Errorf("ProxyRollout %s doesn't wait for approval: %s", r.Name, r.Status.Message)
+	// Steps may have changed since the operator looked at them.
+	step := int(r.Status.Step)
+	if r.Status.Phase != v1alpha1.RolloutWaiting || step < 1 || step > len(r.Spec.Steps) || !r.Spec.Steps[step-1].Approval || r.Spec.ApprovedSteps >= r.Status.Step {
+		return fmt.Errorf("ProxyRollout %s doesn't wait for approval: %s", r.Name, cmp.Or(r.Status.Message, "nothing has been decided; is the operator running?"))
 	}
 	return change(ctx, c, r.Name, map[string]any{"approvedSteps": r.Status.Step}, fmt.Sprintf("may leave step %d", r.Status.Step), w)
 }

@@ -139,6 +139,41 @@ func TestChanges(t *testing.T) {
 	}
 }
 
+// What people edit and operators haven't seen yet ends in words, not in a panic.
+func TestOddRollouts(t *testing.T) {
+	short := rollout("short", time.Hour, v1alpha1.RolloutWaiting)
+	short.Status.Step = 7
+	none := rollout("none", time.Hour, v1alpha1.RolloutWaiting)
+	none.Status.Step, none.Spec.Steps = 0, nil
+	bare := &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "bare"}}
+	approved := rollout("approved", time.Hour, v1alpha1.RolloutWaiting)
+	approved.Spec.ApprovedSteps = 2
+	c := server(t, short, none, bare, approved)
+	var out bytes.Buffer
+	for _, name := range []string{"short", "none", "bare", "approved"} {
+		if err := Approve(t.Context(), c, name, &out); err == nil || !strings.Contains(err.Error(), "doesn't wait for approval") {
+			t.Errorf("approve %s: %v", name, err)
+		}
+		if err := Status(t.Context(), c, name, "", false, &out); err != nil {
+			t.Errorf("status %s: %v", name, err)
+		}
+		if err := Pause(t.Context(), c, name, true, &out); err != nil {
+			t.Errorf("pause %s: %v", name, err)
+		}
+		if err := Abort(t.Context(), c, name, &out); err != nil {
+			t.Errorf("abort %s: %v", name, err)
+		}
+	}
+	for do, err := range map[string]error{"approve": Approve(t.Context(), c, "nobody", &out), "pause": Pause(t.Context(), c, "nobody", true, &out), "abort": Abort(t.Context(), c, "nobody", &out)} {
+		if !errors.Is(err, ErrNone) {
+			t.Errorf("%s of none: %v", do, err)
+		}
+	}
+	if err := History(t.Context(), c, born, &out); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestHistory(t *testing.T) {
 	failed := rollout("failed", 2*time.Hour, v1alpha1.RolloutRolledBack)
 	end := metav1.NewTime(born.Add(5 * time.Minute))

@@ -1,0 +1,122 @@
+package translate
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const (
+	// unstableFor is how long after the end of an old proxy that of the new one says
+	// nothing of its version.
+	unstableFor = 10 * time.Minute
+	// roomForTwo are threads that two processes of a proxy have at least.
+	roomForTwo = 64
+	// maxHeldBack is how many tenants a status has room for.
+	maxHeldBack = 64
+)
+
+// Causes of a failure, as agents tell them.
+const causeOutOfMemory = "OutOfMemory"
+
+// ownFault says why what went wrong with a tenant's new proxy is to be looked for with
+// the tenant and not with the version; "" if nothing says so. A namespace can bring
+// its own proxies down, and must not keep all others from an upgrade by it.
+func (r *rollout) ownFault(tenant string, p placed, g *v1alpha1.GenerationStatus, reason string) string {
+	t, err := model.ParseTenant(tenant)
+	if err != nil || t.Scope == model.ScopeNode {
+		return "" // no namespace bounds what all share
+	}
+	have, usual := p.spec.Limits, Limits(nil, r.Bounds[t.Namespace])
+	tighter := func(own, usual int64) bool { return own != 0 && (usual == 0 || own < usual) }
+	switch f := p.status.Failure; {
+	case reason == VerdictNotReady && tighter(have.CPUMillis, usual.CPUMillis):
+		return fmt.Sprintf("its namespace's IsolationPolicies leave it %dm of CPU, less than the MeshTopology does", have.CPUMillis)
+	case reason == VerdictCrashed && f != nil && f.Generation == g.Generation && f.Cause == causeOutOfMemory && tighter(have.MemoryMax, usual.MemoryMax):
+		return fmt.Sprintf("its namespace's IsolationPolicies leave it %d MiB of memory, less than the MeshTopology does", have.MemoryMax>>20)
+	case reason == VerdictCrashed && have.Pids < roomForTwo && tighter(have.Pids, usual.Pids):
+		return fmt.Sprintf("its namespace's IsolationPolicies leave it %d threads, too few for two processes", have.Pids)
+	}
+	for _, place := range r.tenants[tenant] {
+		if place.status == nil {
+			continue
+		}
+		for _, old := range place.status.Generations {
+			if old.Version != r.version && old.Restarts > 0 && old.StartedAt != nil && r.Now.Sub(old.StartedAt.Time) < unstableFor {
+				return fmt.Sprintf("its proxy of Envoy %s ended by itself as well, on %s before %s", old.Version, place.node.Name, old.StartedAt.UTC().Format(time.RFC3339))
+			}
+		}
+	}
+	return ""
+}
+
+// holdBack has the rollout go on without a tenant. It reports false if there are so
+// many already that it must be the version.
+func (r *rollout) holdBack(v v1alpha1.RolloutVerdict, why string) bool {
+	percent := int32(10)
+	if p := r.Rollout.Spec.MaxHeldBackPercent; p != nil {
+		percent = *p
+	}
+	most := len(r.tenants) * int(percent) / 100
+	if percent > 0 {
+		most = max(most, 1)
+	}
+	if n := len(r.status.HeldBack); n >= min(most, maxHeldBack) || n+1 >= len(r.tenants) {
+		return false
+	}
+	r.status.HeldBack = append(r.status.HeldBack, v1alpha1.HeldBackTenant{Tenant: v.Tenant, Node: v.Node, Reason: v.Reason,
+		Message: cutTo(v.Message+"; "+why, 1000), At: metav1.NewTime(r.Now)})
+	return true
+}
+
+func isHeldBack(s v1alpha1.ProxyRolloutStatus, tenant string) bool {
+	return slices.ContainsFunc(s.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == tenant })
+}
+
+// without says which tenants the rollout goes on without, "" if none.
+func (r *rollout) without() string {
+	var names []string
+	for _, h := range r.status.HeldBack {
+		names = append(names, fmt.Sprintf("%s (%s on %s)", h.Tenant, h.Reason, h.Node))
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return "; without " + listed(names) + ", which stay at the version before: see status.heldBack"
+}
+
+// RolledOutVersion is the version of a tenant whose MeshTopology asks for asked: what
+// the rollouts that succeeded since made of it, one after another, but for those that
+// held it back. tenant "" is any that none held back.
+func RolledOutVersion(asked, tenant string, rollouts []v1alpha1.ProxyRollout) string {
+	done := slices.DeleteFunc(slices.Clone(rollouts), func(r v1alpha1.ProxyRollout) bool {
+		return r.Status.Phase != v1alpha1.RolloutSucceeded || r.Status.FinishedAt == nil || isHeldBack(r.Status, tenant)
+	})
+	slices.SortFunc(done, func(a, b v1alpha1.ProxyRollout) int {
+		return cmp.Or(a.Status.FinishedAt.Compare(b.Status.FinishedAt.Time), cmp.Compare(a.Name, b.Name))
+	})
+	for _, r := range done {
+		if slices.Contains(r.Status.From, asked) {
+			asked = r.Status.Version
+		}
+	}
+	return asked
+}
+
+// HeldBackTenants are those that rollouts held back: their version may be another than
+// their namespaces'.
+func HeldBackTenants(rollouts []v1alpha1.ProxyRollout) (names []string) {
+	for _, r := range rollouts {
+		for _, h := range r.Status.HeldBack {
+			names = append(names, h.Tenant)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}

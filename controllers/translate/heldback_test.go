@@ -1,0 +1,269 @@
+package translate
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+func letters(n int) (names []string) {
+	for i := range n {
+		names = append(names, string(rune('a'+i)))
+	}
+	return names
+}
+
+// crashes has tenants' new proxies end on n2, for want of memory or by themselves.
+func crashes(cause string, tenants ...string) func(string, *v1alpha1.NodeTenantStatus) {
+	return func(node string, s *v1alpha1.NodeTenantStatus) {
+		if node != "n2" || !slices.Contains(tenants, s.Name) {
+			return
+		}
+		for i := range s.Generations {
+			if g := &s.Generations[i]; g.Version == newEnvoy {
+				g.Restarts, g.LastExit = 1, "killed by SIGKILL"
+				s.Failure = &v1alpha1.ProxyFailure{Generation: g.Generation, Cause: cause}
+			}
+		}
+	}
+}
+
+// limit gives tenants other limits than their topology does.
+func (f *fleet) limit(l v1alpha1.Limits, tenants ...string) {
+	for i := range f.nodes {
+		for k := range f.nodes[i].Spec.Tenants {
+			if t := &f.nodes[i].Spec.Tenants[k]; slices.Contains(tenants, t.Name) {
+				t.Limits = l
+			}
+		}
+	}
+}
+
+// What a namespace does to its own proxies takes the rollout back there, and nowhere
+// else.
+func TestRolloutGoesOnWithout(t *testing.T) {
+	const mib = 1 << 20
+	all := v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}
+	recently, before := metav1.NewTime(time.Unix(1e9, 0).Add(-time.Minute)), metav1.NewTime(time.Unix(1e9, 0).Add(-11*time.Minute))
+	old := func(at metav1.Time) func(string, *v1alpha1.NodeTenantStatus) {
+		return func(node string, s *v1alpha1.NodeTenantStatus) {
+			crashes("Crash", "b")(node, s)
+			for i := range s.Generations {
+				if g := &s.Generations[i]; s.Name == "b" && node == "n1" && g.Version == oldEnvoy {
+					g.Restarts, g.StartedAt = 1, &at
+				}
+			}
+		}
+	}
+	stuck := func(node string, s *v1alpha1.NodeTenantStatus) {
+		for i := range s.Generations {
+			if g := &s.Generations[i]; s.Name == "b" && g.Version == newEnvoy {
+				g.Serving, g.StartedAt = false, &before
+			}
+		}
+	}
+	for name, tc := range map[string]struct {
+		limits  v1alpha1.Limits
+		usual   v1alpha1.Limits
+		told    func(string, *v1alpha1.NodeTenantStatus)
+		percent *int32
+		tenants []string
+		stays   bool // b alone stays behind
+		says    string
+	}{
+		"memory of its own choice":        {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, told: crashes("OutOfMemory", "b"), stays: true, says: "40 MiB of memory"},
+		"less memory than is usual":       {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, usual: v1alpha1.Limits{MemoryMax: 80 * mib}, told: crashes("OutOfMemory", "b"), stays: true},
+		"the memory that is usual":        {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, usual: v1alpha1.Limits{MemoryMax: 40 * mib}, told: crashes("OutOfMemory", "b")},
+		"a crash with little memory":      {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, told: crashes("Crash", "b")},
+		"a crash":                         {told: crashes("Crash", "b")},
+		"too few threads":                 {limits: v1alpha1.Limits{Pids: 20}, told: crashes("Crash", "b"), stays: true, says: "20 threads"},
+		"enough threads":                  {limits: v1alpha1.Limits{Pids: 400}, told: crashes("Crash", "b")},
+		"the old one crashed as well":     {told: old(recently), stays: true, says: "Envoy 1.39.3 ended by itself as well, on n1"},
+		"the old one crashed long before": {told: old(before)},
+		"hardly any CPU":                  {limits: v1alpha1.Limits{CPUMillis: 1}, told: stuck, stays: true, says: "1m of CPU"},
+		"never ready":                     {told: stuck},
+		"nobody may stay behind":          {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, percent: percent(0), told: crashes("OutOfMemory", "b")},
+		"two of ten":                      {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, tenants: letters(10), told: crashes("OutOfMemory", "b", "c")},
+		"the only tenant":                 {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, tenants: []string{"b"}, told: crashes("OutOfMemory", "b")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if tc.tenants == nil {
+				tc.tenants = letters(4)
+			}
+			f := newFleet(t, *all.DeepCopy(), tc.tenants...)
+			f.rollout.Spec.MaxHeldBackPercent = tc.percent
+			f.bounds = map[string]Bounds{"b": {Defaults: tc.usual}, "c": {Defaults: tc.usual}}
+			f.limit(tc.limits, "b", "c")
+			var begun []string
+			for _, name := range tc.tenants {
+				begun = append(begun, name+" 50")
+			}
+			f.want("begun", v1alpha1.RolloutWaiting, strings.Join(begun, ", "))
+			f.told = tc.told
+			f.report()
+			if !tc.stays {
+				f.want("all go back", v1alpha1.RolloutRolledBack, "")
+				return
+			}
+			s := f.want("b goes back", v1alpha1.RolloutWaiting, "a 50, c 50, d 50")
+			if len(s.HeldBack) != 1 || s.HeldBack[0].Tenant != "b" || s.Verdict != nil || !strings.Contains(s.HeldBack[0].Message, tc.says) || !strings.Contains(s.Message, "without b (") {
+				t.Errorf("%+v", s)
+			}
+			f.rollout.Spec.ApprovedSteps = 1
+			s = f.want("the others", v1alpha1.RolloutSucceeded, "a promoted, c promoted, d promoted")
+			if s.Tenants != 3 || !strings.Contains(s.Message, "all 3 tenants run") {
+				t.Errorf("%+v", s)
+			}
+			done := []v1alpha1.ProxyRollout{f.rollout}
+			if a, b := RolledOutVersion(oldEnvoy, "a", done), RolledOutVersion(oldEnvoy, "b", done); a != newEnvoy || b != oldEnvoy {
+				t.Errorf("a is planned with %s, b with %s", a, b)
+			}
+			u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: done, Now: f.now, Nodes: []NodeView{{Node: "n1", Tenant: model.NamespaceTenant("b")}}})
+			if u == nil || u.Verdict != UpgradeHeldBack || !strings.Contains(u.Message, tc.says) || !strings.Contains(u.Message, "the next ProxyRollout brings it") {
+				t.Errorf("its owner reads %+v", u)
+			}
+			if u := Upgrade(UpgradeInput{Version: newEnvoy, Rollouts: done, Now: f.now, Nodes: []NodeView{{Node: "n1", Tenant: model.NamespaceTenant("a")}}}); u != nil {
+				t.Errorf("another one reads %+v", u)
+			}
+		})
+	}
+}
+
+// What all namespaces share is nobody's own fault.
+func TestSharedProxyIsNotHeldBack(t *testing.T) {
+	shared := model.Tenant{Scope: model.ScopeNode}.String()
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, shared, "a", "b")
+	f.limit(v1alpha1.Limits{MemoryMax: 1 << 20}, shared)
+	f.want("begun", v1alpha1.RolloutWaiting, fmt.Sprintf("%s 50, a 50, b 50", shared))
+	f.told = crashes("OutOfMemory", shared)
+	f.report()
+	f.want("gone back", v1alpha1.RolloutRolledBack, "")
+}
+
+// A node that is away doesn't keep a rollout from going back: it follows later.
+func TestRolloutGoesBackWithout(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+	f.away = map[string]string{"n2": "the node isn't Ready since noon"}
+	if s := f.want("nobody goes on without it", v1alpha1.RolloutProgressing, "a 50, b 50"); !strings.Contains(s.Message, "n2 (the node isn't Ready since noon)") {
+		t.Errorf("%s", s.Message)
+	}
+	f.rollout.Spec.Abort = true
+	s := f.want("aborted", v1alpha1.RolloutAborted, "")
+	if !strings.Contains(s.Message, "follow when they are back: n2 (the node isn't Ready since noon)") || strings.Contains(s.Message, "n1 (") {
+		t.Errorf("%s", s.Message)
+	}
+}
+
+// Of an agent that says nothing on a node that is there, it can't be known at once.
+func TestRolloutGoesBackFromSilence(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+	f.rollout.Spec.Abort = true
+	silent := *f.nodes[1].Status.DeepCopy()
+	step := func() v1alpha1.ProxyRolloutStatus {
+		s := f.step()
+		f.nodes[1].Generation, f.nodes[1].Status = 7, *silent.DeepCopy()
+		return s
+	}
+	step()
+	f.now = f.now.Add(silence - time.Second)
+	if s := step(); s.Phase != v1alpha1.RolloutAborting || !strings.Contains(s.Message, "a on n2, b on n2") {
+		t.Errorf("%s: %s", s.Phase, s.Message)
+	}
+	if f.after <= 0 || f.after > time.Second {
+		t.Errorf("it is looked at again after %s", f.after)
+	}
+	f.now = f.now.Add(time.Second)
+	if s := step(); s.Phase != v1alpha1.RolloutAborted || !strings.Contains(s.Message, "n2 (its agent says nothing)") {
+		t.Errorf("%s: %s", s.Phase, s.Message)
+	}
+}
+
+// A proxy isn't judged by what a node said before it went away.
+func TestRolloutForgivesNodesAway(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{MaxUnavailable: 1, Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.told = func(node string, s *v1alpha1.NodeTenantStatus) {
+		for i := range s.Generations {
+			if g := &s.Generations[i]; node == "n2" && g.Version == newEnvoy {
+				g.Serving = false
+			}
+		}
+	}
+	f.step()
+	f.away = map[string]string{"n2": "away"}
+	f.now = f.now.Add(time.Hour)
+	f.want("n2 may be away", v1alpha1.RolloutWaiting, "a 50, b 50")
+	f.away = nil
+	f.report()
+	f.now = f.now.Add(time.Hour)
+	f.want("it is back, and nothing serves there", v1alpha1.RolloutRolledBack, "")
+}
+
+// A pause goes on while an agent starts anew: the step was reached before.
+func TestRolloutPauseGoesOn(t *testing.T) {
+	f := newFleet(t, steps(), "a", "b", "c", "d")
+	s := f.want("first step", v1alpha1.RolloutWaiting, "a 10")
+	reached := s.ReachedAt.DeepCopy()
+	f.now = f.now.Add(9 * time.Minute)
+	f.told = func(node string, s *v1alpha1.NodeTenantStatus) {
+		for i := range s.Generations {
+			s.Generations[i].Serving = s.Generations[i].Serving && node != "n2"
+		}
+	}
+	f.report()
+	f.want("n2's agent starts", v1alpha1.RolloutProgressing, "a 10")
+	f.now = f.now.Add(time.Minute)
+	f.report()
+	if s := f.want("not on while it isn't there", v1alpha1.RolloutProgressing, "a 10"); !s.ReachedAt.Equal(reached) {
+		t.Errorf("reached at %s, then at %s", reached, s.ReachedAt)
+	}
+	f.told = nil
+	f.report()
+	f.want("on at once", v1alpha1.RolloutWaiting, "a 50, d 50")
+	// A step that is changed is another.
+	f.rollout.Spec.Steps[1].Weight, f.rollout.Spec.Steps[1].Approval, f.rollout.Spec.Steps[1].Pause = 60, false, "5m"
+	f.now = f.now.Add(10 * time.Minute)
+	f.want("the pause of the changed step", v1alpha1.RolloutWaiting, "a 60, d 60")
+}
+
+// An owner reads that it is their own policy that an upgrade waits for, until when,
+// how to let it begin, and who stops it.
+func TestUpgradeOnHold(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{MaxHold: "2h", Steps: []v1alpha1.RolloutStep{{Weight: 50}, {Weight: 100}}}, "a", "b")
+	hold := func(d time.Duration) {
+		at := metav1.NewTime(f.now.Add(d))
+		f.policies = map[string][]v1alpha1.IsolationPolicy{"b": {{ObjectMeta: metav1.ObjectMeta{Name: "month-end"},
+			Spec: v1alpha1.IsolationPolicySpec{Upgrades: &v1alpha1.UpgradePolicy{NotBefore: &at}}}, {ObjectMeta: metav1.ObjectMeta{Name: "other"}}}}
+	}
+	hold(time.Hour)
+	f.want("a goes first", v1alpha1.RolloutProgressing, "a 50")
+	read := func() *v1alpha1.TenantUpgrade {
+		return Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{f.rollout}, Policies: f.policies["b"], Now: f.now,
+			Nodes: []NodeView{{Node: "n1", Tenant: model.NamespaceTenant("b")}}})
+	}
+	u := read()
+	if u == nil || u.Verdict != UpgradeOnHold || u.HeldUntil == nil || !u.HeldUntil.Equal(&metav1.Time{Time: f.now.Add(time.Hour)}) {
+		t.Fatalf("%+v", u)
+	}
+	for _, word := range []string{"from Envoy 1.39.3 to 1.40.0", "since 2001-09-09T01:46:40Z", "(month-end)", "until 2001-09-09T02:46:40Z", "until 2001-09-09T03:46:40Z at the latest", "notBefore", "bulkhead rollout abort r"} {
+		if !strings.Contains(u.Message, word) {
+			t.Errorf("%q doesn't say %q", u.Message, word)
+		}
+	}
+	hold(24 * time.Hour)
+	if u := read(); u.HeldUntil == nil || !u.HeldUntil.Equal(&metav1.Time{Time: f.now.Add(2 * time.Hour)}) {
+		t.Errorf("for longer than the rollout lets it: %+v", u)
+	}
+	hold(-time.Minute)
+	if u := read(); u.Verdict != UpgradeNotYet || u.HeldUntil != nil {
+		t.Errorf("not held: %+v", u)
+	}
+}
