@@ -246,7 +246,14 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	}
 	if (direct)
 		return learn(f, pod, DIRECT, from_pod, 0) ? FLOWS_FULL : DIRECT;
-	if (pod->learn)
+	if (pod->learn || (from_pod && f->pod_port == HBONE_PORT))
 		learn(f, pod, tenant, from_pod, 0);
 	return tenant;
+}
+
+// dialled tells whether the pod itself opened a flow that looks like a tunnel to it.
+static __always_inline int dialled(const struct flow *f)
+{
+	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	return s && s->led && s->outbound;
 }

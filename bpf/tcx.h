@@ -305,8 +305,10 @@ int from_tenant(struct __sk_buff *skb)
 	}
 	if (is_deliver_address(&p.source) && !to)
 		return drop(&p, tenant, ifindex, deliver, WAY_UPSTREAM);
-	if (from && to && (p.source_port == HBONE_PORT || p.destination_port == HBONE_PORT))
-		return to_other_end(skb, ifindex); // a tunnel between two of its own pods has both ends in there
+	// A tunnel between two of its own pods has both ends in there. A pod's own
+	// connection may begin at the tunnels' port, too.
+	if (from && to && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f))))
+		return to_other_end(skb, ifindex);
 	if (to && same_address(&p.source, &p.destination)) {
 		struct addr self;
 		self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));

@@ -99,6 +99,11 @@ func isOther(then rule) rule {
 	return join(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_TCP), then)
 }
 
+// isPort matches TCP's source port, at 0, or its destination port, at 2.
+func isPort(at uint32, port uint16) rule {
+	return join(transport(at, 2, regTemp), equal(regTemp, big16(port)...))
+}
+
 // isFragment matches each part of a packet; a whole packet with a fragment header
 // is none.
 func (f family) isFragment(then rule) rule {
@@ -218,6 +223,10 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	tenant := join(device(regKey), find(setPods, regKey, regFound), markFound())
 	held, goes := way+"_held"+v, way+"_goes"+v
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
+	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
+	if podIsSource {
+		steered = append(steered, join(isPort(0, portInbound), flow, put(setDialled+v, regKey, 0, openedLinger)))
+	}
 	return []chain{
 		{way + "_opens" + v, append(append(f.forget(flow),
 			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
@@ -230,11 +239,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		// What opens in the clear is written down.
 		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
 		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), goTo(way + "_direct" + v)}},
-		{way + "_steered" + v, []rule{
-			join(pod, isIn(setLearn+v, regKey), written),
-			forward(),
-			goTo(dropChain(dropNoTenant, out)),
-		}},
+		{way + "_steered" + v, append(steered, forward(), goTo(dropChain(dropNoTenant, out)))},
 		{way + v, []rule{
 			join(flow, isIn(setFlows+v, regKey), goTo(held)),
 			onlyMark(0), tenant,
@@ -349,7 +354,7 @@ func whoseChain(tenant uint16, what string) string {
 // which ends the tenant may speak.
 func (f family) fromTenant(pass uint32) []chain {
 	v := f.version
-	tcp := "from_tenant_tcp" + v
+	tcp, deliver := "from_tenant_tcp"+v, "from_tenant_deliver"+v
 	first := []rule{isTCP(goTo(tcp))}
 	if v == "6" {
 		for _, neighbour := range []byte{135, 136} { // solicitation, advertisement
@@ -359,10 +364,16 @@ func (f family) fromTenant(pass uint32) []chain {
 	rules := []rule{f.isFragment(goTo(dropChain(dropFragment, false)))}
 	add := func(r ...rule) { rules = append(rules, join(r...)) }
 	add(network(f.source, f.length, regKey), equal(regKey, f.deliver.AsSlice()...), lacksMark(markTo), goTo(dropChain(dropDeliver, false)))
-	// A tunnel between two of its own pods has both ends in there.
+	// A tunnel between two of its own pods has both ends in there. A pod's own connection
+	// may begin at the tunnels' port, too.
+	dialled := f.flow(false)
+	add(hasMark(markFrom|markTo), isPort(2, portInbound), dialled, isIn(setDialled+v, regKey), put(setDialled+v, regKey, 0, flowIdle), goTo(deliver))
 	for _, port := range []uint32{0, 2} {
-		add(hasMark(markFrom|markTo), transport(port, 2, regTemp), equal(regTemp, big16(portInbound)...), goTo(chainBack))
+		add(hasMark(markFrom|markTo), isPort(port, portInbound), goTo(chainBack))
 	}
+	add(goTo(deliver))
+	tunnelled := rules
+	rules = nil
 	add(hasMark(markTo), network(f.source, f.length, regKey), network(f.destination, f.length, regKey+f.words()), isIn(setSelf+v, regKey),
 		immediate(regKey, f.self.AsSlice()...), readdress(f, f.source, regKey))
 	pod := network(f.destination, f.length, regKey)
@@ -372,6 +383,7 @@ func (f family) fromTenant(pass uint32) []chain {
 	add(goTo(dropChain(dropForeign, false)))
 	return []chain{
 		{chainFromTenant + v, append(first, isOther(goTo(dropChain(dropProtocol, false))), goTo(dropChain(dropMalformed, false)))},
-		{tcp, rules},
+		{tcp, tunnelled},
+		{deliver, rules},
 	}
 }

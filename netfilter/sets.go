@@ -91,7 +91,9 @@ const (
 	// setFlows: flows that needn't go where their pod's new ones go, to their tenant.
 	// The pod's end comes first.
 	setFlows = "flows"
-	// setEnded: such flows of which an end was seen.
+	// setDialled: flows that pods opened from the tunnels' port.
+	setDialled = "dialled"
+	// setEnded: of the flows that are written down those of which an end was seen.
 	setEnded = "ended"
 	// setFormers: tenants with an address of a pod that has left them, for which they
 	// go on to open what its connections need.
@@ -138,6 +140,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setNode+v, nftables.Set{Size: maxVeths}, address)
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
+		add(setDialled+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		// The other table's: what the node sends to pods is marked.
 		marked := nftables.Set{Table: marking, Name: setMarked + v, KeyType: address, Size: maxVeths}

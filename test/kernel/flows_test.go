@@ -103,6 +103,17 @@ func testFlows(t *testing.T, l *lab.Lab) {
 			}
 		})
 	})
+	// A pod may have other ephemeral ports than the kernel's, the tunnels' own among them.
+	t.Run("from the tunnels' port", func(t *testing.T) {
+		l.A1.Namespace.Do(t, func() { lab.Sysctl(t, "ipv4/ip_local_port_range=15008 15008") })
+		eachFamily(t, func(t *testing.T, family int) {
+			for _, f := range flows(l) {
+				if f.from == l.A1 && f.to != l.A1 {
+					t.Run(f.name, func(t *testing.T) { f.check(t, family) })
+				}
+			}
+		})
+	})
 }
 
 // All of it is so with every Envoy that is delivered.
