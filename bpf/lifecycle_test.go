@@ -226,13 +226,6 @@ func TestWeight(t *testing.T) {
 			}
 		})
 	}
-	workers := map[string]int{}
-	for range len(canary.accepted) {
-		workers[strings.Fields(<-canary.accepted)[3]]++
-	}
-	if workers["0"] < 100 || workers["1"] < 100 {
-		t.Errorf("connections of the canary's workers: %v", workers)
-	}
 	if err := m.d.SetWeight(9, 10); !errors.Is(err, steer.ErrUnknownTenant) {
 		t.Errorf("weight of an unknown tenant: %v", err)
 	}
@@ -242,6 +235,47 @@ func TestWeight(t *testing.T) {
 	if got := count(1); got["proxy1"] != 1 {
 		t.Errorf("an error changed the listeners: %v", got)
 	}
+}
+
+// What a pod has with one destination shares a worker, and with it a tunnel; another
+// destination may be another worker's, and what comes to pods goes to all.
+func TestWorkers(t *testing.T) {
+	m := newMesh(t)
+	canary := startProxy(t, m.one.namespace, "canary")
+	check(t, m.d.SetListeners(1, 1, canary.pid))
+	check(t, m.d.SetWeight(1, 100))
+	eachFamily(t, func(t *testing.T, family int) {
+		workers := func(from *namespace, to func(i int) netip.Addr) map[string]int {
+			got := map[string]int{}
+			for i := range 64 {
+				c, greeting, err := dial(t, from, netip.AddrPort{}, at(to(i), uint16(80+i%3)))
+				if err != nil || greeting != "canary" {
+					t.Fatalf("%q, %v", greeting, err)
+				}
+				c.Close()
+				got[strings.Fields(<-canary.accepted)[3]]++
+			}
+			return got
+		}
+		remote := remoteAddresses.of(family)
+		if got := workers(m.a.namespace, func(int) netip.Addr { return remote }); len(got) != 1 {
+			t.Errorf("one destination: %v", got)
+		}
+		// Nobody is there: the proxy takes the connection, whatever it is to.
+		for name, got := range map[string]map[string]int{
+			"many destinations": workers(m.a.namespace, func(i int) netip.Addr {
+				b := remote.AsSlice()
+				b[len(b)-2], b[len(b)-1] = 7, byte(i)
+				to, _ := netip.AddrFromSlice(b)
+				return to
+			}),
+			"to a pod": workers(m.remote, func(int) netip.Addr { return m.a.of(family) }),
+		} {
+			if got["0"] < 12 || got["1"] < 12 {
+				t.Errorf("%s: %v", name, got)
+			}
+		}
+	})
 }
 
 func TestMovePod(t *testing.T) {

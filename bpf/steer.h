@@ -120,13 +120,16 @@ int steer(struct bpf_sk_lookup *ctx)
 	}
 	__u32 hash = flow_hash(&local, &remote, port ^ (remote_port << 16));
 	__u32 generation = hash % 100 < t->canary;
+	// A worker has tunnels of its own: what a pod has with one destination shares one,
+	// and with it records and wake-ups.
+	__u32 place = (listener == LISTENER_OUTBOUND ? flow_hash(&local, &remote, 0) : hash) >> 8;
 	// Without sockets of its own, a generation leaves all to the other.
 	struct bpf_sock *sk = 0;
 #pragma unroll
 	for (int i = 0; i < GENERATIONS; i++) {
 		__u32 workers = t->workers[generation & 1];
 		if (workers > 1)
-			sk = listening(generation, listener, (hash >> 8) % workers & (MAX_WORKERS - 1));
+			sk = listening(generation, listener, place % workers & (MAX_WORKERS - 1));
 		if (!sk)
 			sk = listening(generation, listener, 0);
 		if (sk)
