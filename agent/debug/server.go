@@ -10,7 +10,10 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -24,6 +27,9 @@ const (
 	answerTime   = 60 * time.Second
 	answersLimit = 4
 	retryListen  = 30 * time.Second
+	// Lines in the log of those who are refused: anybody can be.
+	refusalsPerSecond = 1
+	refusalsAtOnce    = 16
 )
 
 // Options of a Server. All but Log are required.
@@ -53,6 +59,10 @@ type Server struct {
 	name string
 	cert certificate
 
+	refusals *rate.Limiter
+	// unsaid are refusals since the last one that the log has.
+	unsaid atomic.Int64
+
 	mu sync.Mutex
 	// answers are in flight: one a tenant, answersLimit of all.
 	answers map[model.Tenant]bool
@@ -68,7 +78,7 @@ func New(o Options) *Server {
 		o.Log = slog.Default()
 	}
 	name := identity.AgentServerName(o.Node)
-	return &Server{o: o, log: o.Log, name: name, answers: map[model.Tenant]bool{},
+	return &Server{o: o, log: o.Log, name: name, refusals: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce), answers: map[model.Tenant]bool{},
 		cert: certificate{sign: o.Sign, roots: o.Roots, name: name, renewed: make(chan struct{}, 1)}}
 }
 
@@ -142,7 +152,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 		err = s.authorizePath(ctx, user, metricsPath)
 	}
 	if err != nil {
-		s.log.Warn("metrics refused", "user", user.Username, "source", r.RemoteAddr, "error", err)
+		s.refused(s.log.With("user", user.Username, "source", r.RemoteAddr), "metrics refused", err)
 		refuse(w, err)
 		return
 	}
@@ -169,7 +179,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 		log = log.With("logger", q.Logger, "level", q.Level)
 	}
 	if err := s.authorize(ctx, user, q); err != nil {
-		log.Warn("look into a proxy refused", "error", err)
+		s.refused(log, "look into a proxy refused", err)
 		refuse(w, err)
 		return
 	}
@@ -181,6 +191,15 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 	log.Info("look into a proxy")
 	body, err := s.o.Ask(r.Context(), q)
 	Answer(w, q, body, err)
+}
+
+// refused tells of who was, as often as the log has room for that.
+func (s *Server) refused(log *slog.Logger, what string, err error) {
+	if !s.refusals.Allow() {
+		s.unsaid.Add(1)
+		return
+	}
+	log.Warn(what, "error", err, "unsaid", s.unsaid.Swap(0))
 }
 
 func refuse(w http.ResponseWriter, err error) {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -243,6 +245,32 @@ func TestMetricsAccess(t *testing.T) {
 	b.api.away = true
 	if code, body := b.get(t, "GET", "scraper@metrics.bulkhead", "/metrics"); code != 503 || strings.Contains(body, "secret") {
 		t.Errorf("without the API server: %d %s", code, body)
+	}
+}
+
+// Whoever is refused can't fill the log, and those that it doesn't name are counted.
+func TestRefusalsAreToldAtAPace(t *testing.T) {
+	b := newBench(t)
+	const refused = 500
+	for range refused {
+		w := httptest.NewRecorder()
+		b.server.handler().ServeHTTP(w, httptest.NewRequest("GET", metricsPath, nil))
+		if w.Code != http.StatusUnauthorized {
+			t.Fatalf("answered with %d", w.Code)
+		}
+	}
+	if n := strings.Count(b.log.String(), "metrics refused"); n < refusalsAtOnce || n > 2*refusalsAtOnce {
+		t.Errorf("%d lines of %d refusals", n, refused)
+	}
+	b.server.refusals.SetBurst(refused)
+	b.server.refusals.SetLimit(rate.Inf)
+	if code, _ := b.get(t, "GET", "alice@metrics.bulkhead", metricsPath); code != http.StatusForbidden {
+		t.Errorf("answered with %d", code)
+	}
+	lines := strings.Split(strings.TrimSpace(b.log.String()), "\n")
+	last := lines[len(lines)-1]
+	if !strings.Contains(last, "user=alice") || !strings.Contains(last, fmt.Sprintf("unsaid=%d", refused-len(lines)+1)) {
+		t.Errorf("after %d lines of %d refusals comes %s", len(lines)-1, refused, last)
 	}
 }
 
