@@ -217,6 +217,92 @@ func TestNewConnectionsPerSecond(t *testing.T) {
 	}
 }
 
+// Who dials a tenant's pods takes nothing of the pace at which they dial, nor the
+// last quarter of the room for their connections.
+func TestOutsidersLeaveRoom(t *testing.T) {
+	m := newMesh(t)
+	const most = 8
+	m.counting(steer.ConnectionLimits{NewPerSecond: 2, Concurrent: most})
+	out, in := at(remoteAddresses.v4, 80), at(m.a.v4, 8080)
+	flood := func() (shedded int) {
+		for range 6 {
+			if shed(t, m.remote, in) {
+				shedded++
+			}
+		}
+		return shedded
+	}
+	if flood() == 0 || m.counters(1).Dropped.TooFast == 0 {
+		t.Fatalf("nothing was too fast: %+v", m.counters(1).Dropped)
+	}
+	for range 2 {
+		if shed(t, m.a.namespace, out) {
+			t.Error("the pod has no pace of its own")
+		}
+	}
+	if !shed(t, m.a.namespace, out) {
+		t.Error("the pod opens them faster than it may")
+	}
+	m.waitConnections(1, 0)
+
+	m.one.Connections.NewPerSecond = 0
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	before := m.counters(1).Dropped
+	var held []heldFlow
+	for range most * 3 / 4 {
+		m.hold(&held, "from outside", m.remote, netip.AddrPort{}, in, "proxy1")
+	}
+	m.waitConnections(1, most*3/4)
+	if !shed(t, m.remote, in) || m.counters(1).Dropped.TooMany == before.TooMany {
+		t.Error("outsiders get the last quarter")
+	}
+	for range most / 4 {
+		m.hold(&held, "from a pod", m.a.namespace, netip.AddrPort{}, out, "proxy1")
+	}
+	m.waitConnections(1, most)
+	if !shed(t, m.a.namespace, out) {
+		t.Error("the pod has more than it may")
+	}
+}
+
+// A SYN is no connection before its handshake has ended, and one with FIN or RST opens
+// nothing: neither takes of the pace, nor is either on the bill.
+func TestWhatOpensNothing(t *testing.T) {
+	m := newMesh(t)
+	m.counting(steer.ConnectionLimits{NewPerSecond: 5})
+	to := at(remoteAddresses.v4, 80)
+	before := m.counters(1)
+	const tries = 50
+	for _, flags := range []byte{3, 6} { // SYN with FIN, with RST
+		for i := range uint16(tries) {
+			forgePacket(t, m.a.namespace, at(m.a.v4, 20000+i), to, flags)
+			forgePacket(t, m.remote, to, at(m.a.v4, 8080), flags)
+		}
+	}
+	after := m.counters(1)
+	if n := after.Dropped.Malformed - before.Dropped.Malformed; n != 4*tries || after.Dropped.TooFast != before.Dropped.TooFast || after.Steered != before.Steered {
+		t.Errorf("%d of %d packets are malformed: %+v", n, 4*tries, after)
+	}
+	had := m.pod1("a")
+	for range 3 {
+		m.greets("at its pace", m.a.namespace, to, "proxy1")
+	}
+	m.greets("to it", m.remote, at(m.a.v4, 8080), "proxy1")
+	// Nobody answers what the proxy's kernel says to these.
+	m.one.Connections = steer.ConnectionLimits{}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	for i := range uint16(tries) {
+		forgeValidPacket(t, m.a.namespace, at(m.a.v4, 30000+i), to, 2)
+	}
+	has := m.pod1("a")
+	if n := has.Outbound - had.Outbound; n < tries {
+		t.Fatalf("%d SYNs came to the proxy, of %d: is it at work?", n, tries+3)
+	}
+	if n := has.Accepted - had.Accepted; n != 4 {
+		t.Errorf("%d connections are accepted, of 4", n)
+	}
+}
+
 // A count that is wrong, whatever made it so, doesn't close a tenant for ever.
 func TestConnectionsAreChecked(t *testing.T) {
 	m := newMesh(t)

@@ -8,10 +8,11 @@
 struct tenant_load {
 	struct bpf_spin_lock lock;
 	__u32 pad;
-	// When the next connection would be due at the pace of new_per_second. It may
-	// run ahead of the clock by a second: so many connections at once are taken
-	// after a rest.
-	__u64 due;
+	// When the next connection of the tenant's pods would be due at the pace of
+	// new_per_second, and the next one to them: who dials a pod must not take from
+	// what it dials. They may run ahead of the clock by a second: so many connections
+	// at once are taken after a rest.
+	__u64 outbound_due, inbound_due;
 	// That the tenant's processes have accepted and not closed: see observe.h.
 	__s64 connections;
 };
@@ -29,8 +30,9 @@ enum admitted { ADMITTED, TOO_MANY, TOO_FAST };
 // dropped, not answered: the client's kernel tries it again after 1, 3, 7 s, which
 // slows down who opens too many, and lets those through that came a moment early.
 // An answer would cost more than it saves, and bring the next SYN at once.
-static __noinline enum admitted admit(__u32 tenant, const struct tenant *t)
+static __noinline enum admitted admit(__u32 tenant, const struct tenant *t, enum way way)
 {
+	int outbound = way == WAY_OUTBOUND;
 	if (!t)
 		return TOO_MANY;
 	__u32 most = t->max_connections, rate = t->new_per_second;
@@ -41,18 +43,24 @@ static __noinline enum admitted admit(__u32 tenant, const struct tenant *t)
 	// The agent makes it before it sets a bound.
 	if (!l)
 		return TOO_MANY;
-	if (most && l->connections + correction >= (__s64)most)
+	// A quarter is left to the pods' own.
+	__u32 room = outbound ? most : most - most / 4;
+	if (most && l->connections + correction >= (__s64)room)
 		return TOO_MANY;
 	if (!rate)
 		return ADMITTED;
 	__u64 now = bpf_ktime_get_ns(), pace = NSEC_PER_SEC / rate;
 	enum admitted answer = ADMITTED;
 	bpf_spin_lock(&l->lock);
-	__u64 due = l->due < now ? now : l->due;
+	__u64 due = outbound ? l->outbound_due : l->inbound_due;
+	if (due < now)
+		due = now;
 	if (due - now > NSEC_PER_SEC - pace)
 		answer = TOO_FAST;
+	else if (outbound)
+		l->outbound_due = due + pace;
 	else
-		l->due = due + pace;
+		l->inbound_due = due + pace;
 	bpf_spin_unlock(&l->lock);
 	return answer;
 }

@@ -93,6 +93,7 @@ func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 func addPod(c *steer.PodCounters, o *datapathPodCounters) {
 	addListeners(&c.PerListener, o.Listener)
 	c.Direct += o.Direct
+	c.Accepted += o.Accepted
 	c.BytesSent += o.BytesSent
 	c.BytesReceived += o.BytesReceived
 	addDrops(&c.Dropped, &o.Dropped)

@@ -127,6 +127,7 @@ type datapathPodCounters struct {
 	_             structs.HostLayout
 	Listener      [4]uint64
 	Direct        uint64
+	Accepted      uint64
 	BytesSent     uint64
 	BytesReceived uint64
 	Told          uint64
@@ -169,7 +170,8 @@ type datapathTenantLoad struct {
 		Val uint32
 	}
 	Pad         uint32
-	Due         uint64
+	OutboundDue uint64
+	InboundDue  uint64
 	Connections int64
 }
 

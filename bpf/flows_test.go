@@ -281,6 +281,26 @@ func addrPortOf(a net.Addr) netip.AddrPort { return unmapped(a.(*net.TCPAddr).Ad
 // forgePacket sends a packet of IPv4 with the sequence number 0, which no end takes.
 func forgePacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte) {
 	t.Helper()
+	sendSegment(t, n, from, to, flags, 0)
+}
+
+// forgeValidPacket sends one with a checksum that fits.
+func forgeValidPacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte) {
+	t.Helper()
+	const length = 20
+	sum := uint32(unix.IPPROTO_TCP + length + 5<<12 + int(flags) + int(from.Port()) + int(to.Port()))
+	for _, a := range []netip.Addr{from.Addr(), to.Addr()} {
+		b := a.As4()
+		sum += uint32(b[0])<<8 + uint32(b[1]) + uint32(b[2])<<8 + uint32(b[3])
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	sendSegment(t, n, from, to, flags, ^uint16(sum))
+}
+
+func sendSegment(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte, checksum uint16) {
+	t.Helper()
 	n.do(t, func() {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
 		check(t, err)
@@ -291,6 +311,7 @@ func forgePacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte
 		packet[0], packet[1] = byte(from.Port()>>8), byte(from.Port())
 		packet[2], packet[3] = byte(to.Port()>>8), byte(to.Port())
 		packet[12], packet[13] = 5<<4, flags
+		packet[16], packet[17] = byte(checksum>>8), byte(checksum)
 		check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: to.Addr().As4()}))
 	})
 }

@@ -99,7 +99,7 @@ struct drops {
 	__u64 spoofed;
 	// A fragment of a TCP packet: only the first would have ports.
 	__u64 fragment;
-	// Headers that can't be read to their end.
+	// Headers that can't be read to their end, or a SYN with FIN or RST.
 	__u64 malformed;
 	// The pod's tenant isn't known or has no network namespace.
 	__u64 no_tenant;
@@ -143,6 +143,9 @@ struct pod_counters {
 	// New connections per listener of the tenant, and in the clear.
 	__u64 listener[LISTENERS];
 	__u64 direct;
+	// Those of the tenant that got through their handshake, as its sockets tell: the
+	// listeners' are SYNs, which anybody can send.
+	__u64 accepted;
 	// Of TCP on the pod's veth, from the IP header on.
 	__u64 bytes_sent, bytes_received;
 	// When the last event of a denial was sent; see may_tell.

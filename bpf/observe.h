@@ -85,6 +85,11 @@ static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind
 		pod = as;
 	if (!pod)
 		return 0;
+	if (passive && kind == EVENT_OPENED) {
+		struct pod_counters *count = pod_counters_of(pod->ifindex);
+		if (count)
+			__sync_fetch_and_add(&count->accepted, 1);
+	}
 	e.way = at_local ? (passive ? WAY_INBOUND : WAY_UPSTREAM) : (passive ? WAY_OUTBOUND : WAY_DELIVERED);
 	e.tenant = tenant;
 	__builtin_memcpy(e.uid, pod->uid, sizeof(e.uid));

@@ -116,6 +116,9 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 	p->source_port = bpf_ntohs(tcp.source);
 	p->destination_port = bpf_ntohs(tcp.destination);
 	p->flags = tcp.flags;
+	// Opens nothing anywhere, and would be taken for what does.
+	if (p->flags & TCP_SYN && p->flags & (TCP_FIN | TCP_RST))
+		return MALFORMED;
 	return PARSED;
 }
 

@@ -157,7 +157,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_OUTBOUND);
 	if (opens(&p)) {
-		enum admitted admitted = admit(tenant, t);
+		enum admitted admitted = admit(tenant, t, WAY_OUTBOUND);
 		if (admitted == TOO_MANY)
 			return drop(&p, tenant, ifindex, too_many, WAY_OUTBOUND);
 		if (admitted == TOO_FAST)
@@ -237,7 +237,7 @@ int to_pod(struct __sk_buff *skb)
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_INBOUND);
 	if (tcp && opens(&p)) {
-		enum admitted admitted = admit(tenant, t);
+		enum admitted admitted = admit(tenant, t, WAY_INBOUND);
 		if (admitted == TOO_MANY)
 			return drop(&p, tenant, ifindex, too_many, WAY_INBOUND);
 		if (admitted == TOO_FAST)

@@ -65,8 +65,9 @@ func flags(mask byte) rule {
 	return join(transport(13, 1, regTemp), masked(regTemp, []byte{mask}, []byte{0}))
 }
 
-// opens matches a SYN that no ACK goes with.
-func opens() rule { return join(flags(0x12), equal(regTemp, 0x02)) }
+// opens matches a SYN that no ACK goes with, nor FIN or RST: with those it opens
+// nothing anywhere.
+func opens() rule { return join(flags(0x17), equal(regTemp, 0x02)) }
 
 // ends matches FIN and RST.
 func ends() rule { return join(flags(0x05), differs(regTemp, 0)) }

@@ -53,7 +53,8 @@ type Drops struct {
 	Spoofed uint64
 	// Fragment: a fragment of a TCP packet.
 	Fragment uint64
-	// Malformed: headers that can't be read to their end.
+	// Malformed: headers that can't be read to their end; with eBPF also a SYN with FIN
+	// or RST.
 	Malformed uint64
 	// NoTenant: the pod's tenant isn't known or has no network namespace.
 	NoTenant uint64
@@ -101,6 +102,9 @@ type PodCounters struct {
 	// Direct are those in the clear that are written down: of exclusions, the bypass,
 	// and while it leaves.
 	Direct uint64
+	// Accepted are those of its tenant that got through their handshake. Only eBPF
+	// counts them, where Tenant.CgroupV2 is; with it a listener's are SYNs, too.
+	Accepted uint64
 	// BytesSent are by the pod.
 	BytesSent, BytesReceived uint64
 	// Dropped are packets at its veth, and plain text that it doesn't take.

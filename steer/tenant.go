@@ -46,12 +46,13 @@ const maxPerSecond = 1_000_000
 // beyond a limit is dropped before it costs the tenant anything, without an answer,
 // and counted as Drops.TooMany and TooFast; those that have begun go on.
 type ConnectionLimits struct {
-	// Concurrent is the most at a time. It needs Tenant.CgroupV2: without, nobody
+	// Concurrent is the most at a time; the last quarter is for those of the tenant's
+	// pods. It needs Tenant.CgroupV2: without, nobody
 	// counts, and it doesn't hold. Connections that open at the same instant can go
 	// beyond it by as many.
 	Concurrent uint32
-	// NewPerSecond is how many may open in a second, at most 1,000,000; after a
-	// second without any, so many at once.
+	// NewPerSecond is how many the tenant's pods may open in a second, and others to
+	// them as many, at most 1,000,000; after a second without any, so many at once.
 	NewPerSecond uint32
 }
 

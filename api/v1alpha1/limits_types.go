@@ -51,15 +51,16 @@ type ProxyLimits struct {
 //
 // +kubebuilder:validation:XValidation:rule="has(self.concurrent) || has(self.newPerSecond)",message="set concurrent, newPerSecond, or both"
 type ConnectionIsolation struct {
-	// Concurrent is the most at a time. Connections that open at the same instant can
+	// Concurrent is the most at a time, of which the last quarter is for those that
+	// the pods open. Connections that open at the same instant can
 	// go beyond it by as many. Not enforced with redirection Netfilter, and on nodes
 	// without cgroup v2. Default: no limit.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional
 	Concurrent *int64 `json:"concurrent,omitempty"`
-	// NewPerSecond is how many may open in a second; after a second without any, so
-	// many at once. Not enforced with redirection Netfilter. Default: no limit.
+	// NewPerSecond is how many the pods may open in a second, and others to them as
+	// many; after a second without any, so many at once. Not enforced with redirection Netfilter. Default: no limit.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional
