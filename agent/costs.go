@@ -2,7 +2,9 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"time"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/agent/cost"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -64,21 +67,14 @@ func (a *Agent) readCosts() {
 		a.log.Error("pods' traffic isn't counted", "error", err)
 		return
 	}
-	readings := map[model.Tenant]cost.Reading{}
-	usages := map[model.Tenant]isolation.Usage{}
-	for _, t := range a.bulkheads.Tenants() {
-		u, err := a.bulkheads.Usage(t)
-		if err != nil {
-			a.log.Error("a tenant's use isn't counted", "tenant", t.String(), "error", err)
-			return
-		}
-		usages[t] = u
-		readings[t] = cost.Reading{CPU: u.CPU, Private: u.Private, PSS: u.PSS, Pods: map[string]cost.PodReading{}}
+	usages, readings, err := readUsages(a.bulkheads.Tenants(), a.bulkheads.Usage)
+	if err != nil {
+		a.log.Error("tenants' use isn't counted", "error", err)
 	}
 	for _, p := range r.plan.pods {
 		if reading, ok := readings[p.Tenant]; ok {
 			if c, ok := traffic[p.UID]; ok {
-				reading.Pods[p.UID] = podReading(p.Namespace, c)
+				reading.Pods[p.UID] = a.podReading(p, c)
 			}
 		}
 	}
@@ -95,9 +91,34 @@ func (a *Agent) readCosts() {
 	a.mu.Unlock()
 }
 
-func podReading(namespace string, c steer.PodCounters) cost.PodReading {
-	return cost.PodReading{Namespace: namespace, Traffic: cost.Traffic{BytesSent: c.BytesSent, BytesReceived: c.BytesReceived,
-		Connections: c.Outbound + c.Inbound + c.Plain + c.NodePlain}}
+// readUsages reads one tenant after the other: what becomes of one of them changes
+// nothing for the others. The error is of all that couldn't be read.
+func readUsages(tenants []model.Tenant, read func(model.Tenant) (isolation.Usage, error)) (map[model.Tenant]isolation.Usage, map[model.Tenant]cost.Reading, error) {
+	usages, readings := map[model.Tenant]isolation.Usage{}, map[model.Tenant]cost.Reading{}
+	var errs []error
+	for _, t := range tenants {
+		u, err := read(t)
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // it has ended meanwhile
+		case err != nil:
+			errs = append(errs, err)
+			readings[t] = cost.Reading{Unread: true, Pods: map[string]cost.PodReading{}}
+		default:
+			usages[t] = u
+			readings[t] = cost.Reading{CPU: u.CPU, Private: u.Private, PSS: u.PSS, Pods: map[string]cost.PodReading{}}
+		}
+	}
+	return usages, readings, errors.Join(errs...)
+}
+
+// podReading counts a pod's connections by their handshakes where those are told:
+// whoever reaches a pod can send it SYNs.
+func (a *Agent) podReading(p identity.Pod, c steer.PodCounters) cost.PodReading {
+	connections := c.Outbound + c.Inbound + c.Plain + c.NodePlain
+	if s, ok := a.bulkheads.State(p.Tenant); ok && s.CgroupV2 != "" && a.steering().kind == v1alpha1.RedirectionEBPF {
+		connections = c.Accepted
+	}
+	return cost.PodReading{Namespace: p.Namespace, Traffic: cost.Traffic{BytesSent: c.BytesSent, BytesReceived: c.BytesReceived, Connections: connections}}
 }
 
 // lastReading counts what a pod had before its counters go.
@@ -112,7 +133,7 @@ func (a *Agent) lastReading(uid string) {
 		return
 	}
 	if c, ok := counters[uid]; ok {
-		a.costs.Leave(p.Tenant, uid, podReading(p.Namespace, c))
+		a.costs.Leave(p.Tenant, uid, a.podReading(p, c))
 	}
 }
 

@@ -21,6 +21,9 @@ type Reading struct {
 	Private, PSS int64
 	// Pods of the tenant, by UID.
 	Pods map[string]PodReading
+	// Unread says that it couldn't be read: the account stays as it is, and the
+	// next reading counts what was missed, but for the memory. Pods are its pods.
+	Unread bool
 }
 
 // PodReading is what was read of one pod since it was steered.
@@ -117,6 +120,17 @@ func (m *Meter) Add(now time.Time, boot time.Duration, readings map[model.Tenant
 	elapsed := max(boot-m.s.Boot, 0)
 	for t, r := range readings {
 		a := m.s.Tenants[t.String()]
+		if r.Unread {
+			if a != nil {
+				next.Tenants[t.String()] = a
+			}
+			for uid := range r.Pods {
+				if last, ok := m.s.Pods[uid]; ok {
+					next.Pods[uid] = last
+				}
+			}
+			continue
+		}
 		if a == nil {
 			a = &account{Account: Account{Cost: Cost{Since: now}}}
 			if !m.s.Begun {

@@ -84,6 +84,25 @@ func TestCountersOnlyGrow(t *testing.T) {
 	}
 }
 
+// A tenant whose reading fails keeps its account, and pays for all of it later.
+func TestReadingThatFails(t *testing.T) {
+	m := openMeter(t, filepath.Join(t.TempDir(), "costs"))
+	m.at(t, 0, map[model.Tenant]Reading{})
+	m.at(t, 1, map[model.Tenant]Reading{teamA: {CPU: time.Second, Pods: map[string]PodReading{"p": pod("team-a", 100, 0, 1)}}, teamB: {CPU: time.Second}})
+	m.at(t, 2, map[model.Tenant]Reading{teamA: {Unread: true, Pods: map[string]PodReading{"p": pod("team-a", 150, 0, 2)}}, teamB: {CPU: 2 * time.Second}})
+	if a, b := account1(t, m, teamA), account1(t, m, teamB); a.CPU != time.Second || a.BytesSent != 100 || b.CPU != 2*time.Second {
+		t.Errorf("unread %+v, the other %+v", a, b)
+	}
+	m.at(t, 3, map[model.Tenant]Reading{teamA: {CPU: 4 * time.Second, Pods: map[string]PodReading{"p": pod("team-a", 170, 0, 3)}}})
+	if a := account1(t, m, teamA); a.CPU != 4*time.Second || a.BytesSent != 170 || a.Connections != 3 {
+		t.Errorf("read again: %+v", a)
+	}
+	m.at(t, 4, map[model.Tenant]Reading{teamA: {CPU: 4 * time.Second}, teamB: {Unread: true}})
+	if _, ok := m.Account(teamB); ok {
+		t.Error("a tenant that was never read has an account")
+	}
+}
+
 func TestPodThatLeavesOrChangesTenant(t *testing.T) {
 	m := openMeter(t, filepath.Join(t.TempDir(), "costs"))
 	m.at(t, 0, map[model.Tenant]Reading{})

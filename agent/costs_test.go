@@ -1,0 +1,33 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"testing"
+
+	"github.com/bulkhead-mesh/bulkhead/isolation"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// A tenant that ends while all are read, or can't be read, doesn't keep the others'
+// readings from being counted.
+func TestOneReadingFails(t *testing.T) {
+	gone, broken, fine := model.Tenant{Scope: model.ScopeNamespace, Namespace: "gone"}, model.Tenant{Scope: model.ScopeNamespace, Namespace: "broken"}, model.Tenant{Scope: model.ScopeNamespace, Namespace: "fine"}
+	fault := errors.New("no answer")
+	usages, readings, err := readUsages([]model.Tenant{gone, broken, fine}, func(t model.Tenant) (isolation.Usage, error) {
+		switch t {
+		case gone:
+			return isolation.Usage{}, fmt.Errorf("read usage: %w", fs.ErrNotExist)
+		case broken:
+			return isolation.Usage{}, fault
+		}
+		return isolation.Usage{CPU: 7, PSS: 8}, nil
+	})
+	if !errors.Is(err, fault) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the error is %v", err)
+	}
+	if len(usages) != 1 || len(readings) != 2 || !readings[broken].Unread || readings[fine].CPU != 7 || readings[fine].PSS != 8 || readings[fine].Unread {
+		t.Errorf("usages %+v, readings %+v", usages, readings)
+	}
+}
