@@ -46,6 +46,10 @@ type Options struct {
 	// PinDir is where the kernel keeps programs and maps. Default
 	// /sys/fs/bpf/bulkhead.
 	PinDir string
+	// Mark is the one bit of packets' marks that the steering uses, on the node and
+	// nowhere else, for nodes where something else has the default's. Default: all bits
+	// with EBPF, which nobody else sees; netfilter.DefaultMark with Netfilter.
+	Mark uint32
 	// CgroupName is the folder of all tenants in each cgroup hierarchy; agents of
 	// several nodes on one machine need one each. Default "bulkhead".
 	CgroupName string
@@ -106,6 +110,10 @@ func (o Options) withDefaults() (Options, error) {
 		if *d.field == "" {
 			*d.field = d.value
 		}
+	}
+	// Netfilter has the two lowest bits for itself.
+	if o.Mark&(o.Mark-1) != 0 || o.Mark&3 != 0 {
+		return o, fmt.Errorf("mark %#x: want one bit, from 0x4 to 0x80000000", o.Mark)
 	}
 	if o.Operator == "" {
 		o.Operator = "bulkhead-operator." + o.Namespace + ".svc:15012"

@@ -119,7 +119,7 @@ func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {
 		if err := netfilter.Probe(); err != nil {
 			return nil, fmt.Errorf("this node's kernel can't steer by nftables: %w", err)
 		}
-		return netfilter.Open(netfilter.Options{Gone: a.wake, Log: a.log})
+		return netfilter.Open(netfilter.Options{Mark: a.o.Mark, Gone: a.wake, Log: a.log})
 	}
 	if err := bpf.Probe(); err != nil {
 		return nil, fmt.Errorf("this node's kernel can't steer by eBPF: %w", err)
@@ -127,7 +127,7 @@ func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {
 	if err := bpf.Mount(filepath.Dir(a.o.PinDir)); err != nil {
 		return nil, err
 	}
-	return bpf.Open(bpf.Options{PinDir: a.o.PinDir, Log: a.log})
+	return bpf.Open(bpf.Options{PinDir: a.o.PinDir, Mark: a.o.Mark, MarkMask: a.o.Mark, Log: a.log})
 }
 
 // installed reports whether there is anything of a redirection on the node.

@@ -70,10 +70,14 @@ func run(ctx context.Context, args []string) error {
 		flags.DurationVar(&o.Drain, "drain", 0, "how long a generation that isn't wanted any more may finish its connections")
 		flags.DurationVar(&o.MeterPeriod, "meter-period", 0, "how often it is read what tenants take (default 30s)")
 		flags.DurationVar(&o.CostPeriod, "cost-period", 0, "how often that is told if nothing else is (default 1m)")
+		mark := flags.Uint("mark", 0, "the bit of packets' marks that steering uses, such as 0x4000, if another has the default's")
 		plan := flags.String("plan", "", "a plan (YAML) in place of Kubernetes")
 		debug := flags.Bool("debug", false, "log more")
 		if err := flags.Parse(args[1:]); err != nil {
 			return err
+		}
+		if o.Mark = uint32(*mark); uint(o.Mark) != *mark {
+			return fmt.Errorf("mark %#x: it has 32 bits", *mark)
 		}
 		level := slog.LevelInfo
 		if *debug {

@@ -77,6 +77,8 @@ type Node struct {
 	PlanDrain time.Duration
 	// Standby has each of them a warm standby.
 	Standby bool
+	// Args are further ones of the agent.
+	Args []string
 	// Limits of tenants' proxies. Default 1 GiB of memory.
 	Limits map[string]v1alpha1.Limits
 
@@ -199,6 +201,7 @@ func (n *Node) Start() {
 	cmd := exec.Command(filepath.Join(os.Getenv(dirVariable), "agent"), "run", "--plan", n.WritePlan(),
 		"--run-dir", o.RunDir, "--lib-dir", o.LibDir, "--envoy-dir", o.EnvoyDir, "--cgroup-name", o.CgroupName,
 		"--pin-dir", n.PinDir(), "--linger", "100ms", "--drain", n.Drain.String(), "--token-file", filepath.Join(n.Dir, "token"), "--operator", fmt.Sprintf("localhost:%d", operatorPort))
+	cmd.Args = append(cmd.Args, n.Args...)
 	cmd.Env = append(os.Environ(), "NODE_NAME="+n.Name)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
