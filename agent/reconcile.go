@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -335,7 +336,8 @@ func (a *Agent) removeTenant(ctx context.Context, t model.Tenant) error {
 	state, known := a.bulkheads.State(t)
 	for generation := range 2 {
 		if known {
-			if err := a.datapath.ClearListeners(state.Index, generation); err != nil {
+			// The redirection may have changed, and the one of now never had it.
+			if err := a.datapath.ClearListeners(state.Index, generation); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
 				return err
 			}
 		}

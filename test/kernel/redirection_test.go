@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -49,6 +50,34 @@ func TestRedirectionChanges(t *testing.T) {
 	wait(&r)
 	if !r.OK || r.Held != connections {
 		t.Errorf("%d of %d connections held, failures %+v", r.Held, connections, r.Failures)
+	}
+}
+
+// Tenants that end with the redirection that led to them are removed all the same.
+func TestRedirectionAndTenantsChange(t *testing.T) {
+	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
+	n := l.Node1
+	for _, r := range []v1alpha1.Redirection{v1alpha1.RedirectionEBPF, v1alpha1.RedirectionNetfilter} {
+		want := 2
+		for _, p := range l.Pods {
+			p.Tenant = model.NamespaceTenant(p.Identity.Namespace)
+			if r == v1alpha1.RedirectionEBPF {
+				p.Tenant, want = model.Tenant{Scope: model.ScopeNode}, 1
+			}
+		}
+		n.Redirection = r
+		l.Publish()
+		n.WritePlan()
+		l.Node2.WritePlan()
+		lab.Eventually(t, "the tenants by "+string(r), func() error {
+			i, err := n.Inspect()
+			if err != nil || i.Redirection != string(r) || len(i.Tenants) != want {
+				return fmt.Errorf("%d tenants by %s: %s, %w", len(i.Tenants), i.Redirection, i.Problem, err)
+			}
+			return nil
+		})
+		n.WaitReady()
+		flow{from: l.B1, to: l.B2}.check(t, 4)
 	}
 }
 
