@@ -3,6 +3,7 @@ package container
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,10 +23,20 @@ const root = "/sys/fs/cgroup"
 
 // Limits of a container; 0 is none.
 type Limits struct {
+	// Group is the cgroup that it is in, one of the root's, which all of a group share
+	// the CPUs of. Default "bench".
+	Group string
 	// Memory in bytes.
 	Memory int64
 	// CPUMillis are thousandths of a CPU.
 	CPUMillis int64
+	// CPUWeight in version 2's terms; 0 is the normal 100.
+	CPUWeight int64
+	// CPUs that it may use; nil is all.
+	CPUs []int
+	// Prompt has what measures wait for nobody: it asks for the shortest slices of a
+	// CPU, so that with a large CPUWeight it runs as soon as it is woken.
+	Prompt bool
 }
 
 // Pod is bounded as the lab's proxies are.
@@ -38,7 +49,7 @@ var Pod = Limits{Memory: 1 << 30}
 func Put(t testing.TB, name string, pid int, l Limits) {
 	t.Helper()
 	for _, h := range hierarchies(t) {
-		parent := filepath.Join(h, "bhtest-bench")
+		parent := filepath.Join(h, "bhtest-"+cmp.Or(l.Group, "bench"))
 		for _, dir := range []string{parent, filepath.Join(parent, name)} {
 			makeCgroup(t, dir)
 		}
@@ -51,6 +62,12 @@ func Put(t testing.TB, name string, pid int, l Limits) {
 		}
 		limit(t, filepath.Join(parent, name), l)
 		lab.Check(t, os.WriteFile(filepath.Join(parent, name, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o644))
+	}
+	if l.CPUs != nil {
+		Pin(t, pid, l.CPUs...)
+	}
+	if l.Prompt {
+		shortSlices(t, pid)
 	}
 }
 
@@ -75,14 +92,22 @@ func makeCgroup(t testing.TB, dir string) {
 
 func limit(t testing.TB, dir string, l Limits) {
 	t.Helper()
-	const period = 100_000
+	// Short, or a bounded load comes in bursts as long as the quota lasts.
+	const period = 10_000
 	quota := l.CPUMillis * period / 1000
 	files := map[string]string{}
 	if l.Memory > 0 {
 		files["memory.limit_in_bytes"], files["memory.max"] = strconv.FormatInt(l.Memory, 10), strconv.FormatInt(l.Memory, 10)
 	}
 	if quota > 0 {
-		files["cpu.cfs_quota_us"], files["cpu.max"] = strconv.FormatInt(quota, 10), fmt.Sprintf("%d %d", quota, period)
+		files["cpu.max"] = fmt.Sprintf("%d %d", quota, period)
+		if _, err := os.Stat(filepath.Join(dir, "cpu.cfs_quota_us")); err == nil {
+			lab.Check(t, os.WriteFile(filepath.Join(dir, "cpu.cfs_period_us"), []byte(strconv.Itoa(period)), 0o644))
+			lab.Check(t, os.WriteFile(filepath.Join(dir, "cpu.cfs_quota_us"), []byte(strconv.FormatInt(quota, 10)), 0o644))
+		}
+	}
+	if l.CPUWeight > 0 {
+		files["cpu.shares"], files["cpu.weight"] = strconv.FormatInt(l.CPUWeight*1024/100, 10), strconv.FormatInt(l.CPUWeight, 10)
 	}
 	for file, value := range files {
 		if _, err := os.Stat(filepath.Join(dir, file)); err == nil {
@@ -125,5 +150,50 @@ func removeCgroup(t testing.TB, dir string) {
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func shortSlices(t testing.TB, pid int) {
+	t.Helper()
+	eachThread(t, pid, func(tid int) error {
+		attr, err := unix.SchedGetAttr(tid, 0)
+		if err == nil {
+			attr.Runtime = uint64(100 * time.Microsecond)
+			err = unix.SchedSetAttr(tid, attr, 0)
+		}
+		return err
+	})
+}
+
+// Pin has a process run on these CPUs alone.
+func Pin(t testing.TB, pid int, cpus ...int) {
+	t.Helper()
+	var set unix.CPUSet
+	for _, cpu := range cpus {
+		set.Set(cpu)
+	}
+	eachThread(t, pid, func(tid int) error { return unix.SchedSetaffinity(tid, &set) })
+}
+
+// eachThread calls f for all threads, until no new ones are found; those to come inherit
+// what theirs have.
+func eachThread(t testing.TB, pid int, f func(tid int) error) {
+	t.Helper()
+	done := map[string]bool{}
+	for found := true; found; {
+		found = false
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		lab.Check(t, err)
+		for _, thread := range threads {
+			if done[thread.Name()] {
+				continue
+			}
+			done[thread.Name()], found = true, true
+			tid, err := strconv.Atoi(thread.Name())
+			lab.Check(t, err)
+			if err := f(tid); err != nil && !errors.Is(err, unix.ESRCH) {
+				t.Fatal(err)
+			}
+		}
 	}
 }

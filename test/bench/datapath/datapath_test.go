@@ -18,6 +18,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/sidecar"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
@@ -54,7 +55,7 @@ func BenchmarkDatapath(b *testing.B) {
 	plain2 := l.AddPod(l.Node1, "plain2", 32)
 	plain3 := l.AddPod(l.Node2, "plain3", 33)
 	side := l.AddPod(l.Node1, "side", 34)
-	sidecar := startSidecar(b, side)
+	proxy := sidecar.Start(b, side, sidecar.Options{})
 	for _, h := range []*lab.Host{l.Outside, plain2, plain3, l.A2, l.B1, l.B2} {
 		ld.servers = append(ld.servers, ld.Serve(h, "serve", h.Name, container.Pod))
 	}
@@ -77,14 +78,14 @@ func BenchmarkDatapath(b *testing.B) {
 	}
 	comparisons := []comparison{
 		{"Steering", "From a pod to a host outside, through one Envoy that forwards TCP as it comes: only how the connection gets there differs. Here and below TCP's congestion control is " + algorithm + ".", []*way{
-			{name: "iptables REDIRECT to a sidecar", from: side, to: l.Outside.V4, processes: func() []int { return []int{sidecar} }},
+			{name: "iptables REDIRECT to a sidecar", from: side, to: l.Outside.V4, processes: func() []int { return []int{proxy} }},
 			{name: "eBPF to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1)},
 			{name: "Netfilter to the tenant's Envoy", from: l.A1, to: l.Outside.V4, processes: proxies(l.A1), redirection: v1alpha1.RedirectionNetfilter},
 			{name: "no proxy", from: plain1, to: l.Outside.V4, processes: none},
 		}},
 		{"The whole way between nodes", "From pod to pod of another node: eBPF, Envoy, HBONE with mutual TLS, Envoy. Two Envoys that forward TCP as it comes, by iptables and eBPF, show what TLS and HTTP/2 add, and what they save.", []*way{
 			{name: "no mesh", from: plain1, to: plain3.V4, processes: none},
-			{name: "two Envoys, plain TCP", from: side, to: l.B2.V4, processes: func() []int { return append(proxies(l.B2)(), sidecar) }},
+			{name: "two Envoys, plain TCP", from: side, to: l.B2.V4, processes: func() []int { return append(proxies(l.B2)(), proxy) }},
 			{name: "mesh, pod address", from: l.A1, to: l.B2.V4, processes: proxies(l.A1, l.B2)},
 			{name: "mesh, service address", from: l.A1, to: l.B2.VIP.V4, processes: proxies(l.A1, l.B2)},
 		}},

@@ -1,22 +1,16 @@
 package datapath
 
 import (
-	"fmt"
 	"net/netip"
-	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
-	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
 // kind is one kind of load.
@@ -41,21 +35,15 @@ var kinds = []kind{
 // pin has processes run on the first CPU, or on any again.
 func pin(b *testing.B, one bool, pids []int) {
 	b.Helper()
-	var cpus unix.CPUSet
+	var cpus []int
 	for i := range runtime.NumCPU() {
-		cpus.Set(i)
+		cpus = append(cpus, i)
 		if one {
 			break
 		}
 	}
 	for _, pid := range pids {
-		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-		lab.Check(b, err)
-		for _, t := range threads {
-			tid, err := strconv.Atoi(t.Name())
-			lab.Check(b, err)
-			lab.Check(b, unix.SchedSetaffinity(tid, &cpus))
-		}
+		container.Pin(b, pid, cpus...)
 	}
 }
 

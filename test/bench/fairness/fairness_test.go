@@ -1,164 +1,160 @@
 package fairness
 
 import (
+	"cmp"
 	"context"
+	"flag"
 	"fmt"
 	"os"
-	"slices"
+	"regexp"
 	"testing"
 	"time"
 
-	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
-	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/loader"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
+var only = flag.String("only", "", "regular expression of what to measure, beside a tenant alone: aggression/isolation · redirection")
+
 const (
 	// The victim's load: far below what the machine does.
 	rate, connections, newEvery = 300, 8, 4
 	// proxyMemory of a tenant; a proxy of two tenants has what both have.
 	proxyMemory = 256 << 20
-	// generatorCPU of each end of the aggressor, in thousandths: its load is to be on
-	// the proxies, not on the CPUs.
+	// generatorCPU of each end of the aggressor, in thousandths: both together leave
+	// some of a CPU.
 	generatorCPU = 400
 	// settle is between the aggressor's beginning and the victim's.
 	settle = time.Second
 )
 
-// topology says who shares a proxy, and what team-b's may use.
-type topology struct {
-	name      string
-	tenant    func(*lab.Host) model.Tenant
-	cpuMillis int64
+// bench is what measures.
+type bench struct {
+	*loader.Loader
+	b *testing.B
+	n *nodes
 }
 
-func ofNode(*lab.Host) model.Tenant { return model.Tenant{Scope: model.ScopeNode} }
-func ofNamespace(p *lab.Host) model.Tenant {
-	return model.NamespaceTenant(p.Identity.Namespace)
+// victim and aggressor are where the ends of the loads are. What measures waits for
+// nobody.
+func victim() container.Limits {
+	pods, _ := cpus()
+	return container.Limits{Group: "victim", Memory: container.Pod.Memory, CPUWeight: 10000, CPUs: pods, Prompt: true}
 }
 
-var topologies = []topology{
-	{"Node", ofNode, 0},
-	{"Namespace", ofNamespace, 0},
-	{"Namespace, cpu.limit 250m", ofNamespace, 250},
+func aggressor() container.Limits {
+	pods, _ := cpus()
+	return container.Limits{Memory: container.Pod.Memory, CPUMillis: generatorCPU, CPUs: pods}
 }
 
-// aggression is what team-b does meanwhile, until the context ends.
-type aggression struct {
-	name string
-	run  func(context.Context, *lab.Lab, *generators)
-}
-
-var aggressions = []aggression{
-	{"nothing", func(ctx context.Context, _ *lab.Lab, _ *generators) { <-ctx.Done() }},
-	{"requests as fast as they go, 64 connections", flood(load.Options{Connections: 64})},
-	{"connections as fast as they go, 64 at a time", flood(load.Options{Connections: 64, New: true})},
-	{"four streams as fast as they go", flood(load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true})},
-	{"300 connections whose answers nobody reads", func(ctx context.Context, l *lab.Lab, g *generators) {
-		g.repeat(ctx, l.B1, "unread", load.Options{To: lab.At(l.B2.V4, load.FlowPort), Connections: 300, Duration: time.Minute})
-	}},
-	{"20 changes a second of 200 services' endpoints", churn},
-}
-
-// flood makes loads of these kinds, each again when it ends.
-func flood(all ...load.Options) func(context.Context, *lab.Lab, *generators) {
-	return func(ctx context.Context, l *lab.Lab, g *generators) {
-		done := make(chan struct{})
-		for _, o := range all {
-			o.To, o.Duration = lab.At(l.B2.V4, load.RequestPort), time.Minute
-			if o.Bulk {
-				o.To = lab.At(l.B2.V4, load.BulkPort)
-			}
-			go func() { g.repeat(ctx, l.B1, "run", o); done <- struct{}{} }()
-		}
-		for range all {
-			<-done
-		}
-	}
-}
-
-// churn changes the endpoints of services of team-b, which its proxy uses.
-func churn(ctx context.Context, l *lab.Lab, g *generators) {
-	tick := time.NewTicker(time.Second / 20)
-	defer tick.Stop()
-	for n := 0; ; n++ {
+// repeat makes a load until the context ends, again whenever it fails: an aggressor
+// whose proxy ends doesn't give up.
+func (g *bench) repeat(ctx context.Context, h *lab.Host, what string, o load.Options) {
+	for ctx.Err() == nil {
+		var ignored any
+		g.Begin(ctx, h, what, o, "aggressor", aggressor()).Wait(&ignored)
 		select {
 		case <-ctx.Done():
-			return
-		case <-tick.C:
-			for i := range services {
-				lab.Check(g.b, l.Store.SetService(service(l, i, n)))
-			}
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
-const services = 200
-
-func service(l *lab.Lab, i, version int) model.Service {
-	s := model.Service{Namespace: l.B2.Identity.Namespace, Name: fmt.Sprintf("churn-%d", i), VIPs: lab.Addresses(fmt.Sprintf("10.96.7.%d", i), fmt.Sprintf("fd96::7:%d", i)).Both()}
-	port := model.ServicePort{Port: load.RequestPort}
-	for k := range 1 + version%2 {
-		port.Endpoints = append(port.Endpoints, model.Endpoint{Addr: lab.At([]*lab.Host{l.B2, l.B1}[k].V4, load.RequestPort), Identity: l.B2.Identity})
+// useServices has team-b's proxy hold the services that change: it has what was asked
+// for once.
+func (g *bench) useServices() {
+	for i := range services {
+		g.Exchange(g.n.B1, load.PacedOptions{To: lab.At(serviceVIP(i).V4, load.RequestPort), Rate: 100, Connections: 1, Duration: 10 * time.Millisecond, Patience: 5 * time.Second}, "services", container.Pod)
 	}
-	s.Ports = []model.ServicePort{port}
-	return s
 }
 
-// measured is what the rounds found of one aggression with one topology.
+// measured is what the rounds found of one aggression with one variant.
 type measured struct {
-	p50, p99, p999 report.Samples // µs
-	failed, all    int
-	first          string
+	p50, p99, p999 report.Samples // ms
+	// wait is of the victim's proxies, in µs for each time that they got a CPU; late is
+	// what the victim's client was late by itself at the 99th percentile, in µs; cpu is
+	// that of the victim's proxies, in ms for 1,000 requests, where they are its alone.
+	wait, late, cpu report.Samples
+	failed, all     int
+	first           string
 }
 
 func BenchmarkFairness(b *testing.B) {
-	l := lab.NewWith(b, lab.Options{PathMTU: 1500, NoAccessLog: true})
-	g := &generators{loader.New(b), b}
-	for _, h := range []*lab.Host{l.A3, l.B2} {
-		g.Serve(h, "serve", h.Name+"-serve", limits(0))
-	}
-	g.Serve(l.B2, "flow", l.B2.Name+"-flow", limits(generatorCPU))
-	for _, h := range []*lab.Host{l.A1, l.B1} {
-		loader.RoomForPorts(b, h)
+	pods, _ := cpus()
+	g := &bench{Loader: loader.New(b), b: b}
+	g.n = newNodes(b)
+	container.Pin(b, os.Getpid(), pods...) // it is the operator, too
+	for _, ends := range []struct{ a, b way }{{g.n.way(variants[0], "team-a"), g.n.way(variants[0], "team-b")}, {g.n.sidecars["team-a"], g.n.sidecars["team-b"]}} {
+		g.Serve(ends.a.to, "serve", ends.a.to.Name+"-serve", victim())
+		g.Serve(ends.b.to, "serve", ends.b.to.Name+"-serve", aggressor())
+		g.Serve(ends.b.to, "flow", ends.b.to.Name+"-flow", aggressor())
+		loader.RoomForPorts(b, ends.a.from)
+		loader.RoomForPorts(b, ends.b.from)
 	}
 	for i := range services {
-		lab.Check(b, l.Store.SetService(service(l, i, 0)))
+		lab.Check(b, g.n.Store.SetService(service(g.n.Lab, i, 0)))
 	}
+	publishHuge(g)
+	wanted, err := regexp.Compile(*only)
+	lab.Check(b, err)
 	found := make([][]measured, len(aggressions))
 	for i := range found {
-		found[i] = make([]measured, len(topologies))
+		found[i] = make([]measured, len(variants))
 	}
 	for round := range *report.Rounds {
-		for j := range topologies {
-			j = (j + round) % len(topologies) // nobody is always the first
-			share(b, l, topologies[j])
-			g.useServices(l)
+		for j := range variants {
+			j = (j + round) % len(variants) // nobody is always the first
+			v, ready := variants[j], false
 			for i, a := range aggressions {
-				found[i][j].add(measure(l, g, a))
+				if a.meshOnly && v.sidecars || !wanted.MatchString(a.name+"/"+v.name()) {
+					continue
+				}
+				if !ready {
+					g.n.use(v)
+					if !v.sidecars {
+						g.useServices()
+					}
+					ready = true
+				}
+				found[i][j].add(g.measure(v, a))
 			}
 		}
 		fmt.Fprintf(os.Stderr, "fairness: round %d of %d\n", round+1, *report.Rounds)
 	}
-	t := report.Table{Title: "A neighbour that misbehaves",
-		Text: fmt.Sprintf("team-a makes %d requests a second from node to node, on %d connections and every %dth on one of its own, and counts from when a request was due; team-b, on the same two nodes, does what the first column says, its load bounded to %d thousandths of a CPU at either end.",
-			rate, connections, newEvery, generatorCPU),
-		Header: []string{"team-b", "isolation", "p50 µs", "p99 µs", "to alone", "p99.9 µs", "failed"}}
-	for i, a := range aggressions {
-		for j, top := range topologies {
-			m := found[i][j]
-			t.Rows = append(t.Rows, []string{a.name, top.name, m.p50.String(), m.p99.Spread(), m.p99.Per(found[0][j].p99).String(), m.p999.Spread(), m.failures()})
-		}
-	}
-	report.Publish(b, "fairness", t)
+	report.Publish(b, "fairness", results(found)...)
 }
 
-func (m *measured) add(r load.PacedResult) {
-	micros := func(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
-	m.p50, m.p99, m.p999 = append(m.p50, micros(r.P50)), append(m.p99, micros(r.P99)), append(m.p999, micros(r.P999))
+// measure has the victim at work while team-b does something.
+func (g *bench) measure(v variant, a aggression) (r load.PacedResult, sched load.Sched) {
+	w := g.n.way(v, "team-a")
+	// A first one makes what is made on demand.
+	o := load.PacedOptions{To: lab.At(w.to.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 100 * time.Millisecond, Patience: 5 * time.Second}
+	g.Exchange(w.from, o, "victim", victim())
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() { defer close(ended); a.run(ctx, g, g.n.way(v, "team-b")) }()
+	time.Sleep(settle)
+	before, errBefore := load.ReadSched(w.proxies()...)
+	o.Duration, o.Patience = 3**report.Duration, time.Second
+	r = g.Exchange(w.from, o, "victim", victim())
+	after, errAfter := load.ReadSched(w.proxies()...)
+	cancel()
+	<-ended
+	if err := cmp.Or(errBefore, errAfter); err != nil {
+		g.b.Fatalf("%s, %s: a proxy of the victim ended: %v", v.name(), a.name, err)
+	}
+	return r, after.Minus(before)
+}
+
+func (m *measured) add(r load.PacedResult, sched load.Sched) {
+	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+	m.p50, m.p99, m.p999 = append(m.p50, ms(r.P50)), append(m.p99, ms(r.P99)), append(m.p999, ms(r.P999))
+	m.late = append(m.late, 1000*ms(r.Late))
+	m.wait = append(m.wait, 1000*ms(sched.Waited)/float64(max(sched.Turns, 1)))
+	m.cpu = append(m.cpu, ms(sched.Ran)/float64(r.Requests)*1000)
 	m.failed, m.all = m.failed+r.Failed, m.all+r.Requests
 	if m.first == "" {
 		m.first = r.FirstFailure
@@ -170,49 +166,4 @@ func (m *measured) failures() string {
 		return "0"
 	}
 	return fmt.Sprintf("%d of %d", m.failed, m.all)
-}
-
-// measure has the victim at work while team-b does something.
-func measure(l *lab.Lab, g *generators, a aggression) load.PacedResult {
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() { defer close(ended); a.run(ctx, l, g) }()
-	time.Sleep(settle)
-	r := g.paced(l.A1, load.PacedOptions{To: lab.At(l.A3.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 3 * *report.Duration})
-	cancel()
-	<-ended
-	return r
-}
-
-// share gives all pods the proxies of a topology, and waits until those alone serve.
-func share(b *testing.B, l *lab.Lab, top topology) {
-	b.Helper()
-	for _, p := range l.Pods {
-		p.Tenant = top.tenant(p)
-	}
-	l.Publish()
-	for _, n := range []*lab.Node{l.Node1, l.Node2} {
-		n.Limits = map[string]v1alpha1.Limits{"team-a": {MemoryMax: proxyMemory}, "team-b": {MemoryMax: proxyMemory, CPUMillis: top.cpuMillis}, "_node": {MemoryMax: 2 * proxyMemory}}
-		n.WritePlan()
-	}
-	for _, n := range []*lab.Node{l.Node1, l.Node2} {
-		var tenants []string
-		for _, p := range n.Planned {
-			if name := p.Tenant.String(); !slices.Contains(tenants, name) {
-				tenants = append(tenants, name)
-			}
-		}
-		lab.Eventually(b, "isolation "+top.name, func() error {
-			i, err := n.Inspect()
-			if err != nil {
-				return err
-			}
-			for _, t := range i.Tenants {
-				if !slices.Contains(tenants, t.Name) || !t.Ready || t.Name == "team-b" && t.Limits.CPUMillis != top.cpuMillis {
-					return fmt.Errorf("%s: ready %v, %s, limits %+v", t.Name, t.Ready, t.Reason, t.Limits)
-				}
-			}
-			return nil
-		})
-	}
 }

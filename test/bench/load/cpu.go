@@ -1,10 +1,8 @@
 package load
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 )
 
@@ -37,22 +35,7 @@ func readCPU(processes []int) (c CPU, err error) {
 	}
 	c.Kernel = time.Duration(system+irq+softirq) * tick
 	c.All = c.Kernel + time.Duration(user+nice)*tick
-	for _, pid := range processes {
-		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
-		if err != nil || len(files) == 0 {
-			return c, fmt.Errorf("process %d isn't there", pid)
-		}
-		for _, file := range files {
-			b, err := os.ReadFile(file)
-			if err != nil {
-				return c, err
-			}
-			var ns int64
-			if _, err := fmt.Fscan(bytes.NewReader(b), &ns); err != nil {
-				return c, fmt.Errorf("read %s: %w", file, err)
-			}
-			c.Processes += time.Duration(ns)
-		}
-	}
-	return c, nil
+	used, err := ReadSched(processes...)
+	c.Processes = used.Ran
+	return c, err
 }

@@ -55,6 +55,8 @@ const patience = 5 * time.Second
 type Options struct {
 	// To is where a Serve is.
 	To netip.AddrPort
+	// From is the pod's own address. Of Scan only.
+	From netip.Addr
 	// Connections at the same time, each with one request under way. Not of Bulk.
 	Connections int
 	Protocol    Protocol

@@ -37,6 +37,11 @@ type PacedResult struct {
 	// sent: who is late makes those behind it late. Failed ones count with the time
 	// that was lost with them.
 	P50, P99, P999 time.Duration
+	// Late is the 99th percentile of the time from when a request was due to when it
+	// was handed out to be sent: what this process waited for a CPU.
+	Late time.Duration
+	// LastFailure is when the last one that failed was due, since the beginning.
+	LastFailure time.Duration
 }
 
 // RunPaced makes requests at a rate that no answer slows down, and goes on after
@@ -52,10 +57,12 @@ func RunPaced(o PacedOptions) PacedResult {
 	for range o.Connections {
 		workers.Go(func() { (&pacer{o: o}).work(due, results) })
 	}
+	late := make([]time.Duration, 0, total)
 	begin := time.Now()
 	for i := range total {
 		at := begin.Add(time.Duration(i) * time.Second / time.Duration(o.Rate))
 		time.Sleep(time.Until(at))
+		late = append(late, time.Since(at))
 		due <- dueRequest{at, o.NewEvery > 0 && i%o.NewEvery == 0}
 	}
 	close(due)
@@ -70,9 +77,14 @@ func RunPaced(o PacedOptions) PacedResult {
 			if r.Failed++; r.FirstFailure == "" {
 				r.FirstFailure = got.err.Error()
 			}
+			r.LastFailure = max(r.LastFailure, got.due.Sub(begin))
 		}
 	}
 	slices.Sort(latencies)
+	slices.Sort(late)
+	if n := len(late); n > 0 {
+		r.Late = late[n*99/100]
+	}
 	if n := len(latencies); n > 0 {
 		r.P50, r.P99, r.P999 = latencies[n/2], latencies[n*99/100], latencies[n*999/1000]
 	}
@@ -85,6 +97,7 @@ type dueRequest struct {
 }
 
 type paced struct {
+	due     time.Time
 	latency time.Duration
 	err     error
 }
@@ -98,7 +111,7 @@ type pacer struct {
 func (p *pacer) work(due <-chan dueRequest, results chan<- paced) {
 	for r := range due {
 		err := p.exchange(r)
-		results <- paced{time.Since(r.due), err}
+		results <- paced{r.due, time.Since(r.due), err}
 	}
 	if p.kept != nil {
 		p.kept.Close()

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
+	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
@@ -66,18 +67,27 @@ type Load struct {
 }
 
 // Begin has a host make load until it is done, or the context is: command is run,
-// paced or unread, with its options.
+// paced, unread, huge or scan, with its options.
 func (l *Loader) Begin(ctx context.Context, h *lab.Host, command string, options any, name string, limits container.Limits) *Load {
 	b := l.b
 	b.Helper()
 	text, err := json.Marshal(options)
 	lab.Check(b, err)
-	load := &Load{cmd: l.command(ctx, command, string(text))}
-	load.cmd.Stdout, load.cmd.Stderr = &load.out, &load.messages
-	h.Do(b, func() { lab.Check(b, load.cmd.Start()) })
-	load.PID = load.cmd.Process.Pid
-	container.Put(b, name, load.PID, limits)
-	return load
+	begun := &Load{cmd: l.command(ctx, command, string(text))}
+	begun.cmd.Stdout, begun.cmd.Stderr = &begun.out, &begun.messages
+	h.Do(b, func() { lab.Check(b, begun.cmd.Start()) })
+	begun.PID = begun.cmd.Process.Pid
+	container.Put(b, name, begun.PID, limits)
+	return begun
+}
+
+// Exchange is Begin and Wait of a paced load, which must not end before its time.
+func (l *Loader) Exchange(h *lab.Host, o load.PacedOptions, name string, limits container.Limits) (r load.PacedResult) {
+	l.b.Helper()
+	if err := l.Begin(l.b.Context(), h, "paced", o, name, limits).Wait(&r); err != nil {
+		l.b.Fatalf("the load %s: %v", name, err)
+	}
+	return r
 }
 
 // Wait waits for the end of a load, and reads what it found. The error has what the

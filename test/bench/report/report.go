@@ -6,9 +6,11 @@ package report
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +35,8 @@ type Table struct {
 	Text   string
 	Header []string
 	Rows   [][]string
+	// Plots of it, by names of files: docs/benchmarks/PART-NAME.svg.
+	Plots map[string]Plot
 }
 
 // Publish prints a part's tables and, if that is asked for, puts them into its
@@ -41,13 +45,24 @@ func Publish(t testing.TB, part string, tables ...Table) {
 	t.Helper()
 	text := machine() + "\n"
 	for _, table := range tables {
-		text += "\n" + table.markdown()
+		text += "\n" + table.markdown(part)
 	}
 	fmt.Printf("\n%s\n", text)
 	if !*write {
 		return
 	}
 	page := filepath.Join(root(t), "docs", "benchmarks.md")
+	for _, table := range tables {
+		for name, p := range table.Plots {
+			file := filepath.Join(root(t), "docs", plotFile(part, name))
+			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, p.SVG(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	b, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +123,10 @@ func machine() string {
 		time.Now().UTC().Format("2006-01-02"), runtime.NumCPU(), cpu, kernel, dist.Default, runtime.Version(), *Rounds, *Duration)
 }
 
-func (t Table) markdown() string {
+// plotFile is below docs.
+func plotFile(part, name string) string { return "benchmarks/" + part + "-" + name + ".svg" }
+
+func (t Table) markdown(part string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "### %s\n", t.Title)
 	if t.Text != "" {
@@ -117,6 +135,9 @@ func (t Table) markdown() string {
 	fmt.Fprintf(&b, "\n| %s |\n|%s\n", strings.Join(t.Header, " | "), strings.Repeat("---|", len(t.Header)))
 	for _, r := range t.Rows {
 		fmt.Fprintf(&b, "| %s |\n", strings.Join(r, " | "))
+	}
+	for _, name := range slices.Sorted(maps.Keys(t.Plots)) {
+		fmt.Fprintf(&b, "\n![%s](%s)\n", t.Plots[name].Caption(), plotFile(part, name))
 	}
 	return b.String()
 }

@@ -1,6 +1,6 @@
 // Command cmd is both ends of a load: `serve` and `flow`, which print a line when
-// they listen, and `run`, `paced` and `unread` with their options as JSON, which
-// print the result.
+// they listen, and `run`, `paced`, `unread`, `huge` and `scan` with their options as
+// JSON, which print the result.
 package main
 
 import (
@@ -28,7 +28,7 @@ func run(args []string) error {
 		return load.ServeFlow(func() { fmt.Println("ready") })
 	}
 	if len(args) != 2 {
-		return fmt.Errorf("usage: serve | flow | run OPTIONS | paced OPTIONS | unread OPTIONS")
+		return fmt.Errorf("usage: serve | flow, or run | paced | unread | huge | scan and OPTIONS")
 	}
 	var r any
 	var err error
@@ -45,12 +45,19 @@ func run(args []string) error {
 			return err
 		}
 		r = load.RunPaced(o)
-	case "unread":
+	case "unread", "huge", "scan":
 		var o load.Options
 		if err := read(args[1], &o); err != nil {
 			return err
 		}
-		load.HoldUnread(o.To, o.Connections, o.Duration)
+		switch args[0] {
+		case "unread":
+			load.HoldUnread(o.To, o.Connections, o.Duration)
+		case "huge":
+			load.SendHuge(o.To, o.Connections, o.Duration)
+		case "scan":
+			err = load.Scan(o.From, o.To, o.Duration)
+		}
 	default:
 		err = fmt.Errorf("%q is no command", args[0])
 	}
