@@ -79,6 +79,9 @@ type Options struct {
 	// Pairs are so many further pods on each node, of a service account each: those
 	// of team-a on the first node and of team-b on the second, without applications.
 	Pairs int
+	// Tenants are so many further ones, with a pod each on the first node, without
+	// applications.
+	Tenants int
 	// Behind is by how much the authority's clock is, and with it the certificates'
 	// ends: the shortest that it signs for is five minutes.
 	Behind time.Duration
@@ -139,6 +142,9 @@ func NewWith(t testing.TB, o Options) *Lab {
 	for i := range o.Pairs {
 		l.pod(l.Node1, fmt.Sprint("c", i), "team-a", fmt.Sprint("client-", i), 20+i)
 		l.pod(l.Node2, fmt.Sprint("s", i), "team-b", fmt.Sprint("server-", i), 20+i)
+	}
+	for i := range o.Tenants {
+		l.pod(l.Node1, fmt.Sprint("t", i), fmt.Sprint("tenant-", i), "app", 60+i)
 	}
 	for _, h := range append([]*Host{l.Outside, l.Node1.Host, l.Node2.Host}, served...) {
 		l.Serve(h)

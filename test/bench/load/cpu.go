@@ -24,6 +24,10 @@ func (c CPU) minus(o CPU) CPU {
 // tick is the unit of /proc/stat, whatever the kernel's own.
 const tick = 10 * time.Millisecond
 
+// ReadCPU is what has been used since the machine began, and of these processes since
+// they did.
+func ReadCPU(processes ...int) (CPU, error) { return readCPU(processes) }
+
 func readCPU(processes []int) (c CPU, err error) {
 	b, err := os.ReadFile("/proc/stat")
 	if err != nil {

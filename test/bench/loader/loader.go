@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -97,6 +98,11 @@ func (l *Load) Wait(result any) error {
 		return fmt.Errorf("%w: %s", err, l.messages.String())
 	}
 	return json.Unmarshal(l.out.Bytes(), result)
+}
+
+// CPU is the CPU time that a load has used, once it has ended.
+func (l *Load) CPU() time.Duration {
+	return l.cmd.ProcessState.UserTime() + l.cmd.ProcessState.SystemTime()
 }
 
 func (l *Loader) command(ctx context.Context, args ...string) *exec.Cmd {
