@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -69,6 +70,11 @@ func testRefusedAndCounted(t *testing.T, l *lab.Lab) {
 	}
 	refusals = append(refusals, refusal{"TCP fragment", "team-a", "fragment", func(t *testing.T, family int) {
 		sendFragment(t, l.A1.Namespace, l.A1.Of(family), l.Outside.Of(family))
+	}})
+	refusals = append(refusals, refusal{"pod as nobody, behind options or extension headers", "team-a", "spoofed", func(t *testing.T, family int) {
+		sendBehindHeaders(t, l.A1.Namespace, unknown.Of(family), l.Outside.Of(family))
+	}}, refusal{"TCP under a second VLAN tag", "team-a", "malformed", func(t *testing.T, family int) {
+		sendTagged(t, l.A1.Namespace, family)
 	}})
 	if l.Node1.Redirection == v1alpha1.RedirectionEBPF {
 		// Where there are rules for TPROXY, the kernel puts packets together before they
@@ -140,6 +146,58 @@ func sendFragment(t *testing.T, n *lab.Namespace, from, to netip.Addr) {
 		copy(ip[24:], to.AsSlice())
 		ip[40], ip[43] = unix.IPPROTO_TCP, 1
 		lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
+	})
+}
+
+// sendBehindHeaders sends a SYN behind IPv4's options, or two headers of IPv6.
+func sendBehindHeaders(t *testing.T, n *lab.Namespace, from, to netip.Addr) {
+	t.Helper()
+	tcp := make([]byte, 20)
+	binary.BigEndian.PutUint16(tcp, 40000)
+	binary.BigEndian.PutUint16(tcp[2:], app.GreetPort)
+	tcp[12], tcp[13] = 5<<4, 2
+	n.Do(t, func() {
+		if to.Is4() {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
+			lab.Check(t, err)
+			defer unix.Close(fd)
+			ip := []byte{0x46, 23: 1} // padded
+			ip[8], ip[9], ip[20], ip[21], ip[22] = 64, unix.IPPROTO_TCP, 1, 1, 1
+			copy(ip[12:], from.AsSlice())
+			copy(ip[16:], to.AsSlice())
+			lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet4{Addr: to.As4()}))
+			return
+		}
+		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_RAW)
+		lab.Check(t, err)
+		defer unix.Close(fd)
+		ip := make([]byte, 56, 76)
+		ip[0], ip[6], ip[7] = 0x60, unix.IPPROTO_HOPOPTS, 64
+		binary.BigEndian.PutUint16(ip[4:], uint16(16+len(tcp)))
+		copy(ip[8:], from.AsSlice())
+		copy(ip[24:], to.AsSlice())
+		ip[40], ip[42], ip[43] = unix.IPPROTO_DSTOPTS, 1, 4 // PadN
+		ip[48], ip[50], ip[51] = unix.IPPROTO_TCP, 1, 4
+		lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
+	})
+}
+
+// sendTagged sends a frame with two tags, of which the kernel takes off one.
+func sendTagged(t *testing.T, n *lab.Namespace, family int) {
+	t.Helper()
+	etherType := map[int]uint16{4: unix.ETH_P_IP, 6: unix.ETH_P_IPV6}[family]
+	frame := append(bytes.Repeat([]byte{0xff}, 6), 2, 0, 0, 0, 0, 1)
+	for _, v := range []uint16{unix.ETH_P_8021Q, 5, unix.ETH_P_8021Q, 6, etherType} {
+		frame = binary.BigEndian.AppendUint16(frame, v)
+	}
+	frame = append(frame, make([]byte, 60)...)
+	n.Do(t, func() {
+		eth0, err := net.InterfaceByName("eth0")
+		lab.Check(t, err)
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+		lab.Check(t, err)
+		defer unix.Close(fd)
+		lab.Check(t, unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: eth0.Index}))
 	})
 }
 
