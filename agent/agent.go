@@ -95,6 +95,8 @@ type Agent struct {
 	usages map[model.Tenant]isolation.Usage
 	// toldCosts are those of the status.
 	toldCosts map[model.Tenant]cost.Account
+	// toldFigures are those of the status, of canaries and what serves beside them.
+	toldFigures toldFigures
 	// trusted is a digest of the roots that all proxies have acknowledged.
 	trusted  string
 	roundEnd chan struct{}
@@ -181,6 +183,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 		{"images", a.images.Run},
 		{"Workload API", a.workloads.Serve},
 		{"meter", a.meter},
+		{"analysis", a.analyse},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {
 		wg.Go(func() {

@@ -23,7 +23,8 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
 	}
 	if err := a.datapath.UpdateTenant(steer.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
-		TenantIfindex: b.TenantIfindex, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections}); err != nil {
+		TenantIfindex: b.TenantIfindex, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections,
+		Watch: tp.canary != nil && !tp.canary.standby && tp.canary.weight > 0}); err != nil {
 		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
 	}
 	state, _ := a.bulkheads.State(t)

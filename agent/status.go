@@ -47,6 +47,8 @@ type observation struct {
 	configs     map[relay.Key]relay.State
 	// costs as they were told last: a change of them alone is told now and then.
 	costs map[model.Tenant]cost.Account
+	// figures likewise.
+	figures toldFigures
 	// trustBundle that all proxies trust, and how the certificates are.
 	trustBundle string
 	identities  identity.Health
@@ -222,6 +224,9 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 			Role: o.round.placed[tp.tenant].role(p), Serving: o.takes(tp.tenant, p),
 			Ready: p.Live, Restarts: int32(p.Restarts), LastExit: p.LastExit,
 			Rejected: refusals(o.configs[relay.Key{Tenant: tp.tenant, Generation: p.Generation}].Rejections)}
+		if role := g.Role; role == v1alpha1.RoleFirst || role == v1alpha1.RoleCanary {
+			g.Figures = o.figures[process{p.PID, p.StartTicks}]
+		}
 		if !p.DrainUntil.IsZero() {
 			until := metav1.NewTime(p.DrainUntil.UTC().Truncate(time.Second))
 			g.DrainUntil = &until
@@ -287,7 +292,7 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 func (a *Agent) observe() observation {
 	a.mu.Lock()
 	o := observation{agentVersion: a.o.Version, agentStarted: a.started, planError: a.planError, redirection: a.datapath.kind, round: a.last,
-		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}, costs: a.toldCosts}
+		now: time.Now(), states: map[model.Tenant]isolation.State{}, connections: map[model.Tenant]boundedConnections{}, configs: map[relay.Key]relay.State{}, costs: a.toldCosts, figures: a.toldFigures}
 	a.mu.Unlock()
 	o.identities = a.identities.Health()
 	o.images = a.images.States()

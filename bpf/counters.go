@@ -115,7 +115,7 @@ func (d *Datapath) addVethCounters(ifindex int) error {
 	return nil
 }
 
-func addZero[T any](m *ebpf.Map, key uint32) error {
+func addZero[T any](m *ebpf.Map, key any) error {
 	cpus, err := ebpf.PossibleCPU()
 	if err != nil {
 		return fmt.Errorf("count CPUs: %w", err)

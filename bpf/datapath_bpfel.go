@@ -99,6 +99,20 @@ type datapathFormer struct {
 	Tenant uint32
 }
 
+type datapathGeneration struct {
+	_          structs.HostLayout
+	Tenant     uint32
+	Generation uint32
+}
+
+type datapathGenerationCounters struct {
+	_           structs.HostLayout
+	Connections uint64
+	Unanswered  uint64
+	Resets      uint64
+	FirstByte   [16]uint64
+}
+
 type datapathListener uint32
 
 const (
@@ -181,6 +195,8 @@ type datapathVeth struct {
 	Tenant  uint32
 	Uid     [40]uint8
 	Learned uint32
+	Watched uint8
+	Pad     [3]uint8
 }
 
 type datapathVethKind uint32
@@ -189,6 +205,16 @@ const (
 	datapathVethKindVETH_POD    datapathVethKind = 1
 	datapathVethKindVETH_TENANT datapathVethKind = 2
 )
+
+type datapathWatchedFlow struct {
+	_          structs.HostLayout
+	Began      uint64
+	Tenant     uint32
+	Generation uint8
+	Answered   uint8
+	Closing    uint8
+	Pad        uint8
+}
 
 type datapathWay uint32
 
@@ -215,10 +241,12 @@ const (
 	datapathMapListeners     = "listeners"
 	datapathMapLoads         = "loads"
 	datapathMapNodeAddresses = "node_addresses"
+	datapathMapPerGeneration = "per_generation"
 	datapathMapPerPod        = "per_pod"
 	datapathMapPods          = "pods"
 	datapathMapTenants       = "tenants"
 	datapathMapVeths         = "veths"
+	datapathMapWatched       = "watched"
 	datapathProgFromPod      = "from_pod"
 	datapathProgFromTenant   = "from_tenant"
 	datapathProgObserve      = "observe"
@@ -289,10 +317,12 @@ type datapathMapSpecs struct {
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Loads         *ebpf.MapSpec `ebpf:"loads"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	PerGeneration *ebpf.MapSpec `ebpf:"per_generation"`
 	PerPod        *ebpf.MapSpec `ebpf:"per_pod"`
 	Pods          *ebpf.MapSpec `ebpf:"pods"`
 	Tenants       *ebpf.MapSpec `ebpf:"tenants"`
 	Veths         *ebpf.MapSpec `ebpf:"veths"`
+	Watched       *ebpf.MapSpec `ebpf:"watched"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -331,10 +361,12 @@ type datapathMaps struct {
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Loads         *ebpf.Map `ebpf:"loads"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	PerGeneration *ebpf.Map `ebpf:"per_generation"`
 	PerPod        *ebpf.Map `ebpf:"per_pod"`
 	Pods          *ebpf.Map `ebpf:"pods"`
 	Tenants       *ebpf.Map `ebpf:"tenants"`
 	Veths         *ebpf.Map `ebpf:"veths"`
+	Watched       *ebpf.Map `ebpf:"watched"`
 }
 
 func (m *datapathMaps) Close() error {
@@ -348,10 +380,12 @@ func (m *datapathMaps) Close() error {
 		m.Listeners,
 		m.Loads,
 		m.NodeAddresses,
+		m.PerGeneration,
 		m.PerPod,
 		m.Pods,
 		m.Tenants,
 		m.Veths,
+		m.Watched,
 	)
 }
 

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -99,11 +100,7 @@ func runProxy(name string) int {
 					return
 				}
 				fmt.Printf("%d %s %s %d\n", port, c.RemoteAddr(), c.LocalAddr(), worker)
-				go func() {
-					io.WriteString(c, name+"\n")
-					io.Copy(c, c)
-					c.Close()
-				}()
+				go answer(c.(*net.TCPConn), name)
 			}
 		}()
 	}
@@ -119,6 +116,40 @@ func runProxy(name string) int {
 		}
 	}
 	return 0
+}
+
+// Ports that a proxy serves in another way than the others.
+const (
+	closedPort = 9001 + iota // at once, before a byte
+	resetPort                // likewise
+	brokenPort               // after an answer, with the client's next line
+	slowPort                 // answered after slowAnswer
+	silentPort               // never answered
+)
+
+const slowAnswer = 100 * time.Millisecond
+
+func answer(c *net.TCPConn, name string) {
+	defer c.Close()
+	switch c.LocalAddr().(*net.TCPAddr).Port {
+	case closedPort:
+		return
+	case resetPort:
+		c.SetLinger(0)
+		return
+	case brokenPort:
+		io.WriteString(c, name+"\n")
+		line(c)
+		c.SetLinger(0)
+		return
+	case slowPort:
+		time.Sleep(slowAnswer)
+	case silentPort:
+		io.Copy(io.Discard, c)
+		return
+	}
+	io.WriteString(c, name+"\n")
+	io.Copy(c, c)
 }
 
 // proxy is a running runProxy.

@@ -85,6 +85,9 @@ struct veth {
 	__u8 uid[UID_LENGTH];
 	// Of a pod: entries in the map of flows that the programs made.
 	__u32 learned;
+	// Of a tenant: two generations are compared, see watch.h.
+	__u8 watched;
+	__u8 pad[3];
 };
 
 // What the agent sets once.

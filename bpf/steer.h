@@ -161,5 +161,14 @@ int steer(struct bpf_sk_lookup *ctx)
 	struct pod_counters *of_pod = pod_counters_of(pod_ifindex);
 	if (of_pod)
 		of_pod->listener[listener & 3]++;
+	if (listener != LISTENER_INBOUND) {
+		int outbound = listener == LISTENER_OUTBOUND;
+		struct flow f = {};
+		f.pod = outbound ? remote : local;
+		f.peer = outbound ? local : remote;
+		f.pod_port = outbound ? bpf_ntohs(remote_port) : port;
+		f.peer_port = outbound ? port : bpf_ntohs(remote_port);
+		watch(&f, tenant, generation & 1);
+	}
 	return SK_PASS;
 }

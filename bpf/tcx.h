@@ -153,6 +153,7 @@ int from_pod(struct __sk_buff *skb)
 	if (owner == FLOWS_FULL)
 		return drop(&p, tenant, ifindex, flows_full, WAY_OUTBOUND);
 	tenant = owner;
+	watch_client(&p, &f);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_OUTBOUND);
@@ -233,6 +234,8 @@ int to_pod(struct __sk_buff *skb)
 	if (owner == FLOWS_FULL)
 		return drop(&p, tenant, ifindex, flows_full, WAY_INBOUND);
 	tenant = owner;
+	if (tcp)
+		watch_client(&p, &f);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_INBOUND);
@@ -309,6 +312,17 @@ int from_tenant(struct __sk_buff *skb)
 	// connection may begin at the tunnels' port, too.
 	if (from && to && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f))))
 		return to_other_end(skb, ifindex);
+	if (veth->watched) {
+		int seen = 0;
+		if (to) {
+			flow_to(&f, &p);
+			seen = watch_answer(skb, &f, tenant, p.offset, p.flags);
+		}
+		if (from && !seen) {
+			flow_from(&f, &p);
+			watch_answer(skb, &f, tenant, p.offset, p.flags);
+		}
+	}
 	if (to && same_address(&p.source, &p.destination)) {
 		struct addr self;
 		self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));

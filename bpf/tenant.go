@@ -56,11 +56,24 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		return err
 	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_TENANT, Tenant: uint32(t.Index)}
+	var before datapathVeth
+	watched := d.maps[datapathMapVeths].Lookup(uint32(t.HostIfindex), &before) == nil && before.Watched != 0
+	if t.Watch {
+		if err := d.watch(t.Index); err != nil {
+			return err
+		}
+		veth.Watched = 1
+	}
 	if err := d.maps[datapathMapVeths].Put(uint32(t.HostIfindex), veth); err != nil {
 		return fmt.Errorf("write veth %d: %w", t.HostIfindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
 	}
 	if err := d.addVethCounters(t.HostIfindex); err != nil {
 		return err
+	}
+	if watched && !t.Watch {
+		if err := d.unwatch(t.Index); err != nil {
+			return err
+		}
 	}
 	// The entry comes last: nothing is sent into the namespace before what
 	// comes out of it is checked.
@@ -228,7 +241,7 @@ func (d *Datapath) deleteTenant(index uint16) error {
 			return fmt.Errorf("delete counters: %w", err)
 		}
 	}
-	return nil
+	return d.unwatch(index)
 }
 
 // Tenants returns the tenants that anything is left of, in order.

@@ -481,7 +481,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	}
 	for _, t := range np.Status.Tenants {
 		now.costs[t.Name] = tenantCost{t.Cost, t.Shares}
-		t.Cost, t.Shares = nil, nil // they change all the time
+		t.Cost, t.Shares, t.Generations = nil, nil, withoutFigures(t.Generations) // they change all the time
 		now.tenants[t.Name] = t
 	}
 	if found {
@@ -511,6 +511,15 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		}
 	}
 	return nil
+}
+
+// withoutFigures leaves out what rollouts alone read, from the nodes themselves.
+func withoutFigures(generations []v1alpha1.GenerationStatus) []v1alpha1.GenerationStatus {
+	generations = slices.Clone(generations)
+	for i := range generations {
+		generations[i].Figures = nil
+	}
+	return generations
 }
 
 // costsChanged has the owners told of what their tenants have taken of a node.

@@ -2,6 +2,7 @@ package isolation
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -61,6 +62,50 @@ func (m *Manager) Usage(name model.Tenant) (Usage, error) {
 		u.Private += private
 	}
 	return u, nil
+}
+
+// ProcessUsage is what one generation's process took of the CPU since it began, to the
+// hundredth of a second, and its private memory now. The error wraps ErrNoProcess if it
+// doesn't run.
+func (m *Manager) ProcessUsage(name model.Tenant, generation int) (cpu time.Duration, private int64, err error) {
+	failed := func(err error) (time.Duration, int64, error) {
+		return 0, 0, fmt.Errorf("read usage of generation %d of %s: %w", generation, name, err)
+	}
+	t := m.tenant(name)
+	if t == nil {
+		return failed(ErrNoProcess)
+	}
+	p := t.process(generation)
+	if p == nil {
+		return failed(ErrNoProcess)
+	}
+	state, _, _ := p.snapshot()
+	if state.PID == 0 {
+		return failed(ErrNoProcess)
+	}
+	if cpu, err = readCPU(state.PID); err != nil {
+		return failed(err)
+	}
+	if _, private, err = readMemory(state.PID); err != nil {
+		return failed(err)
+	}
+	return cpu, private, nil
+}
+
+// readCPU returns what a process's threads took, those that have ended included.
+func readCPU(pid int) (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// The name, in brackets, may hold anything.
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	const user, system = 14 - 3, 15 - 3 // of proc(5), from the third on
+	if len(f) <= system {
+		return 0, fmt.Errorf("read CPU of process %d: %q", pid, stat)
+	}
+	const tick = time.Second / 100 // USER_HZ, the same everywhere
+	return time.Duration(parseInt(f[user])+parseInt(f[system])) * tick, nil
 }
 
 // SharedUsage is what all tenants share and nobody pays for: Envoy's text, and

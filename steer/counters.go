@@ -20,6 +20,21 @@ type Counters struct {
 	Dropped Drops
 }
 
+// FirstByteBuckets is how many GenerationCounters.FirstByte has.
+const FirstByteBuckets = 16
+
+// GenerationCounters are how the connections of one generation fared, tunnels left
+// out, since its tenant is watched.
+type GenerationCounters struct {
+	Connections uint64
+	// Unanswered are those that the generation ended before a byte came back, Resets
+	// those that it reset later. Those whose client ended them first count as neither.
+	Unanswered, Resets uint64
+	// FirstByte counts them by the time from the SYN to the first byte that came back:
+	// below 2^17 ns, 2^18 ns, and so on; the last is the rest.
+	FirstByte [FirstByteBuckets]uint64
+}
+
 // PerListener are new connections per listener of a tenant.
 type PerListener struct{ Outbound, Inbound, Plain, NodePlain uint64 }
 

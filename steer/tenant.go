@@ -36,6 +36,9 @@ type Tenant struct {
 	CgroupV2 string
 	// Connections bounds what the tenant's proxy takes. Only eBPF does.
 	Connections ConnectionLimits
+	// Watch has the connections of each generation counted by how they fare, from now
+	// on. It costs each of the tenant's packets a look. Only eBPF does.
+	Watch bool
 }
 
 // maxPerSecond is the most that can be paced: a connection a microsecond.

@@ -392,6 +392,10 @@ type GenerationStatus struct {
 	// LastExit says how the process before this one ended.
 	// +optional
 	LastExit string `json:"lastExit,omitempty"`
+	// Figures of it, and of the one beside it, while a canary has a share of the
+	// connections; in NodeProxies alone.
+	// +optional
+	Figures *GenerationFigures `json:"figures,omitempty"`
 }
 
 // NodeProxy is one node's share of the mesh; it has the node's name.

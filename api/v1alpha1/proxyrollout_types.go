@@ -118,6 +118,11 @@ type ProxyRolloutSpec struct {
 	// +optional
 	Deadline string `json:"deadline,omitempty"`
 
+	// Analysis is by how much the new version may fare worse than the old one. Default:
+	// as its fields say. It takes its time: give steps a pause.
+	// +optional
+	Analysis *RolloutAnalysis `json:"analysis,omitempty"`
+
 	// Paused keeps everything as it is. Verdicts still roll back.
 	// +optional
 	Paused bool `json:"paused,omitempty"`
@@ -162,9 +167,12 @@ const (
 
 // RolloutVerdict is why a rollout was rolled back.
 type RolloutVerdict struct {
-	// Reason: Crashed, NotReady, ConfigRejected, DeadlineExceeded.
+	// Reason: Crashed, NotReady, ConfigRejected, DeadlineExceeded, or a figure by which
+	// the new version fared worse: ConnectFailures, Resets, HandshakeFailures, FirstByte,
+	// ServerErrors, Latency, CPU, Memory.
 	Reason string `json:"reason"`
-	// Tenant and Node where it was seen; "" for the deadline.
+	// Tenant and Node where it was seen; "" for the deadline, and for what all tenants
+	// together show. Of a figure it is the node where it is worst.
 	// +optional
 	Tenant string `json:"tenant,omitempty"`
 	// +optional

@@ -192,6 +192,10 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			return v
 		}
 	}
+	if v := r.analyse(); v != nil {
+		v.At = at
+		return v
+	}
 	if deadline := parseDuration(r.Rollout.Spec.Deadline, 0); deadline > 0 {
 		left := deadline - r.Now.Sub(r.status.StartedAt.Time)
 		if left <= 0 {

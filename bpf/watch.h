@@ -1,0 +1,116 @@
+// What becomes of a tenant's connections, by generation, while two are compared: from
+// outside, so that a generation can't gloss over it.
+#pragma once
+
+// Connections that are watched at a time. Who has been idle longest makes room: of
+// those that open and fail, few are lost.
+#define MAX_WATCHED 32768
+// By powers of two, from 128 µs on; the last is the rest.
+#define FIRST_BYTE_BUCKETS 16
+
+// Of one generation of a tenant. It is there while the tenant is watched.
+struct generation_counters {
+	// New connections, tunnels left out.
+	__u64 connections;
+	// Of those, the ones that the tenant ended before a byte came back, and that it
+	// reset later; not those whose client ended them first.
+	__u64 unanswered, resets;
+	// From the SYN to the first byte that came back.
+	__u64 first_byte[FIRST_BYTE_BUCKETS];
+};
+
+struct generation {
+	__u32 tenant, generation;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, MAX_TENANTS * GENERATIONS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct generation);
+	__type(value, struct generation_counters);
+} per_generation SEC(".maps");
+
+struct watched_flow {
+	// When its SYN came: nanoseconds of CLOCK_MONOTONIC.
+	__u64 began;
+	__u32 tenant;
+	__u8 generation;
+	// A byte came back.
+	__u8 answered;
+	// Who opened it ends it.
+	__u8 closing;
+	__u8 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_WATCHED);
+	__type(key, struct flow);
+	__type(value, struct watched_flow);
+} watched SEC(".maps");
+
+// watch begins when a generation gets a connection.
+static __noinline int watch(const struct flow *f, __u32 tenant, __u32 generation)
+{
+	struct generation g = { .tenant = tenant, .generation = generation };
+	struct watched_flow w = { .tenant = tenant, .generation = generation };
+	if (!f)
+		return 0;
+	struct generation_counters *c = bpf_map_lookup_elem(&per_generation, &g);
+	if (!c)
+		return 0;
+	w.began = bpf_ktime_get_ns();
+	if (!bpf_map_update_elem(&watched, f, &w, BPF_ANY))
+		c->connections++;
+	return 0;
+}
+
+// watch_client looks at what the pod, or its peer, sends. Only an end is of interest.
+static __always_inline void watch_client(const struct packet *p, const struct flow *f)
+{
+	if (!(p->flags & (TCP_FIN | TCP_RST)))
+		return;
+	struct watched_flow *w = bpf_map_lookup_elem(&watched, f);
+	if (w)
+		w->closing = 1;
+}
+
+// watch_answer looks at what the tenant sends in a connection that it was led. It
+// returns whether that is watched.
+static __noinline int watch_answer(struct __sk_buff *skb, const struct flow *f, __u32 tenant, __u32 offset, __u32 flags)
+{
+	if (!f)
+		return 0;
+	struct watched_flow *w = bpf_map_lookup_elem(&watched, f);
+	if (!w || w->tenant != tenant)
+		return 0;
+	struct generation g = { .tenant = tenant, .generation = w->generation };
+	struct generation_counters *c = bpf_map_lookup_elem(&per_generation, &g);
+	__u8 header;
+	if (!c || bpf_skb_load_bytes(skb, offset + 12, &header, sizeof(header)))
+		return 1;
+	if (!w->answered && skb->len > offset + (header >> 4) * 4) {
+		__u64 units = (bpf_ktime_get_ns() - w->began) >> 17; // of 131 µs
+		__u32 bucket = 0;
+#pragma unroll
+		for (int i = 0; i < FIRST_BYTE_BUCKETS - 1; i++) {
+			if (units) {
+				units >>= 1;
+				bucket++;
+			}
+		}
+		c->first_byte[bucket & (FIRST_BYTE_BUCKETS - 1)]++;
+		w->answered = 1;
+	}
+	if (!(flags & (TCP_FIN | TCP_RST)))
+		return 1;
+	if (!w->closing && !w->answered)
+		c->unanswered++;
+	else if (!w->closing && flags & TCP_RST)
+		c->resets++;
+	// After a FIN it may be reset yet; who is still sending sees that.
+	if (flags & TCP_RST || !w->answered)
+		bpf_map_delete_elem(&watched, f);
+	return 1;
+}

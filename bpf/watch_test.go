@@ -1,0 +1,153 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+// What becomes of connections is counted for the generation that had them, as the
+// client sees it; and nothing of tenants that aren't watched.
+func TestWatch(t *testing.T) {
+	m := newMesh(t)
+	canary := startProxy(t, m.one.namespace, "canary")
+	check(t, m.d.SetListeners(1, 1, canary.pid))
+	check(t, m.d.SetWeight(1, 50))
+	const each = 24
+	// open has a pod, and a machine outside of the mesh, open connections.
+	open := func(port uint16, use func(c net.Conn)) {
+		t.Helper()
+		for i := range each {
+			from, to := m.a.namespace, remoteAddresses.both()[i%2]
+			if i%4 >= 2 {
+				from, to = m.remote, m.a.both()[i%2]
+			}
+			var c net.Conn
+			var err error
+			from.do(t, func() { c, err = net.DialTimeout("tcp", netip.AddrPortFrom(to, port).String(), patience) })
+			if port == resetPort && errors.Is(err, unix.ECONNRESET) {
+				continue // the reset came before the connection was looked at
+			}
+			check(t, err)
+			c.SetDeadline(time.Now().Add(patience))
+			use(c)
+			c.Close()
+		}
+	}
+	toEnd := func(c net.Conn) { io.Copy(io.Discard, c) }
+	greeted := func(c net.Conn) {
+		_, err := line(c)
+		check(t, err)
+	}
+	open(80, greeted)
+	if _, watched, err := m.d.GenerationCounters(1); watched || err != nil {
+		t.Errorf("watched before anybody asked for it: %v", err)
+	}
+	m.one.Watch = true
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	accepted := func() (n [steer.Generations]uint64) {
+		for {
+			select {
+			case <-m.proxy1.accepted:
+				n[0]++
+			case <-canary.accepted:
+				n[1]++
+			default:
+				return n
+			}
+		}
+	}
+	m.waitAccepted(each, accepted)
+
+	for _, c := range []struct {
+		what string
+		port uint16
+		use  func(net.Conn)
+		want func(n uint64) steer.GenerationCounters
+		// firstByte is how many were answered, and slow whether late.
+		answered, slow bool
+	}{
+		{what: "the client closes", port: 80, use: greeted, want: func(n uint64) steer.GenerationCounters { return steer.GenerationCounters{Connections: n} }, answered: true},
+		{what: "closed before a byte", port: closedPort, use: toEnd, want: func(n uint64) steer.GenerationCounters {
+			return steer.GenerationCounters{Connections: n, Unanswered: n}
+		}},
+		{what: "reset before a byte", port: resetPort, use: toEnd, want: func(n uint64) steer.GenerationCounters {
+			return steer.GenerationCounters{Connections: n, Unanswered: n}
+		}},
+		{what: "reset later", port: brokenPort, use: func(c net.Conn) { greeted(c); fmt.Fprintln(c, "on"); toEnd(c) }, want: func(n uint64) steer.GenerationCounters {
+			return steer.GenerationCounters{Connections: n, Resets: n}
+		}, answered: true},
+		{what: "slow", port: slowPort, use: greeted, want: func(n uint64) steer.GenerationCounters { return steer.GenerationCounters{Connections: n} }, answered: true, slow: true},
+		{what: "the client gives up", port: silentPort, use: func(net.Conn) {}, want: func(n uint64) steer.GenerationCounters { return steer.GenerationCounters{Connections: n} }},
+	} {
+		before, _, err := m.d.GenerationCounters(1)
+		check(t, err)
+		open(c.port, c.use)
+		n := m.waitAccepted(each, accepted)
+		if n[0] == 0 || n[1] == 0 {
+			t.Errorf("%s: accepted %d: one generation got none", c.what, n)
+		}
+		after, watched, err := m.d.GenerationCounters(1)
+		check(t, err)
+		if !watched {
+			t.Fatal("not watched")
+		}
+		for g := range after {
+			got, early, late := after[g], uint64(0), uint64(0)
+			got.Connections -= before[g].Connections
+			got.Unanswered -= before[g].Unanswered
+			got.Resets -= before[g].Resets
+			for i := range got.FirstByte {
+				// From the bound that is next below slowAnswer on.
+				if k := got.FirstByte[i] - before[g].FirstByte[i]; time.Duration(1<<17)<<i > slowAnswer {
+					late += k
+				} else {
+					early += k
+				}
+			}
+			got.FirstByte = [steer.FirstByteBuckets]uint64{}
+			if want := c.want(n[g]); got != want {
+				t.Errorf("%s: generation %d counts %+v, want %+v", c.what, g, got, want)
+			}
+			if c.answered != (early+late == n[g]) || !c.answered && early+late > 0 || c.slow && early > 0 {
+				t.Errorf("%s: of %d of generation %d the first byte was counted %d times early and %d late", c.what, n[g], g, early, late)
+			}
+		}
+	}
+
+	m.one.Watch = false
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	if _, watched, err := m.d.GenerationCounters(1); watched || err != nil {
+		t.Errorf("watched still: %v", err)
+	}
+	for _, name := range []string{datapathMapWatched, datapathMapPerGeneration} {
+		if n := size(t, m.d.maps[name]); n != 0 {
+			t.Errorf("%d entries are left in %s", n, name)
+		}
+	}
+	open(80, greeted)
+	if n := size(t, m.d.maps[datapathMapWatched]); n != 0 {
+		t.Errorf("%d connections of nobody are watched", n)
+	}
+}
+
+// waitAccepted waits until n connections more were accepted, by generation.
+func (m *mesh) waitAccepted(n uint64, accepted func() [steer.Generations]uint64) (sum [steer.Generations]uint64) {
+	m.t.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		more := accepted()
+		if sum[0], sum[1] = sum[0]+more[0], sum[1]+more[1]; sum[0]+sum[1] >= n {
+			return sum
+		}
+	}
+	m.t.Fatalf("%d of %d connections were accepted", sum, n)
+	return sum
+}
