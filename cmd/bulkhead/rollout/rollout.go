@@ -150,7 +150,10 @@ func writeStatus(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout,
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d %%\t%s\n", p.Namespace, cmp.Or(p.Status.Tenant, p.Name), u.From, u.To, u.Weight, u.Verdict)
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	return writeFigures(ctx, c, r, namespace, w)
 }
 
 // History writes a line for each rollout, the newest first.
