@@ -133,8 +133,8 @@ type RolloutAnalysis struct {
 	CPUPercent int32 `json:"cpuPercent,omitempty"`
 
 	// MemoryPercent is what a process may have of what the old one has, for as many
-	// open connections. A quarter of the tenant's memory.high, at most 64 MiB, comes on
-	// top.
+	// open connections. A quarter of the tenant's memory.high, or else of its
+	// memory.max, at most 64 MiB, comes on top.
 	// +kubebuilder:default=200
 	// +kubebuilder:validation:Minimum=110
 	// +kubebuilder:validation:Maximum=10000

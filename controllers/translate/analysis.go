@@ -24,6 +24,9 @@ const (
 	// taken for a version's: a client's connections go to both.
 	fewestFailures    = 5
 	fewestConnections = 5
+	// ofAll is how many times the minimum sample all tenants together must have: what one
+	// of them shows alone is said of that one.
+	ofAll = 5
 	// usual is the share of the old version's connections of which none is slow.
 	usual = 0.9
 	// histogramBuckets is how many a histogram has at most; an empty end is left out.
@@ -43,7 +46,8 @@ const (
 type compared struct {
 	tenant, node string
 	old, new     v1alpha1.GenerationFigures
-	memoryHigh   int64
+	// memoryBound of both together: memory.high, or else memory.max; 0 is none.
+	memoryBound int64
 }
 
 // finding is a figure by which the new version is worse than it may be.
@@ -76,6 +80,7 @@ func (r *rollout) analyse() *v1alpha1.RolloutVerdict {
 		}
 	}
 	if len(places) > 1 {
+		limits.MinSample *= ofAll
 		if f := judge(all, limits); f != nil {
 			return &v1alpha1.RolloutVerdict{Reason: string(f.reason), Message: cutTo("all tenants together: "+f.message, 1000)}
 		}
@@ -102,7 +107,7 @@ func (r *rollout) compared(p placed) (c compared, ok bool) {
 	if old == nil || new == nil || !old.At.Equal(&new.At) || old.Seconds != new.Seconds {
 		return c, false
 	}
-	return compared{node: p.node.Name, old: *old, new: *new, memoryHigh: p.status.Limits.MemoryHigh}, true
+	return compared{node: p.node.Name, old: *old, new: *new, memoryBound: cmp.Or(p.status.Limits.MemoryHigh, p.status.Limits.MemoryMax)}, true
 }
 
 // AnalysisLimits are a rollout's, with defaults where it says nothing.
@@ -293,8 +298,8 @@ func judgeMemory(places []compared, l v1alpha1.RolloutAnalysis) *finding {
 			continue
 		}
 		onTop := float64(mostMemoryOnTop)
-		if p.memoryHigh > 0 {
-			onTop = min(onTop, float64(p.memoryHigh)/4)
+		if p.memoryBound > 0 {
+			onTop = min(onTop, float64(p.memoryBound)/4)
 		}
 		more := max(1, ratio(p.new.OpenConnections, max(p.old.OpenConnections, 1)))
 		limit := float64(p.old.PrivateBytes)*more*float64(l.MemoryPercent)/100 + onTop

@@ -45,6 +45,7 @@ func TestJudge(t *testing.T) {
 		"significant, but small": {places: []compared{at("n", fig{Connections: 1e6}, fig{Connections: 1e6, Resets: 40000})}},
 		"a lower limit": {places: []compared{at("n", fig{Connections: 1e6}, fig{Connections: 1e6, Resets: 40000})},
 			limits: v1alpha1.RolloutAnalysis{FailurePercent: 3}, want: v1alpha1.FigureResets},
+		"half fail anyway":   {places: []compared{at("n", fig{Connections: 100, Resets: 50}, fig{Connections: 100, Resets: 60})}},
 		"fewer than the old": {places: []compared{at("n", fig{Connections: 100, Resets: 100}, fig{Connections: 100})}},
 		// The canary has most of its connections where much fails anyway.
 		"a bad node": {places: []compared{at("bad", fig{Connections: 100, Unanswered: 50}, fig{Connections: 900, Unanswered: 450}), at("good", fig{Connections: 900}, fig{Connections: 100})}},
@@ -77,7 +78,7 @@ func TestJudge(t *testing.T) {
 
 		"memory":           {places: []compared{at("n1", fig{PrivateBytes: 20 * mib}, fig{PrivateBytes: 20 * mib}), at("n2", fig{PrivateBytes: 20 * mib}, fig{PrivateBytes: 105 * mib})}, want: v1alpha1.FigureMemory, node: "n2", says: "105 MiB of memory with 0 open connections, the old one 20 MiB with 0; limit: 104 MiB"},
 		"its memory":       {places: []compared{at("n", fig{PrivateBytes: 20 * mib}, fig{PrivateBytes: 103 * mib})}},
-		"memory.high":      {places: []compared{{node: "n", memoryHigh: 64 * mib, old: fig{PrivateBytes: 15 * mib}, new: fig{PrivateBytes: 47 * mib}}}, want: v1alpha1.FigureMemory, says: "limit: 46 MiB"},
+		"a bound":          {places: []compared{{node: "n", memoryBound: 64 * mib, old: fig{PrivateBytes: 15 * mib}, new: fig{PrivateBytes: 47 * mib}}}, want: v1alpha1.FigureMemory, says: "limit: 46 MiB"},
 		"more connections": {places: []compared{at("n", fig{PrivateBytes: 20 * mib, OpenConnections: 100}, fig{PrivateBytes: 300 * mib, OpenConnections: 1000})}},
 		"memory unknown":   {places: []compared{at("n", fig{}, fig{PrivateBytes: 1000 * mib})}},
 	} {
@@ -149,6 +150,22 @@ func TestAnalysisOfAll(t *testing.T) {
 	}
 	s := f.step()
 	if v := s.Verdict; v == nil || v.Reason != "Resets" || v.Tenant != "" || !strings.Contains(v.Message, "all tenants together") || !strings.Contains(v.Message, "40 of 200") {
+		t.Errorf("%+v", v)
+	}
+}
+
+// What one tenant shows isn't said of all.
+func TestAnalysisNamesTheTenant(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 20, Pause: "1h"}, {Weight: 100}}}, "a", "b")
+	f.settle()
+	now := metav1.NewTime(f.now)
+	f.figures("n1", "a", &fig{At: now, Connections: 50}, &fig{At: now, Connections: 15})
+	f.figures("n1", "b", &fig{At: now, Connections: 50}, &fig{At: now, Connections: 15, Resets: 12})
+	if s := f.step(); s.Verdict != nil {
+		t.Errorf("before there is enough to say whose it is: %+v", s.Verdict)
+	}
+	f.figures("n1", "b", &fig{At: now, Connections: 80}, &fig{At: now, Connections: 20, Resets: 16})
+	if v := f.step().Verdict; v == nil || v.Tenant != "b" || v.Node != "n1" {
 		t.Errorf("%+v", v)
 	}
 }
