@@ -19,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/cmd/bulkhead/rollout/figures"
 )
 
 // ErrNone is returned if there is no rollout to tell of.
@@ -153,7 +154,7 @@ func writeStatus(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout,
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	return writeFigures(ctx, c, r, namespace, w)
+	return figures.Write(ctx, c, r, namespace, w)
 }
 
 // History writes a line for each rollout, the newest first.

@@ -1,4 +1,5 @@
-package rollout
+// Package figures shows what a rollout is judged by.
+package figures
 
 import (
 	"context"
@@ -15,9 +16,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
-// writeFigures writes how the new version and the one beside it fare, a line for each
+// Write writes how the new version and the one beside it fare, a line for each
 // tenant of namespace, or of all. Who may not read NodeProxies is told nothing.
-func writeFigures(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout, namespace string, w io.Writer) error {
+func Write(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout, namespace string, w io.Writer) error {
 	var nodes v1alpha1.NodeProxyList
 	switch err := c.List(ctx, &nodes); {
 	case apierrors.IsForbidden(err):
