@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
@@ -26,75 +27,86 @@ func (c *client) wantRemoved(typeURL string, names ...string) {
 // Addresses that nobody has are let go after a while, and come unasked when they
 // are somebody's.
 func TestUnknownIsLetGo(t *testing.T) {
-	m := newMesh(t, ServerOptions{UnknownFor: 20 * time.Millisecond})
-	c := m.dial(teamA)
-	const pod, vip = "pod|10.1.0.50", "vip|10.96.0.99:80"
-	for range 2 { // it may go and come as often as it likes
-		c.subscribe(TypeCluster, pod, vip, vipName)
-		c.wantAll(TypeCluster, pod, vip, vipName)
-		c.wantRemoved(TypeCluster, pod, vip)
+	synctest.Test(t, func(t *testing.T) {
+		const wait = 5 * time.Second
+		m := newMesh(t, ServerOptions{UnknownFor: wait})
+		c := m.dial(teamA)
+		const pod, vip = "pod|10.1.0.50", "vip|10.96.0.99:80"
+		letGo := func(names ...string) {
+			t.Helper()
+			began := time.Now()
+			c.wantRemoved(TypeCluster, names...)
+			if took := time.Since(began); took < wait || took > wait+time.Second {
+				t.Errorf("%q were let go after %s", names, took)
+			}
+		}
+		for range 2 { // it may go and come as often as it likes
+			c.subscribe(TypeCluster, pod, vip, vipName)
+			c.wantAll(TypeCluster, pod, vip, vipName)
+			letGo(pod, vip)
 
-		w := workload("late-0", "late", "10.1.0.50")
-		m.must(m.store.SetWorkload(w))
-		c.want(TypeCluster, pod)
-		late := model.Service{Namespace: "team-b", Name: "late", VIPs: addrs("10.96.0.99"), Ports: []model.ServicePort{{Port: 80}}}
-		m.must(m.store.SetService(late))
-		c.want(TypeCluster, vip)
+			w := workload("late-0", "late", "10.1.0.50")
+			m.must(m.store.SetWorkload(w))
+			c.want(TypeCluster, pod)
+			late := model.Service{Namespace: "team-b", Name: "late", VIPs: addrs("10.96.0.99"), Ports: []model.ServicePort{{Port: 80}}}
+			m.must(m.store.SetService(late))
+			c.want(TypeCluster, vip)
+			time.Sleep(2 * wait)
+			c.settled() // somebody's, it stays
 
-		m.store.DeleteWorkload(w.UID)
-		c.want(TypeCluster, pod) // refuses now
-		c.wantRemoved(TypeCluster, pod)
-		m.store.DeleteService("team-b", "late")
-		c.wantRemoved(TypeCluster, vip)
-		c.unsubscribe(TypeCluster, pod, vip, vipName)
-	}
-	c.handled()
-	c.cancel()
-	m.forgotten()
+			m.store.DeleteWorkload(w.UID)
+			c.want(TypeCluster, pod) // refuses now
+			letGo(pod)
+			m.store.DeleteService("team-b", "late")
+			letGo(vip)
+			c.unsubscribe(TypeCluster, pod, vip, vipName)
+		}
+		c.handled()
+		c.cancel()
+		m.forgotten()
+	})
 }
 
 func TestUnknownNamesAreBounded(t *testing.T) {
-	m := newMesh(t, ServerOptions{MaxUnknown: 10, UnknownFor: 100 * time.Millisecond})
-	c := m.dial(teamA)
-	var names []string
-	for i := range 30 {
-		names = append(names, fmt.Sprintf("pod|10.1.9.%02d", i+10))
-	}
-	c.subscribe(TypeCluster, names...)
-	got := 0
-	for got < 10 {
-		r := c.next()
-		got += len(r.Resources)
-		if n := len(r.RemovedResources); n > 0 && (n != 20 || r.RemovedResources[0] != names[10]) {
-			t.Fatalf("%d names refused from %s on", n, r.RemovedResources[0])
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, ServerOptions{MaxUnknown: 10, UnknownFor: 5 * time.Second})
+		c := m.dial(teamA)
+		var names []string
+		for i := range 30 {
+			names = append(names, fmt.Sprintf("pod|10.1.9.%02d", i+10))
 		}
-		c.ack(r)
-	}
-	// What somebody has isn't bounded by that, and once what nobody has is let go,
-	// there is room for other names that nobody has.
-	c.subscribe(TypeCluster, vipName)
-	for {
-		if r := c.next(); len(r.Resources) == 1 {
-			if got := resourceNames(r); got[0] != vipName {
-				t.Fatalf("got %q", got)
+		c.subscribe(TypeCluster, names...)
+		got, refused := 0, 0
+		for got < 10 || refused == 0 {
+			r := c.next()
+			got += len(r.Resources)
+			if n := len(r.RemovedResources); n > 0 {
+				refused += n
+				if n != 20 || r.RemovedResources[0] != names[10] {
+					t.Fatalf("%d names refused from %s on", n, r.RemovedResources[0])
+				}
 			}
-			break
+			c.ack(r)
 		}
-	}
-	held := func() int {
-		m.store.mu.Lock()
-		defer m.store.mu.Unlock()
-		return len(m.store.shared)
-	}
-	if n := held(); n != 11 {
-		t.Errorf("%d names are held", n)
-	}
-	c.wantRemoved(TypeCluster, names[:10]...)
-	c.subscribe(TypeCluster, "pod|10.1.9.99")
-	c.want(TypeCluster, "pod|10.1.9.99")
-	if n := held(); n != 11 {
-		t.Errorf("%d names are held after one more", n)
-	}
+		// What somebody has isn't bounded by that, and once what nobody has is let go,
+		// there is room for other names that nobody has.
+		c.subscribe(TypeCluster, vipName)
+		c.want(TypeCluster, vipName)
+		held := func() int {
+			m.store.mu.Lock()
+			defer m.store.mu.Unlock()
+			return len(m.store.shared)
+		}
+		if n := held(); n != 11 {
+			t.Errorf("%d names are held", n)
+		}
+		c.wantRemoved(TypeCluster, names[:10]...)
+		c.subscribe(TypeCluster, "pod|10.1.9.99")
+		c.want(TypeCluster, "pod|10.1.9.99")
+		if n := held(); n != 11 {
+			t.Errorf("%d names are held after one more", n)
+		}
+	})
 }
 
 // What Envoy does with a cluster that is let go and wanted again.
