@@ -127,13 +127,16 @@ func TestIssuer(t *testing.T) {
 	}
 	identityReady(t, 3*time.Minute, "", "ChangingRoots", "Ready") // nothing is wrong
 	if err := harness.Wait(t.Context(), 3*time.Minute, time.Second, "the new root to sign", func(ctx context.Context) error {
+		message, err := e.Kubectl(ctx, "", "get", "meshtopology", "e2e", "-o", `jsonpath={.status.conditions[?(@.type=="IdentityReady")].message}`)
+		if err != nil {
+			return err
+		}
 		for _, says := range []string{"under the new root since", "Secret " + harness.SystemNamespace + "/" + issuerName} {
-			message, err := e.Kubectl(ctx, "", "get", "meshtopology", "e2e", "-o", `jsonpath={.status.conditions[?(@.type=="IdentityReady")].message}`)
-			if err != nil || strings.Contains(message, says) {
-				return err
+			if strings.Contains(message, says) {
+				return nil
 			}
 		}
-		return fmt.Errorf("not yet")
+		return fmt.Errorf("IdentityReady says %q", message)
 	}); err != nil {
 		t.Fatal(err)
 	}
