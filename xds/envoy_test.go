@@ -25,36 +25,10 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/test/bootstrap"
 )
 
 const typeSecret = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
-
-const bootstrap = `
-node: {id: test, cluster: test}
-layered_runtime: {layers: [{name: static, static_layer: {envoy.reloadable_features.enable_send_rst_on_user_space_socket: false}}]}
-admin: {address: {pipe: {path: admin.sock}}}
-dynamic_resources:
-  ads_config:
-    api_type: DELTA_GRPC
-    transport_api_version: V3
-    set_node_on_first_message_only: true
-    grpc_services: [{envoy_grpc: {cluster_name: xds}}]
-  cds_config: {ads: {}, resource_api_version: V3}
-  lds_config: {ads: {}, resource_api_version: V3}
-static_resources:
-  clusters:
-  - name: xds
-    type: STATIC
-    connect_timeout: 1s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {}}
-    load_assignment: {cluster_name: xds, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: xds.sock}}}}]}]}
-bootstrap_extensions:
-- name: envoy.bootstrap.internal_listener
-  typed_config: {"@type": type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener}
-`
 
 // node answers for one proxy what its agent would: secrets itself, the rest is the
 // server's.
@@ -145,7 +119,7 @@ func startEnvoyWith(t *testing.T, version string, workers int, server *Server, c
 	go g.Serve(l)
 	t.Cleanup(g.Stop)
 
-	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap.ADS), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	e := &envoy{t: t, ca: ca, dir: dir, admin: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -35,35 +35,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/report"
+	"github.com/bulkhead-mesh/bulkhead/test/bootstrap"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
-
-const bootstrap = `
-node: {id: bench, cluster: bench}
-admin: {address: {pipe: {path: admin.sock}}}
-dynamic_resources:
-  ads_config:
-    api_type: DELTA_GRPC
-    transport_api_version: V3
-    set_node_on_first_message_only: true
-    grpc_services: [{envoy_grpc: {cluster_name: xds}}]
-  cds_config: {ads: {}, resource_api_version: V3}
-  lds_config: {ads: {}, resource_api_version: V3}
-static_resources:
-  clusters:
-  - name: xds
-    type: STATIC
-    connect_timeout: 1s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {}}
-    load_assignment: {cluster_name: xds, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: xds.sock}}}}]}]}
-bootstrap_extensions:
-- name: envoy.bootstrap.internal_listener
-  typed_config: {"@type": type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener}
-deferred_stat_options: {enable_deferred_creation_stats: true}
-`
 
 // proxyMemory compares an Envoy that uses 20 services of many with one in a mesh
 // that has no more than these.
@@ -145,7 +119,7 @@ func measureProxy(binary string, meshSize int) (float64, error) {
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, &withRoot{server: server, root: root})
 	go g.Serve(l)
 	defer g.Stop()
-	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap.ADS), 0o600); err != nil {
 		return 0, err
 	}
 	cmd := exec.Command(binary, "-c", "bootstrap.yaml", "--concurrency", "1", "--disable-hot-restart", "--log-level", "error")
