@@ -82,11 +82,12 @@ func (s *withSecrets) Recv() (*discoveryv3.DeltaDiscoveryRequest, error) {
 
 // envoy is a real one.
 type envoy struct {
-	t     *testing.T
-	ca    *authority
-	dir   string
-	admin *http.Client
-	log   *os.File
+	t      *testing.T
+	server *Server
+	ca     *authority
+	dir    string
+	admin  *http.Client
+	log    *os.File
 }
 
 // startEnvoy runs Envoy against the store, as testProxy's, in the calling thread's
@@ -122,7 +123,7 @@ func startEnvoyWith(t *testing.T, version string, workers int, server *Server, c
 	if err := os.WriteFile(filepath.Join(dir, "bootstrap.yaml"), []byte(bootstrap.ADS), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e := &envoy{t: t, ca: ca, dir: dir, admin: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	e := &envoy{t: t, server: server, ca: ca, dir: dir, admin: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(dir, "admin.sock"))
 	}}}}
 	if e.log, err = os.Create(filepath.Join(dir, "log")); err != nil {

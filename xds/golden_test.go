@@ -131,6 +131,10 @@ func TestGolden(t *testing.T) {
 			ls, err := Listeners(testNetwork, reject)
 			return messages(ls[:1], err)
 		},
+		"listeners-http": func() ([]proto.Message, error) {
+			ls, err := listenersWith(testNetwork, quiet, []httpAddress{{vip4, true}, {netip.MustParseAddrPort("10.96.0.11:80"), false}, {vip6, true}})
+			return messages(ls[:1], err)
+		},
 		"listeners-no-pods": func() ([]proto.Message, error) {
 			return messages(Listeners(testNetwork, model.Proxy{Node: "node-1", Tenant: testProxy.Tenant}))
 		},

@@ -25,6 +25,10 @@ import (
 // routed. So connections that exist stay with the endpoint that they have when a
 // service becomes HTTP or ceases to be. The listener is constant, its routes are a
 // resource of their own, and a change of them ends no connection either.
+//
+// That is how the first connections go. A proxy that has the listener gets the same
+// connection manager in chains of its listener outbound as well, and those that begin
+// from then on save the way through two listeners (see straight.go).
 
 // backendIdle is how long a connection to a backend stays without a request. It is
 // below the shortest that common servers close theirs after (5 s), or now and then
@@ -48,31 +52,36 @@ func HTTPEndpoints(vip netip.AddrPort) *endpointv3.ClusterLoadAssignment {
 // as HTTP. Nothing is added to a request or counted about it that nobody reads.
 func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
 	p := &packer{}
-	l := internalListener(HTTPName(vip), p.originalAddresses(),
-		p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
-			StatPrefix: "l7",
-			// The first bytes of a client tell HTTP/1 from HTTP/2; nothing waits for them
-			// that would have gone on without.
-			CodecType: hcmv3.HttpConnectionManager_AUTO,
-			RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
-				ConfigSource: ads(), RouteConfigName: HTTPName(vip),
-			}},
-			HttpFilters: []*hcmv3.HttpFilter{
-				p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // pools are each source's own by it
-				p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)}),
-			},
-			OriginalIpDetectionExtensions: p.believeConnection(),
-			Http2ProtocolOptions:          applicationHTTP2(),
-			UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-			ServerHeaderTransformation:    hcmv3.HttpConnectionManager_PASS_THROUGH,
-			GenerateRequestId:             wrapperspb.Bool(false),
-			SkipXffAppend:                 true,
-			NormalizePath:                 wrapperspb.Bool(true), // or a route could be passed by
-			// Idle connections and requests are the applications' business.
-			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
-			StreamIdleTimeout:         durationpb.New(0),
-		}))
+	l := internalListener(HTTPName(vip), p.originalAddresses(), p.httpManager(vip))
 	return l, p.err()
+}
+
+// httpManager is the connection manager of an address: the same for all accounts, and
+// wherever it is.
+func (p *packer) httpManager(vip netip.AddrPort) *listenerv3.Filter {
+	return p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
+		StatPrefix: "l7",
+		// The first bytes of a client tell HTTP/1 from HTTP/2; nothing waits for them
+		// that would have gone on without.
+		CodecType: hcmv3.HttpConnectionManager_AUTO,
+		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
+			ConfigSource: ads(), RouteConfigName: HTTPName(vip),
+		}},
+		HttpFilters: []*hcmv3.HttpFilter{
+			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // pools are each source's own by it
+			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)}),
+		},
+		OriginalIpDetectionExtensions: p.believeConnection(),
+		Http2ProtocolOptions:          applicationHTTP2(),
+		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
+		ServerHeaderTransformation:    hcmv3.HttpConnectionManager_PASS_THROUGH,
+		GenerateRequestId:             wrapperspb.Bool(false),
+		SkipXffAppend:                 true,
+		NormalizePath:                 wrapperspb.Bool(true), // or a route could be passed by
+		// Idle connections and requests are the applications' business.
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
+		StreamIdleTimeout:         durationpb.New(0),
+	})
 }
 
 // applicationHTTP2 are windows as applications know them from each other.

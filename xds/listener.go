@@ -33,11 +33,16 @@ const (
 // claim: connections from and to them are closed. The error joins an
 // *ObjectError for each; with a nil result it is about the whole.
 func Listeners(n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, error) {
+	return listenersWith(n, proxy, nil)
+}
+
+// listenersWith are Listeners with chains for addresses that are spoken to as HTTP.
+func listenersWith(n model.Network, proxy model.Proxy, http []httpAddress) ([]*listenerv3.Listener, error) {
 	identities, refused := servedIdentities(n, proxy)
 	p := &packer{}
 	log := proxy.AccessLog
 	ls := []*listenerv3.Listener{
-		p.outbound(n, identities, proxy.RejectOutside, log),
+		p.outbound(n, identities, http, proxy.RejectOutside, log),
 		p.inbound(n, identities, log),
 		p.plain(listenerPlain, PortPlain, clusterDeliver, log, p.originalSource()),
 		p.plain(listenerNodePlain, PortNodePlain, clusterDeliverNode, log),
@@ -116,7 +121,7 @@ func listenerAt(name string, port uint32) *listenerv3.Listener {
 
 // outbound takes what the proxy's pods dial. The source address says who dials,
 // the destination how to get there; a source that isn't known is closed.
-func (p *packer) outbound(n model.Network, identities []served, reject, log bool) *listenerv3.Listener {
+func (p *packer) outbound(n model.Network, identities []served, http []httpAddress, reject, log bool) *listenerv3.Listener {
 	l := listenerAt(listenerOutbound, PortOutbound)
 	l.ListenerFilters = []*listenerv3.ListenerFilter{p.originalSource()}
 	logs := func() []*accesslogv3.AccessLog { return p.failureLogs(log, listenerOutbound) }
@@ -146,11 +151,12 @@ func (p *packer) outbound(n model.Network, identities []served, reject, log bool
 				return t
 			}(), logs()),
 		}})
+		via := p.toChain("via/" + path)
 		rules = append(rules, rule{s.prefixes, &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
-			Matcher: p.byDestination([]rule{
-				{n.ServiceCIDRs, p.toChain("via/" + path)},
+			Matcher: p.byDestination(append([]rule{
+				{n.ServiceCIDRs, via},
 				{n.PodCIDRs, p.toChain("pod/" + path)},
-			}, p.toChain(outside.Name)),
+			}, p.straight(l, s, http, via)...), p.toChain(outside.Name)),
 		}}})
 	}
 	l.FilterChains = append(l.FilterChains, outside)

@@ -80,7 +80,10 @@ func testHTTPPools(t *testing.T, version string, http2 bool) {
 
 	// In turn, over new connections: what one leaves behind is there for the next.
 	conns, tunnels := map[string]map[int64]bool{}, map[string]map[int64]bool{}
-	for range 12 {
+	for i := range 12 {
+		if i == 3 { // from now on they are read in the listener outbound
+			eventually(t, "there are chains for HTTP", func() bool { _, leads := e.reads(webChain); return leads })
+		}
 		for _, s := range senders {
 			p := newHTTPPod(t, s.source, http2)
 			a := s.ask(t, p, "/mesh", true)

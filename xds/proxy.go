@@ -23,6 +23,8 @@ type proxyState struct {
 	seq       uint64
 	stale     bool
 	listeners map[string]*resource
+	// straight are the addresses that it has chains for HTTP for, while it has streams.
+	straight map[netip.AddrPort]struct{}
 	// since is the seq from which on a workload was served as it is now.
 	since map[string]servedSince
 
@@ -64,7 +66,7 @@ func (s *Store) SetProxy(proxy model.Proxy) error {
 	_, refused := servedIdentities(s.network, proxy)
 	p := s.proxies[key]
 	if p == nil {
-		p = &proxyState{streams: map[*stream]struct{}{}, since: map[string]servedSince{}}
+		p = &proxyState{streams: map[*stream]struct{}{}, straight: map[netip.AddrPort]struct{}{}, since: map[string]servedSince{}}
 		s.proxies[key] = p
 		s.announce()
 	} else if reflect.DeepEqual(p.proxy, proxy) {
@@ -106,7 +108,7 @@ func (s *Store) listeners(p *proxyState) map[string]*resource {
 	}
 	p.stale = false
 	s.builds++
-	ls, err := Listeners(s.network, p.proxy)
+	ls, err := listenersWith(s.network, p.proxy, s.httpAddresses(p))
 	if ls == nil {
 		s.refuse(TypeListener, listenerOutbound, err) // SetProxy told of single workloads
 		return p.listeners

@@ -60,14 +60,22 @@ func (s *Store) SetRoutings(service model.ServiceKey, routings []model.Routing) 
 			s.invalidateFor(TypeEndpoints, VIPName(netip.AddrPortFrom(v, at.port)), at.consumer)
 		}
 	}
+	switched := func(at scope) {
+		changed(at)
+		for _, v := range vips {
+			s.invalidateStraight(netip.AddrPortFrom(v, at.port), at.consumer)
+		}
+	}
 	for at, r := range next {
-		if old, ok := had[at]; !ok || !reflect.DeepEqual(old, r) {
+		if old, ok := had[at]; !ok {
+			switched(at)
+		} else if !reflect.DeepEqual(old, r) {
 			changed(at)
 		}
 	}
 	for at := range had {
 		if _, ok := next[at]; !ok {
-			changed(at)
+			switched(at)
 		}
 	}
 	return errors.Join(errs...)
@@ -117,6 +125,7 @@ func (s *Store) invalidateFor(typeURL, name, consumer string) {
 func (s *Store) invalidateVIP(vip netip.AddrPort) {
 	s.invalidate(TypeEndpoints, VIPName(vip))
 	s.invalidate(TypeRoutes, HTTPName(vip))
+	s.invalidateStraight(vip, "")
 }
 
 // invalidateBackends marks what changed of a service as a backend of routes.

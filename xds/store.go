@@ -539,6 +539,10 @@ func (s *Store) detach(st *stream) map[string]int {
 	defer s.mu.Unlock()
 	if p := s.proxies[st.key]; p != nil {
 		delete(p.streams, st)
+		if len(p.streams) == 0 && len(p.straight) > 0 {
+			clear(p.straight) // a new process begins without; one that lives tells of them
+			p.invalidate()
+		}
 		p.wake()
 	}
 	st.mu.Lock()

@@ -168,6 +168,9 @@ func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequ
 		r.ResourceNamesSubscribe = slices.Clone(r.ResourceNamesSubscribe[:n])
 	}
 	if st.open(r) {
+		if r.TypeUrl == TypeListener {
+			st.server.store.hasHTTP(st, st.names(TypeListener)...)
+		}
 		st.unblock(resourceKey{typeURL: r.TypeUrl})
 	}
 	st.unsubscribe(r)
@@ -193,6 +196,13 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 		sub.wildcard, sub.confirm = true, true
 	}
 	return true
+}
+
+// names are what the proxy has of a type.
+func (st *stream) names(typeURL string) []string {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return slices.Collect(maps.Keys(st.types[typeURL].held))
 }
 
 func hasWildcard(typeURL string) bool { return typeURL == TypeCluster || typeURL == TypeListener }
@@ -347,6 +357,9 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 	}
 	if r.TypeUrl == TypeListener {
 		st.server.store.acknowledged(st, rejection)
+		if r.ErrorDetail == nil {
+			st.server.store.hasHTTP(st, a.name)
+		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -87,6 +88,9 @@ type Options struct {
 	Behind time.Duration
 	// TunnelAge is the model's.
 	TunnelAge time.Duration
+	// Rewrite changes what a node's proxies of a tenant get of the configuration, each
+	// resource when it is sent. Default: nothing.
+	Rewrite func(node string, tenant model.Tenant, r *discoveryv3.Resource)
 }
 
 // SetAuthority has another authority sign and nodes' next plans trust its roots.

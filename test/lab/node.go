@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -405,7 +406,11 @@ func (n *Node) serveConfiguration() {
 			return xds.StreamIdentity{Node: n.Name, Tenant: tenant, Generation: generation}, err
 		},
 	})
-	n.configuration.Register(g)
+	if n.l.o.Rewrite == nil {
+		n.configuration.Register(g)
+	} else {
+		discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, &rewriting{server: n.configuration, node: n})
+	}
 	nodev1alpha1.RegisterNodeServiceServer(g, &signer{node: n})
 	go g.Serve(listener)
 	n.StopOperator = g.Stop

@@ -62,7 +62,7 @@ func BenchmarkL7(b *testing.B) {
 		ld.Serve(h, "serve", h.Name, container.Pod)
 	}
 	byHand := startByHand(b, client, server)
-	publish(b, l, l.B2)
+	publish(b, l, l.B2, ways)
 	mesh := []int{l.Node1.Tenant(l.A1.Tenant.String()).Generations[0].PID, l.Node2.Tenant(l.B2.Tenant.String()).Generations[0].PID}
 	run := func(w way, n int, d time.Duration) load.Result {
 		if w.byHand {
@@ -118,7 +118,7 @@ func BenchmarkL7(b *testing.B) {
 }
 
 // publish gives a pod's service a port for each way of the mesh.
-func publish(b *testing.B, l *lab.Lab, h *lab.Host) {
+func publish(b *testing.B, l *lab.Lab, h *lab.Host, ways []way) {
 	b.Helper()
 	key := model.ServiceKey{Namespace: h.Identity.Namespace, Name: h.Name}
 	s := model.Service{Namespace: key.Namespace, Name: key.Name, VIPs: h.VIP.Both()}
