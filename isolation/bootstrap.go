@@ -19,7 +19,7 @@ type object = map[string]any
 
 // bootstrap is Envoy's static configuration: where the rest comes from. The node
 // id helps those who read logs; nobody trusts it.
-func bootstrap(t model.Tenant, generation int) ([]byte, error) {
+func bootstrap(t model.Tenant, generation int, version string) ([]byte, error) {
 	// Without a limit: live means that the first configuration is there.
 	fromStream := object{"ads": object{}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 	pipe := func(path string) object { return object{"pipe": object{"path": path}} }
@@ -53,14 +53,31 @@ func bootstrap(t model.Tenant, generation int) ([]byte, error) {
 				"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener",
 			},
 		}},
-		// Since 1.40 a tunnel whose server answers and closes at once ends for its client
-		// in a reset, before the answer.
-		"layered_runtime": object{"layers": []object{{"name": "static", "static_layer": object{
-			"envoy.reloadable_features.enable_send_rst_on_user_space_socket": false,
-		}}}},
+		"layered_runtime": object{"layers": []object{{"name": "static", "static_layer": features(version)}}},
 		// A cluster that was asked for and never used again costs half without its stats.
 		"deferred_stat_options": object{"enable_deferred_creation_stats": true},
 	})
+}
+
+// features are those of a version that are to be other than it has them. One that a
+// version doesn't know it complains of at length.
+func features(version string) object {
+	f := object{}
+	if !isBefore(version, 1, 40) {
+		// A tunnel whose server answers and closes at once would end for its client in a
+		// reset, before the answer.
+		f["envoy.reloadable_features.enable_send_rst_on_user_space_socket"] = false
+	}
+	return f
+}
+
+// isBefore reports whether a version of Envoy is older than major.minor.
+func isBefore(version string, major, minor int) bool {
+	var a, b int
+	if _, err := fmt.Sscanf(version, "%d.%d.", &a, &b); err != nil {
+		return false
+	}
+	return a < major || a == major && b < minor
 }
 
 // MaxWorkers is the most threads of a process that serve connections: steering has

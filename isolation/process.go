@@ -275,7 +275,7 @@ func (p *process) start() (*running, error) {
 		return nil, err
 	}
 	threads := workers(t.wantedWorkers(), t.wantedLimits())
-	config, err := p.config(tree, s.Generation, threads)
+	config, err := p.config(tree, s.Generation, s.Version, threads)
 	if err != nil {
 		return nil, err
 	}
@@ -320,9 +320,9 @@ func (p *process) start() (*running, error) {
 	return r, nil
 }
 
-func (p *process) config(tree string, generation, workers int) ([]byte, error) {
+func (p *process) config(tree string, generation int, version string, workers int) ([]byte, error) {
 	t, m := p.tenant, p.tenant.m
-	static, err := bootstrap(t.name, generation)
+	static, err := bootstrap(t.name, generation, version)
 	if err != nil {
 		return nil, err
 	}

@@ -155,3 +155,17 @@ func TestCheckTenant(t *testing.T) {
 		}
 	}
 }
+
+// A setting that a version doesn't know it logs an error and a stack for.
+func TestFeatures(t *testing.T) {
+	const setting = "enable_send_rst_on_user_space_socket"
+	for version, has := range map[string]bool{"1.39.0": false, "1.39.3": false, "1.39.3+0123456789ab": false, "1.40.0": true, "1.40.0-rc.1": true, "1.41.2+0123456789ab": true, "2.0.0": true, "dev": true} {
+		b, err := bootstrap(model.NamespaceTenant("team-a"), 0, version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(b), setting) != has {
+			t.Errorf("%s: set is %v", version, !has)
+		}
+	}
+}
