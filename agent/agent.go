@@ -91,6 +91,8 @@ type Agent struct {
 	planKnown     bool
 	planError     string
 	last          round
+	// refusedBefore is what an earlier agent told of, by tenant.
+	refusedBefore map[string]map[resource]refusal
 	// usages are what proxies took when that was read last.
 	usages map[model.Tenant]isolation.Usage
 	// toldCosts are those of the status.

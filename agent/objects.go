@@ -78,6 +78,11 @@ func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
 		a.log.Error("the node's NodeProxy was deleted: what runs goes on until there is a new one", "node", a.o.Node)
 		return
 	}
+	a.mu.Lock()
+	if a.refusedBefore == nil { // later it is what this agent says itself
+		a.refusedBefore = rememberedRefusals(np.Status)
+	}
+	a.mu.Unlock()
 	p, err := makePlan(np)
 	problem := ""
 	if err != nil {

@@ -52,6 +52,8 @@ type round struct {
 	weights map[model.Tenant]int
 	// taking are the processes, by generation, whose sockets take connections.
 	taking map[model.Tenant][generations]process
+	// refused is what tenants' proxies refuse, and whether all versions do.
+	refused map[model.Tenant]map[resource]refusal
 }
 
 // What wakes the loop is often a tenant's doing, and each round looks at all of
@@ -87,7 +89,8 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return next
 	}
 	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
-		steered: map[string]steer.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{}}
+		steered: map[string]steer.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{},
+		refused: map[model.Tenant]map[resource]refusal{}}
 	if err := a.ensureRedirection(p.redirection); err != nil {
 		a.log.Error("redirection isn't as planned", "error", err)
 		if r.redirectionProblem = err.Error(); a.steering().datapath == nil {
@@ -120,6 +123,9 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 			indexes[tp.tenant] = index
 		}
 		if again > 0 {
+			next = min(next, again)
+		}
+		if again := a.compareRefusalsOf(tp, &r); again > 0 {
 			next = min(next, again)
 		}
 	}

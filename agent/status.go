@@ -227,6 +227,8 @@ func tenantStatus(tp tenantPlan, o observation) v1alpha1.NodeTenantStatus {
 		if role := g.Role; role == v1alpha1.RoleFirst || role == v1alpha1.RoleCanary {
 			g.Figures = o.figures[process{p.PID, p.StartTicks}]
 		}
+		alone := o.refusedAlone(tp.tenant, p.Generation)
+		g.RefusedAlone = &alone
 		if !p.DrainUntil.IsZero() {
 			until := metav1.NewTime(p.DrainUntil.UTC().Truncate(time.Second))
 			g.DrainUntil = &until
@@ -273,6 +275,16 @@ func refusals(rejections []relay.Rejection) (n int32) {
 	return n
 }
 
+// refusedAlone counts what a process refuses that one of another version takes.
+func (o observation) refusedAlone(t model.Tenant, generation int) (n int32) {
+	for _, r := range o.configs[relay.Key{Tenant: t, Generation: generation}].Rejections {
+		if alone, _ := o.round.refused[t][resource{r.Type, r.Name}].told(o.now); alone {
+			n++
+		}
+	}
+	return n
+}
+
 // rejected is what the tenant's generations refused, each resource once.
 func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 	const most = 16 // that the API takes
@@ -281,7 +293,8 @@ func rejected(o observation, t model.Tenant) []v1alpha1.RejectedResource {
 		for _, r := range o.configs[relay.Key{Tenant: t, Generation: g}].Rejections {
 			same := func(x v1alpha1.RejectedResource) bool { return x.Type == r.Type && x.Name == r.Name }
 			if len(out) < most && !slices.ContainsFunc(out, same) {
-				out = append(out, v1alpha1.RejectedResource{Type: r.Type, Name: r.Name, Message: r.Message})
+				out = append(out, v1alpha1.RejectedResource{Type: r.Type, Name: r.Name, Message: r.Message,
+					Shared: o.round.refused[t][resource{r.Type, r.Name}].shared})
 			}
 		}
 	}

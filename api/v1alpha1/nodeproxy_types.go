@@ -342,6 +342,10 @@ type RejectedResource struct {
 	// +kubebuilder:validation:MaxLength=300
 	// +optional
 	Message string `json:"message,omitempty"`
+	// Shared: it is no matter of an Envoy's version. All versions that ran beside each
+	// other refused it, or none ran beside the one that did.
+	// +optional
+	Shared bool `json:"shared,omitempty"`
 }
 
 // GenerationRole is what a process of a tenant is.
@@ -380,6 +384,10 @@ type GenerationStatus struct {
 	// of.
 	// +optional
 	Rejected int32 `json:"rejected,omitempty"`
+	// RefusedAlone is how many resources it refuses, for some seconds, that a process of
+	// another version beside it takes; none if the agent doesn't say.
+	// +optional
+	RefusedAlone *int32 `json:"refusedAlone,omitempty"`
 	// DrainUntil is when a process that leaves ends at the latest.
 	// +optional
 	DrainUntil *metav1.Time `json:"drainUntil,omitempty"`

@@ -169,7 +169,10 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			switch {
 			case g.Restarts > 0:
 				v.Reason, v.Message = VerdictCrashed, cutTo(fmt.Sprintf("the new proxy ended %d times, limit 0; the last time: %s", g.Restarts, cmp.Or(g.LastExit, "it could not be started")), 1000)
-			case g.Rejected > others:
+			case g.RefusedAlone != nil && *g.RefusedAlone > 0:
+				v.Reason = VerdictConfigRejected
+				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources that the old one takes: %s", *g.RefusedAlone, rejectedNames(p.status)), 1000)
+			case g.RefusedAlone == nil && g.Rejected > others: // by an agent of before
 				v.Reason = VerdictConfigRejected
 				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources, the old one %d: %s", g.Rejected, others, rejectedNames(p.status)), 1000)
 			case r.Away[p.node.Name] != "": // what it says last is about what was
@@ -564,6 +567,9 @@ func (r *rollout) again(d time.Duration) {
 func rejectedNames(s *v1alpha1.NodeTenantStatus) string {
 	var names []string
 	for _, r := range s.Rejected {
+		if r.Shared {
+			continue
+		}
 		names = append(names, fmt.Sprintf("%s %s: %s", r.Type, r.Name, r.Message))
 	}
 	return listed(names)

@@ -294,6 +294,41 @@ func TestRolloutComparesRefusals(t *testing.T) {
 	}
 }
 
+// Agents that tell what one version refuses alone are believed rather than counts:
+// the old process may have ended, and what it refused with it.
+func TestRolloutBelievesAgentsOfRefusals(t *testing.T) {
+	for name, tc := range map[string]struct {
+		alone int32
+		phase v1alpha1.RolloutPhase
+	}{"shared with the one before": {0, v1alpha1.RolloutWaiting}, "its own": {1, v1alpha1.RolloutRolledBack}} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{TenantsPercent: percent(50), Weight: 100, Approval: true}, {Weight: 100}}}, "a", "b")
+			f.want("begun", v1alpha1.RolloutWaiting, "a promoted")
+			f.told = func(_ string, s *v1alpha1.NodeTenantStatus) {
+				if s.Name != "a" {
+					return
+				}
+				for i := range s.Generations {
+					if s.Generations[i].Version == newEnvoy {
+						s.Generations[i].Rejected, s.Generations[i].RefusedAlone = 2, &tc.alone
+						s.Generations = s.Generations[i : i+1]
+						break
+					}
+				}
+				s.Rejected = []v1alpha1.RejectedResource{{Type: "CDS", Name: "known", Shared: true}, {Type: "CDS", Name: "news", Shared: tc.alone == 0}}
+			}
+			f.report()
+			s := f.settle()
+			if s.Phase != tc.phase {
+				t.Errorf("%s: %s", s.Phase, s.Message)
+			}
+			if v := s.Verdict; v != nil && (v.Reason != VerdictConfigRejected || !strings.Contains(v.Message, "refused 1 resources") || !strings.Contains(v.Message, "CDS news") || strings.Contains(v.Message, "known")) {
+				t.Errorf("%+v", v)
+			}
+		})
+	}
+}
+
 func TestRolloutIsStopped(t *testing.T) {
 	f := newFleet(t, steps(), "a", "b", "c", "d")
 	f.older = "other"
