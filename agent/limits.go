@@ -11,9 +11,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// limiter is a datapath that can bound a tenant's connections. Not every one can.
+// limiter is a datapath that counts a tenant's connections, and so can bound how many
+// there are at a time. Not every one can.
 type limiter interface {
-	ConnectionLimits(index uint16) (steer.ConnectionLimits, error)
 	CheckConnections(index uint16, netns string) error
 	Connections(index uint16) (int64, error)
 }
@@ -39,12 +39,15 @@ func enforcedLimits(l isolation.Limits, b isolation.Bandwidth, c steer.Connectio
 // which of those that are wanted the node can't hold.
 func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have steer.ConnectionLimits, unenforced []string) {
 	steering := a.steering()
-	l, can := steering.datapath.(limiter)
-	if can {
+	if steering.datapath != nil {
 		// A tenant that isn't there yet has none.
-		have, _ = l.ConnectionLimits(state.Index)
-	} else if tp.connections != (steer.ConnectionLimits{}) || tp.bandwidth != (isolation.Bandwidth{}) {
-		return have, []string{fmt.Sprintf("connections, bandwidth: redirection %s bounds none; use %s", steering.kind, v1alpha1.RedirectionEBPF)}
+		have, _ = steering.datapath.ConnectionLimits(state.Index)
+	}
+	if _, can := steering.datapath.(limiter); !can {
+		if tp.connections.Concurrent != 0 || tp.bandwidth != (isolation.Bandwidth{}) {
+			unenforced = append(unenforced, fmt.Sprintf("connections.concurrent, bandwidth: redirection %s bounds neither; use %s", steering.kind, v1alpha1.RedirectionEBPF))
+		}
+		return have, unenforced
 	}
 	if tp.bandwidth.Egress != 0 && state.CgroupV2 == "" {
 		unenforced = append(unenforced, "bandwidth.egress: the node has no cgroup version 2, where what goes to own pods is told apart")

@@ -27,6 +27,7 @@ type datapath interface {
 	SetListeners(index uint16, generation, pid int) error
 	ClearListeners(index uint16, generation int) error
 	SetWeight(index uint16, canaryPercent int) error
+	ConnectionLimits(index uint16) (steer.ConnectionLimits, error)
 
 	UpdatePod(steer.Pod) error
 	MovePod(steer.Pod, model.FlowReader) error

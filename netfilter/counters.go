@@ -186,6 +186,8 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 				c.Dropped.Unsteered += k.n
 			case k.port == plainTextPort:
 				c.Dropped.PlainText += k.n
+			case k.port == tooFastPort:
+				c.Dropped.TooFast += k.n
 			case k.port == refusedPort:
 				c.Refused += k.n
 			case ok:
@@ -270,6 +272,8 @@ func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 					p.Add(l, k.n)
 				case k.port == plainTextPort:
 					p.Dropped.PlainText += k.n
+				case k.port == tooFastPort:
+					p.Dropped.TooFast += k.n
 				}
 			})
 		}

@@ -27,22 +27,31 @@ const (
 	// setConnections counts new connections, by the pod's address and the listener's
 	// port or one of the ports below, and with the unspecified address those of all.
 	setConnections = "connections"
-	// setState keeps what the chains were made from: stateWeight, stateActive.
+	// setState keeps what the chains were made from: stateWeight, stateActive, statePace.
 	setState = "state"
 )
 
 // Of connections that got no listener: to nobody here, in plain text that the pod
-// doesn't take, and where nobody listens.
+// doesn't take, where nobody listens, and beyond the tenant's pace.
 const (
 	unsteeredPort = iota
 	plainTextPort
 	refusedPort
+	tooFastPort
 )
+
+// Chains whose one rule marks connections beyond the pace: one for both families, or
+// each would have a pace of its own.
+const paceOut, paceIn = "pace_out", "pace_in"
 
 const (
 	stateWeight = 1
 	stateActive = 2 // and the one of generation 1 behind it
+	statePace   = stateActive + steer.Generations
 )
+
+// tooFast is what the chains above mark with.
+const tooFast = 1
 
 // hashSeed is the same for every packet of a connection, and in every version: the
 // ACK that answers a SYN cookie must find the listener that the SYN found.
@@ -53,12 +62,14 @@ type innerState struct {
 	pods, nodes, strict map[netip.Addr]bool
 	active              [steer.Generations]bool
 	weight              int
+	// pace is the most new connections in a second, of each direction; 0 is no bound.
+	pace uint32
 	// made is false before the first time.
 	made bool
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.made == o.made && s.active == o.active && s.weight == o.weight && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.made == o.made && s.active == o.active && s.weight == o.weight && s.pace == o.pace && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
 }
 
 // addresses are what the sets of addresses have.
@@ -116,6 +127,8 @@ func (t *tenantState) read(c *nftables.Conn) error {
 			t.have.weight = int(value)
 		case stateActive, stateActive + 1:
 			t.have.active[k-stateActive] = value != 0
+		case statePace:
+			t.have.pace = value
 		}
 	}
 	return nil // have.made stays false: the rules may be another version's
@@ -146,7 +159,7 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if err := t.forgetConnections(c, want); err != nil {
 		return err
 	}
-	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}}
+	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}, {Key: native(statePace), Val: native(want.pace)}}
 	for g, active := range want.active {
 		value := uint32(0)
 		if active {
@@ -164,6 +177,9 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 		c.AddChain(&nftables.Chain{Name: ch.name, Table: inner})
 	}
 	for _, ch := range append(chains, chain{prerouting.Name, preroutingRules(t.ifindex)}) {
+		if (ch.name == paceOut || ch.name == paceIn) && t.have.made && t.have.pace == want.pace {
+			continue // or whatever else changes would forget what has been taken
+		}
 		of := &nftables.Chain{Name: ch.name, Table: inner}
 		c.FlushChain(of)
 		for _, r := range ch.rules {
@@ -243,25 +259,45 @@ func preroutingRules(ifindex int) []rule {
 
 // innerChains find the listener, and in there the generation.
 func innerChains(s innerState) (chains []chain) {
+	for _, name := range []string{paceOut, paceIn} {
+		var rules []rule
+		if s.pace > 0 {
+			// Like eBPF's: a second's worth at once, after a rest.
+			rules = append(rules, join(rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(s.pace), Unit: expr.LimitTimeSecond, Burst: s.pace, Over: true}}, onlyMark(tooFast)))
+		}
+		chains = append(chains, chain{name, rules})
+	}
 	for _, f := range families {
 		v := f.version
 		source, destination := network(f.source, f.length, regKey), network(f.destination, f.length, regKey)
+		ownPod, foreign := join(source, isIn(setInnerPods+v, regKey)), join(source, isNotIn(setInnerPods+v, regKey))
+		outbound := join(ownPod, transport(2, 2, regTemp), differs(regTemp, big16(portInbound)...))
 		toInbound := join(transport(2, 2, regTemp), equal(regTemp, big16(portInbound)...))
-		chains = append(chains, chain{"steer" + v, []rule{
-			join(source, isIn(setInnerPods+v, regKey), transport(2, 2, regTemp), differs(regTemp, big16(portInbound)...), goTo("outbound"+v)),
-			join(destination, isNotIn(setInnerPods+v, regKey), goTo("unsteered"+v)),
+		paced := func(by string, when rule) (rules []rule) {
+			if s.pace > 0 {
+				rules = []rule{onlyMark(0), join(opens(), when, jump(by)), join(when, markIs(tooFast), goTo(by+v))}
+			}
+			return rules
+		}
+		steering := append(paced(paceOut, outbound), join(outbound, goTo("outbound"+v)),
+			join(destination, isNotIn(setInnerPods+v, regKey), goTo("unsteered"+v)))
+		// Not a tunnel between two of its own pods: that begins in here.
+		steering = append(steering, paced(paceIn, foreign)...)
+		chains = append(chains, chain{"steer" + v, append(steering,
 			join(toInbound, goTo("inbound"+v)),
 			// Before there is a connection, so that not even a greeting gets out.
 			join(destination, isIn(setInnerStrict+v, regKey), goTo("strict"+v)),
 			// Envoy can't keep that source: it is the node's own.
 			join(source, isIn(setInnerNodes+v, regKey), goTo("nodeplain"+v)),
-			goTo("plain" + v),
-		}})
+			goTo("plain"+v),
+		)})
 		for l := range steer.Listeners {
 			chains = append(chains, f.listener(l, s)...)
 		}
 		chains = append(chains,
 			chain{"strict" + v, append(f.count(destination, plainTextPort), refuse()...)},
+			chain{paceOut + v, append(f.count(source, tooFastPort), drop())},
+			chain{paceIn + v, append(f.count(destination, tooFastPort), drop())},
 			chain{"unsteered" + v, append(f.count(nil, unsteeredPort), drop())})
 	}
 	return chains

@@ -49,7 +49,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	}
 	// First in there: nothing is sent into a namespace that doesn't know what to do
 	// with it.
-	if err := d.syncTenant(t.Index, state); err != nil {
+	if err := d.writeTenant(t.Index, state, func(s *innerState) { s.pace = t.Connections.NewPerSecond }); err != nil {
 		return err
 	}
 	d.tenants[t.Index] = state
@@ -68,6 +68,17 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		ch.branch(of)
 	}
 	return ch.commit()
+}
+
+// ConnectionLimits are those that the rules hold for a tenant: a pace alone.
+func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	t := d.tenants[index]
+	if t == nil {
+		return steer.ConnectionLimits{}, fmt.Errorf("limits of tenant %d: %w", index, steer.ErrUnknownTenant)
+	}
+	return steer.ConnectionLimits{NewPerSecond: t.have.pace}, nil
 }
 
 func tenantChain(veth uint32) string { return "tenant_" + strconv.Itoa(int(veth)) }

@@ -34,7 +34,7 @@ type Tenant struct {
 	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
 	// and no events of its connections. Only eBPF has use for it.
 	CgroupV2 string
-	// Connections bounds what the tenant's proxy takes. Only eBPF does.
+	// Connections bounds what the tenant's proxy takes. Only eBPF bounds concurrent ones.
 	Connections ConnectionLimits
 	// Watch has the connections of each generation counted by how they fare, from now
 	// on. It costs each of the tenant's packets a look. Only eBPF does.

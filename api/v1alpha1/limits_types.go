@@ -60,7 +60,7 @@ type ConnectionIsolation struct {
 	// +optional
 	Concurrent *int64 `json:"concurrent,omitempty"`
 	// NewPerSecond is how many the pods may open in a second, and others to them as
-	// many; after a second without any, so many at once. Not enforced with redirection Netfilter. Default: no limit.
+	// many; after a second without any, so many at once. Default: no limit.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional

@@ -29,43 +29,76 @@ func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
 	}
 }
 
-// Limits hold in place, shed the tenant's own new connections only, and let it
-// recover by itself.
-func TestConnectionLimits(t *testing.T) {
-	const seconds, rate, most = 6, 40, 60
-	l := lab.New(t)
-	n := l.Node1
-	pid := n.Tenant("team-b").Generations[0].PID
-	target, held := lab.At(l.B2.V4, app.HTTPPort).String(), lab.At(l.B2.V4, app.GreetPort).String()
-	neighbour := func() func(any) {
-		return l.A1.Begin(t, "load", "--protocol=http", "--connections=8", "--rate=100", "--new-connection-ratio=0.5",
-			fmt.Sprintf("--duration=%ds", seconds), lab.At(l.A3.V4, app.HTTPPort).String())
-	}
-	undisturbed := func(wait func(any)) {
+// undisturbed begins a neighbour's load; what it returns waits, and says if anything
+// failed.
+func undisturbed(t *testing.T, l *lab.Lab, seconds int) func() {
+	t.Helper()
+	wait := l.A1.Begin(t, "load", "--protocol=http", "--connections=8", "--rate=100", "--new-connection-ratio=0.5",
+		fmt.Sprintf("--duration=%ds", seconds), lab.At(l.A3.V4, app.HTTPPort).String())
+	return func() {
 		t.Helper()
 		var r app.RunResult
 		if wait(&r); !r.OK {
 			t.Errorf("the neighbour: %d exchanges, failures %+v", r.Exchanges, r.Failures)
 		}
 	}
-	steered := func() uint64 { s := n.Tenant("team-b").Steered; return s[0] + s[1] }
+}
 
+// A tenant opens connections at its pace and no faster, whoever floods it leaves that
+// alone, and neither is felt by a neighbour.
+func TestPace(t *testing.T) { eachRedirection(t, testPace) }
+
+func testPace(t *testing.T, l *lab.Lab) {
+	const seconds, rate = 6, 40
+	n := l.Node1
+	pid := n.Tenant("team-b").Generations[0].PID
+	steered := func() uint64 { s := n.Tenant("team-b").Steered; return s[0] + s[1] }
+	flood := func(from *lab.Host, to string) (opened, shed uint64) {
+		t.Helper()
+		before, was := steered(), n.Tenant("team-b").Drops["tooFast"]
+		wait := from.Begin(t, "load", "--protocol=http", "--connections=64", "--rate=400", "--new-connection-ratio=1", "--timeout=300ms",
+			fmt.Sprintf("--duration=%ds", seconds), to)
+		// What its pods open has a pace of its own, whoever comes from outside.
+		if from == l.Outside {
+			<-time.After(2 * time.Second) // until the second's worth has been taken
+			for range 20 {
+				flow{from: l.B1, to: l.B2}.check(t, 4)
+			}
+		}
+		var r app.RunResult
+		wait(&r)
+		return steered() - before, n.Tenant("team-b").Drops["tooFast"] - was
+	}
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, NewConnections: rate})
-	wait, before := neighbour(), steered()
-	flood := l.B1.Begin(t, "load", "--protocol=http", "--connections=64", "--rate=400", "--new-connection-ratio=1", "--timeout=300ms",
-		fmt.Sprintf("--duration=%ds", seconds), target)
-	var r app.RunResult
-	flood(&r)
-	if opened := steered() - before; opened > rate*(seconds+2) || opened < rate*(seconds-2) {
-		t.Errorf("%d connections in %d s at %d a second", opened, seconds, rate)
+	neighbour := undisturbed(t, l, 2*seconds)
+	if opened, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened > rate*(seconds+2) || opened < rate*(seconds-2) || shed == 0 {
+		t.Errorf("%d connections in %d s at %d a second, %d shed", opened, seconds, rate, shed)
 	}
-	undisturbed(wait)
-	if tenant := n.Tenant("team-b"); tenant.Drops["tooFast"] == 0 || tenant.Generations[0].PID != pid {
-		t.Errorf("drops %v, pid %d, was %d", tenant.Drops, tenant.Generations[0].PID, pid)
+	if opened, shed := flood(l.Outside, lab.At(l.B1.V4, app.HTTPPort).String()); opened > rate*(seconds+2)+100 || opened < rate*(seconds-2) || shed == 0 {
+		t.Errorf("%d connections from outside in %d s at %d a second, %d shed", opened, seconds, rate, shed)
 	}
+	neighbour()
+	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
+	if tenant := n.Tenant("team-b"); tenant.Generations[0].PID != pid {
+		t.Errorf("pid %d, was %d", tenant.Generations[0].PID, pid)
+	}
+	if opened, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened < 2*rate*seconds || shed != 0 {
+		t.Errorf("without a limit %d connections in %d s, %d shed", opened, seconds, shed)
+	}
+}
+
+// Limits hold in place, shed the tenant's own new connections only, and let it
+// recover by itself.
+func TestConnectionLimits(t *testing.T) {
+	const seconds, most = 6, 60
+	l := lab.New(t)
+	n := l.Node1
+	pid := n.Tenant("team-b").Generations[0].PID
+	held := lab.At(l.B2.V4, app.GreetPort).String()
 
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
-	wait = neighbour()
+	neighbour := undisturbed(t, l, seconds)
+	var r app.RunResult
 	hold := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", 3*most), "--interval=200ms", fmt.Sprintf("--duration=%ds", seconds), "--timeout=1s", held)
 	lab.Eventually(t, "as many connections as may be", func() error {
 		if have := n.Tenant("team-b").Connections; have < most {
@@ -77,7 +110,7 @@ func TestConnectionLimits(t *testing.T) {
 		t.Errorf("%d connections, at most %d", have, most)
 	}
 	hold(&r)
-	undisturbed(wait)
+	neighbour()
 	// The load has ended, and nothing else is to be done.
 	for range 5 {
 		flow{from: l.B1, to: l.B2}.check(t, 4)
