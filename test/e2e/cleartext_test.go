@@ -268,3 +268,61 @@ spec:
 	pass(outside, direct)
 	pass(outside, nodePort)
 }
+
+// TestEgress closes what is outside of the cluster for one topology's pods, who go on
+// to talk within it, and opens it again.
+func TestEgress(t *testing.T) {
+	tm := newTeam(t, "e2e-egress")
+	from, other := tm.pod(tm.web, 0), e.pod(webB, 1)
+	var service corev1.Service
+	var node corev1.Node
+	err := e.Apply(t.Context(), fmt.Sprintf(`---
+apiVersion: v1
+kind: Service
+metadata: {name: outside, namespace: %s}
+spec:
+  type: NodePort
+  selector: {app: %s}
+  ports: [{name: greet, port: %d}]
+`, tm.name, tm.web.Name, app.GreetPort))
+	err = errors.Join(err, e.Client.Get(t.Context(), client.ObjectKey{Namespace: tm.name, Name: "outside"}, &service),
+		e.Client.Get(t.Context(), client.ObjectKey{Name: e.nodes[1]}, &node))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Another node's own address is in no range of pods or services.
+	var outside []string
+	for _, a := range node.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP && !strings.Contains(a.Address, ":") {
+			outside = append(outside, hostPort(a.Address, int(service.Spec.Ports[0].NodePort)))
+		}
+	}
+	reaches := func(when string, want bool) {
+		t.Helper()
+		for _, address := range outside {
+			err := harness.Wait(t.Context(), 20*time.Second, 200*time.Millisecond, when, func(ctx context.Context) error {
+				if r, err := e.Call(ctx, from, "tcp", "--timeout", "3s", address); err != nil || r.OK != want || !want && r.Body != "" {
+					return fmt.Errorf("%s to %s outside: %+v, %v", from, address, r, err)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		mustCall(t, from, from.IPv4, "tcp", hostPort(other.IPv4, app.GreetPort))
+		mustCall(t, from, from.IPv6, "tcp", hostPort(e.pod(webO, 1).IPv6, app.GreetPort))
+		mustCall(t, from, "", "tcp", hostPort(service.Spec.ClusterIP, app.GreetPort))
+	}
+	if len(outside) == 0 {
+		t.Fatalf("node %s has no address", node.Name)
+	}
+	reaches("by default what is outside is there", true)
+	held := begin(t, "begun before", from, "hold", "--connections=5", "--interval=200ms", "--duration=8s", "--timeout=5s", outside[0])
+	tm.change(t, map[string]any{"egress": v1alpha1.EgressReject})
+	reaches("outside is closed", false)
+	tm.change(t, map[string]any{"egress": nil})
+	reaches("outside is open again", true)
+	<-held.outcome
+	t.Logf("of connections that began before, %d were held, %d failures, first %+v", held.result.Held, held.result.Failures.Total, held.result.Failures.First)
+}
