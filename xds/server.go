@@ -57,6 +57,9 @@ type ServerOptions struct {
 	// NamesPerSecond is how fast it may get more, beyond a burst of twice MaxNames.
 	// Faster ones wait. Default 100.
 	NamesPerSecond float64
+	// StraightHTTP has proxies read requests where connections come in, as soon as they
+	// have what that takes. Default false: see docs/decisions/0032.
+	StraightHTTP bool
 	// Coalesce is for how long changes are gathered into one push. Default 10 ms.
 	Coalesce time.Duration
 	// ProxyWait is for how long a stream may wait until the store is synced and

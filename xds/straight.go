@@ -15,7 +15,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
-// A proxy that has an address's listener for HTTP reads requests to it where
+// With ServerOptions.StraightHTTP a proxy that has an address's listener for HTTP reads requests to it where
 // connections come in: a chain for each account and address, of the same connection
 // manager with the same routes. The way through the cluster of the address and the
 // internal listener, which costs a fifth of a request's CPU, is for connections that
@@ -86,6 +86,9 @@ func compareAddrPorts(a, b netip.AddrPort) int {
 // gets chains for those that there is room for. A stream that begins tells of those
 // that its proxy has, before anything is sent, so that none of its chains goes.
 func (s *Store) hasHTTP(st *stream, listeners ...string) {
+	if !st.server.opts.StraightHTTP {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := s.proxies[st.key]

@@ -52,7 +52,7 @@ func TestHTTPStraight(t *testing.T) {
 }
 
 func testHTTPStraight(t *testing.T, version string) {
-	store, e, rejections := routedEnvoy(t, version)
+	store, e, rejections := routedEnvoyWith(t, version, 1, true)
 	marked := prefixed("/", model.Action{Backends: to("web"), RequestHeaders: model.HeaderChange{Set: []model.Header{{Name: "x-routed", Value: "yes"}}}})
 	routed := func(p *httpPod) bool {
 		t.Helper()
@@ -137,7 +137,7 @@ func testHTTPStraight(t *testing.T, version string) {
 // A proxy gets chains for the addresses that it has listeners for, for no others, and
 // no more than are good for the size of the listener.
 func TestStraightChains(t *testing.T) {
-	m := newMesh(t, ServerOptions{})
+	m := newMesh(t, ServerOptions{StraightHTTP: true})
 	accounts := 2 // of testProxy
 	room := maxStraight / accounts
 	c := m.dial(teamA)
@@ -175,6 +175,12 @@ func TestStraightChains(t *testing.T) {
 		t.Errorf("another tenant has %q", got)
 	}
 	c.cancel()
+	// Nobody has any who doesn't ask for them.
+	usual := newMesh(t, ServerOptions{}).dial(teamA)
+	usual.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeListener, InitialResourceVersions: has, ResourceNamesSubscribe: []string{listenerOutbound}})
+	if got := chains(usual.want(TypeListener, listenerOutbound)); len(got) > 0 {
+		t.Errorf("without StraightHTTP there are %q", got)
+	}
 	eventually(t, "the stream is over", func() bool {
 		m.store.mu.Lock()
 		defer m.store.mu.Unlock()
