@@ -7,6 +7,8 @@
 #define MAX_LEARNED 8192
 // Of those, that tenants open: the rest is for what the pod and its peers open.
 #define MAX_LEARNED_BY_TENANTS (MAX_LEARNED / 2)
+// Of those, before another that begins at the tunnels' port.
+#define MAX_DIALLED 256
 // 32 of its namespace and 8 of its own for each of 1,000 pods.
 #define MAX_EXCLUSIONS 65536
 
@@ -246,7 +248,7 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	}
 	if (direct)
 		return learn(f, pod, DIRECT, from_pod, 0) ? FLOWS_FULL : DIRECT;
-	if (pod->learn || (from_pod && f->pod_port == HBONE_PORT))
+	if (pod->learn)
 		learn(f, pod, tenant, from_pod, 0);
 	return tenant;
 }

@@ -85,7 +85,8 @@ static __noinline int tell_socket(struct bpf_sock_ops *ctx, enum event_kind kind
 		pod = as;
 	if (!pod)
 		return 0;
-	if (passive && kind == EVENT_OPENED) {
+	// In its own namespace a process can have any two addresses.
+	if (passive && kind == EVENT_OPENED && pod->tenant == tenant) {
 		struct pod_counters *count = pod_counters_of(pod->ifindex);
 		if (count)
 			__sync_fetch_and_add(&count->accepted, 1);

@@ -225,7 +225,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
 	if podIsSource {
-		steered = append(steered, join(isPort(0, portInbound), flow, put(setDialled+v, regKey, 0, openedLinger)))
+		steered = append(steered, join(isPort(0, portInbound), network(f.destination, f.length, regKey), isIn(setOwners+v, regKey), flow, put(setDialled+v, regKey, 0, openedLinger)))
 	}
 	return []chain{
 		{way + "_opens" + v, append(append(f.forget(flow),

@@ -91,7 +91,7 @@ const (
 	// setFlows: flows that needn't go where their pod's new ones go, to their tenant.
 	// The pod's end comes first.
 	setFlows = "flows"
-	// setDialled: flows that pods opened from the tunnels' port.
+	// setDialled: flows that pods opened from the tunnels' port, to pods of this node.
 	setDialled = "dialled"
 	// setEnded: of the flows that are written down those of which an end was seen.
 	setEnded = "ended"
