@@ -64,16 +64,17 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		}
 		veth.Watched = 1
 	}
+	// Before the entry says that nothing is left.
+	if watched && !t.Watch {
+		if err := d.unwatch(t.Index); err != nil {
+			return err
+		}
+	}
 	if err := d.maps[datapathMapVeths].Put(uint32(t.HostIfindex), veth); err != nil {
 		return fmt.Errorf("write veth %d: %w", t.HostIfindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
 	}
 	if err := d.addVethCounters(t.HostIfindex); err != nil {
 		return err
-	}
-	if watched && !t.Watch {
-		if err := d.unwatch(t.Index); err != nil {
-			return err
-		}
 	}
 	// The entry comes last: nothing is sent into the namespace before what
 	// comes out of it is checked.
