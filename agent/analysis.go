@@ -39,6 +39,9 @@ type generationWatcher interface {
 
 // pair are what serves a tenant and the canary beside it, in this order.
 type pair struct {
+	// weight of the canary: what was counted at another one is of another time for the
+	// one than for the other, and a bad minute would be put down to who had more of it.
+	weight      int
 	generations [2]int
 	processes   [2]process
 }
@@ -64,7 +67,7 @@ func (a *Agent) pairs() map[model.Tenant]pair {
 		if weight == 0 || pl.standby || pl.first == none || pl.canary == none {
 			continue
 		}
-		p := pair{generations: [2]int{pl.first, pl.canary}}
+		p := pair{weight: int(weight), generations: [2]int{pl.first, pl.canary}}
 		for i, g := range p.generations {
 			p.processes[i] = a.last.taking[t][g]
 		}

@@ -46,7 +46,9 @@ const (
 type compared struct {
 	tenant, node string
 	old, new     v1alpha1.GenerationFigures
-	// memoryBound of both together: memory.high, or else memory.max; 0 is none.
+	// memoryBound of both together, as the MeshTopology has it: memory.high, or else
+	// memory.max; 0 is none. What a namespace takes away from that is no measure of a
+	// version.
 	memoryBound int64
 }
 
@@ -63,6 +65,9 @@ func (r *rollout) analyse() *v1alpha1.RolloutVerdict {
 	places := map[string][]compared{}
 	var all []compared
 	for name, placed := range r.tenants {
+		if isHeldBack(r.status, name) {
+			continue // its figures may be as much its own doing
+		}
 		if t, err := model.ParseTenant(name); err == nil && t.Scope != model.ScopeNode && slices.Contains(limits.IgnoreNamespaces, t.Namespace) {
 			continue
 		}
@@ -107,7 +112,15 @@ func (r *rollout) compared(p placed) (c compared, ok bool) {
 	if old == nil || new == nil || !old.At.Equal(&new.At) || old.Seconds != new.Seconds {
 		return c, false
 	}
-	return compared{node: p.node.Name, old: *old, new: *new, memoryBound: cmp.Or(p.status.Limits.MemoryHigh, p.status.Limits.MemoryMax)}, true
+	return compared{node: p.node.Name, old: *old, new: *new, memoryBound: r.memoryBound(p)}, true
+}
+
+func (r *rollout) memoryBound(p placed) int64 {
+	l := p.status.Limits
+	if t, err := model.ParseTenant(p.status.Name); err == nil && t.Scope != model.ScopeNode {
+		l = Limits(nil, r.Bounds[t.Namespace])
+	}
+	return cmp.Or(l.MemoryHigh, l.MemoryMax)
 }
 
 // AnalysisLimits are a rollout's, with defaults where it says nothing.

@@ -110,9 +110,12 @@ func TestAnalysisTakesBack(t *testing.T) {
 		tenant string
 		want   string
 	}{
-		"worse":                   {tenant: "a", want: "ConnectFailures"},
-		"ignored namespace":       {spec: v1alpha1.RolloutAnalysis{IgnoreNamespaces: []string{"a"}}, tenant: "a"},
-		"another is ignored":      {spec: v1alpha1.RolloutAnalysis{IgnoreNamespaces: []string{"b"}}, tenant: "a", want: "ConnectFailures"},
+		"worse":              {tenant: "a", want: "ConnectFailures"},
+		"ignored namespace":  {spec: v1alpha1.RolloutAnalysis{IgnoreNamespaces: []string{"a"}}, tenant: "a"},
+		"another is ignored": {spec: v1alpha1.RolloutAnalysis{IgnoreNamespaces: []string{"b"}}, tenant: "a", want: "ConnectFailures"},
+		"held back": {change: func(f *fleet, _, _ *fig) {
+			f.rollout.Status.HeldBack = []v1alpha1.HeldBackTenant{{Tenant: "a", Reason: "Crashed"}}
+		}, tenant: "a"},
 		"long ago":                {change: func(f *fleet, old, new *fig) { f.now = f.now.Add(staleFigures + time.Second) }, tenant: "a"},
 		"not about the same time": {change: func(_ *fleet, old, _ *fig) { old.At = metav1.NewTime(old.At.Add(-2 * time.Second)) }, tenant: "a"},
 	} {

@@ -43,6 +43,11 @@ func (r *rollout) ownFault(tenant string, p placed, g *v1alpha1.GenerationStatus
 	case reason == VerdictCrashed && have.Pids < roomForTwo && tighter(have.Pids, usual.Pids):
 		return fmt.Sprintf("its namespace's IsolationPolicies leave it %d threads, too few for two processes", have.Pids)
 	}
+	// Both processes are in one memory limit: one that takes it all may have the other
+	// one killed, so the end of the old one excuses nothing.
+	if f := p.status.Failure; reason == VerdictCrashed && f != nil && f.Cause == causeOutOfMemory {
+		return ""
+	}
 	for _, place := range r.tenants[tenant] {
 		if place.status == nil {
 			continue

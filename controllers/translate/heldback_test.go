@@ -52,9 +52,9 @@ func TestRolloutGoesOnWithout(t *testing.T) {
 	const mib = 1 << 20
 	all := v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}
 	recently, before := metav1.NewTime(time.Unix(1e9, 0).Add(-time.Minute)), metav1.NewTime(time.Unix(1e9, 0).Add(-11*time.Minute))
-	old := func(at metav1.Time) func(string, *v1alpha1.NodeTenantStatus) {
+	old := func(cause string, at metav1.Time) func(string, *v1alpha1.NodeTenantStatus) {
 		return func(node string, s *v1alpha1.NodeTenantStatus) {
-			crashes("Crash", "b")(node, s)
+			crashes(cause, "b")(node, s)
 			for i := range s.Generations {
 				if g := &s.Generations[i]; s.Name == "b" && node == "n1" && g.Version == oldEnvoy {
 					g.Restarts, g.StartedAt = 1, &at
@@ -85,8 +85,9 @@ func TestRolloutGoesOnWithout(t *testing.T) {
 		"a crash":                         {told: crashes("Crash", "b")},
 		"too few threads":                 {limits: v1alpha1.Limits{Pids: 20}, told: crashes("Crash", "b"), stays: true, says: "20 threads"},
 		"enough threads":                  {limits: v1alpha1.Limits{Pids: 400}, told: crashes("Crash", "b")},
-		"the old one crashed as well":     {told: old(recently), stays: true, says: "Envoy 1.39.3 ended by itself as well, on n1"},
-		"the old one crashed long before": {told: old(before)},
+		"the old one crashed as well":     {told: old("Crash", recently), stays: true, says: "Envoy 1.39.3 ended by itself as well, on n1"},
+		"the old one crashed long before": {told: old("Crash", before)},
+		"one took the memory of both":     {told: old("OutOfMemory", recently)},
 		"hardly any CPU":                  {limits: v1alpha1.Limits{CPUMillis: 1}, told: stuck, stays: true, says: "1m of CPU"},
 		"never ready":                     {told: stuck},
 		"nobody may stay behind":          {limits: v1alpha1.Limits{MemoryMax: 40 * mib}, percent: percent(0), told: crashes("OutOfMemory", "b")},

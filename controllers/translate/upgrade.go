@@ -93,6 +93,9 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 			u.Since = &v.At
 			// What was seen at another tenant may be about its pods.
 			where := "at another tenant"
+			if v.Tenant == "" {
+				where = "in the mesh as a whole: " + v.Message
+			}
 			for _, n := range nodes {
 				if n.Tenant.String() == v.Tenant {
 					if where = "here, on " + v.Node; n.Tenant.Scope != model.ScopeNode {
