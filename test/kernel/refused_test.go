@@ -120,65 +120,52 @@ func connectAs(t *testing.T, n *lab.Namespace, from netip.Addr, to netip.AddrPor
 // sendFragment sends the first fragment of a TCP packet.
 func sendFragment(t *testing.T, n *lab.Namespace, from, to netip.Addr) {
 	t.Helper()
-	tcp := make([]byte, 24)
-	binary.BigEndian.PutUint16(tcp, 40000)
-	binary.BigEndian.PutUint16(tcp[2:], app.GreetPort)
-	tcp[12], tcp[13] = 5<<4, 2
-	n.Do(t, func() {
-		if to.Is4() {
-			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
-			lab.Check(t, err)
-			defer unix.Close(fd)
-			ip := make([]byte, 20, 44)
-			ip[0], ip[6], ip[8], ip[9] = 0x45, 0x20, 64, unix.IPPROTO_TCP
-			copy(ip[12:], from.AsSlice())
-			copy(ip[16:], to.AsSlice())
-			lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet4{Addr: to.As4()}))
-			return
-		}
-		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_RAW)
-		lab.Check(t, err)
-		defer unix.Close(fd)
-		ip := make([]byte, 48, 72)
-		ip[0], ip[6], ip[7] = 0x60, unix.IPPROTO_FRAGMENT, 64
-		binary.BigEndian.PutUint16(ip[4:], uint16(8+len(tcp)))
-		copy(ip[8:], from.AsSlice())
-		copy(ip[24:], to.AsSlice())
-		ip[40], ip[43] = unix.IPPROTO_TCP, 1
-		lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
-	})
+	ip := []byte{0x45, 6: 0x20, 19: 0}
+	if to.Is6() {
+		ip = []byte{unix.IPPROTO_TCP, 3: 1, 7: 0}
+	}
+	sendSYN(t, n, from, to, unix.IPPROTO_FRAGMENT, ip, 4)
 }
 
 // sendBehindHeaders sends a SYN behind IPv4's options, or two headers of IPv6.
 func sendBehindHeaders(t *testing.T, n *lab.Namespace, from, to netip.Addr) {
 	t.Helper()
-	tcp := make([]byte, 20)
+	ip := []byte{0x46, 20: 1, 21: 1, 22: 1, 23: 1} // padded
+	if to.Is6() {
+		ip = []byte{unix.IPPROTO_DSTOPTS, 2: 1, 3: 4, 8: unix.IPPROTO_TCP, 10: 1, 11: 4, 15: 0} // PadN
+	}
+	sendSYN(t, n, from, to, unix.IPPROTO_HOPOPTS, ip, 0)
+}
+
+// sendSYN sends a TCP header and some bytes behind IPv4's header, of which the rest is
+// filled in, or behind IPv6's and headers of which first is the kind of the first.
+func sendSYN(t *testing.T, n *lab.Namespace, from, to netip.Addr, first byte, headers []byte, bytes int) {
+	t.Helper()
+	tcp := make([]byte, 20+bytes)
 	binary.BigEndian.PutUint16(tcp, 40000)
 	binary.BigEndian.PutUint16(tcp[2:], app.GreetPort)
 	tcp[12], tcp[13] = 5<<4, 2
-	n.Do(t, func() {
-		if to.Is4() {
-			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
-			lab.Check(t, err)
-			defer unix.Close(fd)
-			ip := []byte{0x46, 23: 1} // padded
-			ip[8], ip[9], ip[20], ip[21], ip[22] = 64, unix.IPPROTO_TCP, 1, 1, 1
-			copy(ip[12:], from.AsSlice())
-			copy(ip[16:], to.AsSlice())
-			lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet4{Addr: to.As4()}))
-			return
-		}
-		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_RAW)
-		lab.Check(t, err)
-		defer unix.Close(fd)
-		ip := make([]byte, 56, 76)
-		ip[0], ip[6], ip[7] = 0x60, unix.IPPROTO_HOPOPTS, 64
-		binary.BigEndian.PutUint16(ip[4:], uint16(16+len(tcp)))
+	family, packet := unix.AF_INET, headers
+	var address unix.Sockaddr
+	if to.Is4() {
+		address = &unix.SockaddrInet4{Addr: to.As4()}
+		packet[8], packet[9] = 64, unix.IPPROTO_TCP
+		copy(packet[12:], from.AsSlice())
+		copy(packet[16:], to.AsSlice())
+	} else {
+		family, address = unix.AF_INET6, &unix.SockaddrInet6{Addr: to.As16()}
+		ip := make([]byte, 40)
+		ip[0], ip[6], ip[7] = 0x60, first, 64
+		binary.BigEndian.PutUint16(ip[4:], uint16(len(headers)+len(tcp)))
 		copy(ip[8:], from.AsSlice())
 		copy(ip[24:], to.AsSlice())
-		ip[40], ip[42], ip[43] = unix.IPPROTO_DSTOPTS, 1, 4 // PadN
-		ip[48], ip[50], ip[51] = unix.IPPROTO_TCP, 1, 4
-		lab.Check(t, unix.Sendto(fd, append(ip, tcp...), 0, &unix.SockaddrInet6{Addr: to.As16()}))
+		packet = append(ip, headers...)
+	}
+	n.Do(t, func() {
+		fd, err := unix.Socket(family, unix.SOCK_RAW, unix.IPPROTO_RAW)
+		lab.Check(t, err)
+		defer unix.Close(fd)
+		lab.Check(t, unix.Sendto(fd, append(packet, tcp...), 0, address))
 	})
 }
 
