@@ -136,6 +136,45 @@ func TestRolloutsAreWritten(t *testing.T) {
 	}
 }
 
+// What keeps a version from nodes is told once, and when they have it.
+func TestUnavailableVersionIsTold(t *testing.T) {
+	r := newRolling(t)
+	lacks := func(reason, message string) {
+		t.Helper()
+		r.report(func(s *v1alpha1.NodeProxyStatus) {
+			s.ProxyVersions = []string{"1.40.0"}
+			s.Images = []v1alpha1.NodeImageStatus{{Version: "1.41.0", Reason: reason, Message: message}}
+		})
+		r.decide()
+	}
+	lacks("DiskFull", "511 MiB are free")
+	lacks("DiskFull", "510 MiB are free")
+	lacks("DigestMismatch", "layer")
+	if r.canary() != nil {
+		t.Errorf("it begins all the same: %+v", r.canary())
+	}
+	r.report(func(*v1alpha1.NodeProxyStatus) {})
+	r.decide()
+	var told []string
+	for _, line := range r.told {
+		if strings.Contains(line, " FetchVersion: ") {
+			told = append(told, line)
+		}
+	}
+	want := []string{"ProxyRollout Warning DiskFull FetchVersion: ", "ProxyRollout Warning DigestMismatch FetchVersion: ", "ProxyRollout Normal Available FetchVersion: "}
+	if len(told) != len(want) {
+		t.Fatalf("told is %q", told)
+	}
+	for i, begins := range want {
+		if !strings.HasPrefix(told[i], begins) {
+			t.Errorf("told is %q, want %q…", told[i], begins)
+		}
+	}
+	if !strings.Contains(told[0], "n1 (DiskFull: 511 MiB are free)") {
+		t.Errorf("%q", told[0])
+	}
+}
+
 // A rollout that is deleted leaves nothing, and touches nothing that isn't its own.
 func TestRolloutDeleted(t *testing.T) {
 	r := newRolling(t)

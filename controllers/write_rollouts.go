@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -160,6 +161,7 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack || len(status.HeldBack) > len(r.Status.HeldBack) {
 		kind = corev1.EventTypeWarning
 	}
+	w.tellAvailable(r, status)
 	switch had := r.Status; {
 	case w.upgrade == nil:
 	case had.Phase != status.Phase && status.Phase != v1alpha1.RolloutWaiting && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
@@ -171,6 +173,22 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
 	}
 	return nil
+}
+
+// tellAvailable tells once why nodes can't have a rollout's version, and when they can.
+func (w *writer) tellAvailable(r *v1alpha1.ProxyRollout, status v1alpha1.ProxyRolloutStatus) {
+	had := meta.FindStatusCondition(r.Status.Conditions, v1alpha1.ConditionVersionAvailable)
+	c := meta.FindStatusCondition(status.Conditions, v1alpha1.ConditionVersionAvailable)
+	if w.upgrade == nil || c == nil || c.Reason == translate.ReasonFetching || had != nil && had.Reason == c.Reason {
+		return
+	}
+	kind := corev1.EventTypeWarning
+	if c.Status == metav1.ConditionTrue {
+		if kind = corev1.EventTypeNormal; had == nil {
+			return // nothing was amiss
+		}
+	}
+	w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, c.Reason, "FetchVersion", c.Message)
 }
 
 // tellUpgrade tells the owner of a tenant how the upgrade of its proxies is.

@@ -56,4 +56,7 @@ const (
 	// ConditionIdentityReady tells whether identities can be proven now and
 	// certificates are renewed in time.
 	ConditionIdentityReady = "IdentityReady"
+	// ConditionVersionAvailable tells whether all nodes can run the version that a
+	// rollout brings.
+	ConditionVersionAvailable = "VersionAvailable"
 )

@@ -205,6 +205,14 @@ type ProxyRolloutStatus struct {
 	// ObservedGeneration of the spec that this status is about.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// Conditions: VersionAvailable (True with reason Available; False with Fetching,
+	// NodesAway, UnknownProxyVersion, or what an image can't be had for: ImageNotFound,
+	// Unauthorized, RegistryUnreachable, DigestMismatch, InvalidImage, TooOld, DiskFull,
+	// Failed). Of a rollout that is over they stay as they were.
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
 	// Phase of the rollout.
 	// +optional
 	Phase RolloutPhase `json:"phase,omitempty"`

@@ -105,6 +105,7 @@ func DecideRollout(in RolloutInput) RolloutDecision {
 		}
 	}
 	nodes := r.decide()
+	r.status.Conditions = r.available()
 	if r.status.Message = cutTo(r.status.Message, 2048); IsDone(r.status.Phase) && r.status.FinishedAt == nil {
 		at := metav1.NewTime(in.Now)
 		r.status.FinishedAt = &at
@@ -356,38 +357,6 @@ func hold(spec v1alpha1.ProxyRolloutSpec, startedAt time.Time, policies []v1alph
 // owns reports whether a tenant on a node has the rollout's canary.
 func (r *rollout) owns(p placed) bool {
 	return p.spec.Canary != nil && p.spec.Canary.Rollout == r.Rollout.Name && p.spec.Canary.Version == r.version
-}
-
-// lacking are the nodes that can't run the version, and why.
-func (r *rollout) lacking() map[string]string {
-	out := map[string]string{}
-	for i := range r.Nodes {
-		n := &r.Nodes[i]
-		if len(n.Spec.Tenants) == 0 {
-			continue
-		}
-		if why := r.Away[n.Name]; why != "" {
-			out[n.Name] = why
-			continue
-		}
-		if slices.Contains(n.Status.ProxyVersions, r.version) {
-			continue
-		}
-		why := "its agent doesn't have it"
-		if r.Rollout.Spec.Target.Image != "" {
-			why = "is being fetched"
-		}
-		if len(n.Status.ProxyVersions) == 0 {
-			why = "its agent says nothing"
-		}
-		for _, image := range n.Status.Images {
-			if image.Version == r.version && image.Reason != "" {
-				why = image.Reason + ": " + image.Message
-			}
-		}
-		out[n.Name] = why
-	}
-	return out
 }
 
 // count returns which tenants haven't reached the step, and on which nodes.
