@@ -256,3 +256,36 @@ func TestNodesAway(t *testing.T) {
 		t.Errorf("%s", s.Message)
 	}
 }
+
+// The owner of a namespace is told that an upgrade of its proxies goes on, and that it
+// is done.
+func TestOwnersAreToldTheEnd(t *testing.T) {
+	r := newRolling(t)
+	r.report(func(s *v1alpha1.NodeProxyStatus) {
+		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
+			generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
+	})
+	r.decide()
+	r.must(r.syncReport(t.Context(), "n1"))
+	r.must(r.w.writeTenant(t.Context(), "a"))
+	if last := r.told[len(r.told)-1]; !strings.HasPrefix(last, "TenantProxy Normal UpgradeHealthy ") {
+		t.Fatalf("told is %q", r.told)
+	}
+	var done v1alpha1.ProxyRollout
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &done))
+	at := metav1.NewTime(r.clock)
+	done.Status.Phase, done.Status.FinishedAt = v1alpha1.RolloutSucceeded, &at
+	r.must(r.Status().Update(t.Context(), &done))
+	for range 2 {
+		r.must(r.w.writeTenant(t.Context(), "a"))
+	}
+	ends := 0
+	for _, line := range r.told {
+		if strings.HasPrefix(line, "TenantProxy Normal UpgradeSucceeded ") && strings.Contains(line, "from Envoy 1.40.0 to 1.41.0") {
+			ends++
+		}
+	}
+	if ends != 1 {
+		t.Errorf("told is %q", r.told)
+	}
+}

@@ -204,6 +204,16 @@ func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade)
 	w.upgrade(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
 }
 
+// tellUpgraded tells the owner of a tenant that an upgrade has come to its end.
+func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+	if w.upgrade == nil {
+		return
+	}
+	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
+	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
+		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one", u.From, u.To, u.Rollout))
+}
+
 func hasRollout(n v1alpha1.NodeProxy) bool {
 	return slices.ContainsFunc(n.Spec.Images, func(i v1alpha1.NodeImage) bool { return i.Rollout != "" }) ||
 		slices.ContainsFunc(n.Spec.Tenants, func(t v1alpha1.NodeTenant) bool { return t.Canary != nil && t.Canary.Rollout != "" })

@@ -173,6 +173,8 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 	}
 	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && (had == nil || had.Verdict != u.Verdict || had.Weight != u.Weight || had.Rollout != u.Rollout) {
 		w.tellUpgrade(have, u)
+	} else if u == nil && had != nil && want.Status.Version == had.To {
+		w.tellUpgraded(have, had)
 	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {

@@ -254,7 +254,7 @@ func TestUpgradeOnHold(t *testing.T) {
 	if u == nil || u.Verdict != UpgradeOnHold || u.HeldUntil == nil || !u.HeldUntil.Equal(&metav1.Time{Time: f.now.Add(time.Hour)}) {
 		t.Fatalf("%+v", u)
 	}
-	for _, word := range []string{"from Envoy 1.39.3 to 1.40.0", "since 2001-09-09T01:46:40Z", "(month-end)", "until 2001-09-09T02:46:40Z", "until 2001-09-09T03:46:40Z at the latest", "notBefore", "bulkhead rollout abort r"} {
+	for _, word := range []string{"from Envoy 1.39.3 to 1.40.0", "since 2001-09-09T01:46:40Z", "(month-end)", "until 2001-09-09T02:46:40Z", "until 2001-09-09T03:46:40Z at the latest", "notBefore", "kubectl patch proxyrollout r "} {
 		if !strings.Contains(u.Message, word) {
 			t.Errorf("%q doesn't say %q", u.Message, word)
 		}

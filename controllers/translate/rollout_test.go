@@ -428,7 +428,7 @@ func TestUpgrade(t *testing.T) {
 			}
 		}
 	}
-	check("a", UpgradeHealthy, 10, "10 % of new connections", "all 2 nodes", "bulkhead rollout abort r", "step 1/3")
+	check("a", UpgradeHealthy, 10, "10 % of new connections", "all 2 nodes", "kubectl patch proxyrollout r ", "step 1/3")
 	check("b", UpgradeNotYet, 0, "aren't touched")
 	f.broken = func(node, _ string, g *v1alpha1.GenerationStatus) {
 		g.Restarts, g.LastExit = 1, "killed by SIGSEGV"
@@ -439,6 +439,31 @@ func TestUpgrade(t *testing.T) {
 	check("b", UpgradeRolledBack, 0, "at another tenant")
 	if u := Upgrade(UpgradeInput{Version: oldEnvoy, Nodes: views("b")}); u != nil {
 		t.Errorf("without a rollout: %+v", u)
+	}
+}
+
+// An owner reads when it is over.
+func TestUpgradeEnds(t *testing.T) {
+	reached := metav1.NewTime(time.Unix(1e9, 0))
+	paused, asks, last := v1alpha1.RolloutStep{Weight: 10, Pause: "30m"}, v1alpha1.RolloutStep{Weight: 50, Approval: true}, v1alpha1.RolloutStep{Weight: 100, Pause: "1h"}
+	for name, tc := range map[string]struct {
+		steps    []v1alpha1.RolloutStep
+		approved int32
+		s        v1alpha1.ProxyRolloutStatus
+		says     string
+	}{
+		"a pause that runs":     {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutWaiting, Step: 1, ReachedAt: &reached}, "it ends at 2001-09-09T02:16:40Z at the earliest"},
+		"a pause that is to be": {[]v1alpha1.RolloutStep{paused, paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends 1h0m0s after this step is reached"},
+		"an approval":           {[]v1alpha1.RolloutStep{paused, asks, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends with step 3; approvals that it still needs: 1"},
+		"approved":              {[]v1alpha1.RolloutStep{asks, last}, 1, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends when all nodes have followed"},
+		"a pause of people":     {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutPaused, Step: 1}, "it is paused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := nextMove(&v1alpha1.ProxyRollout{Spec: v1alpha1.ProxyRolloutSpec{Steps: tc.steps, ApprovedSteps: tc.approved}, Status: tc.s})
+			if !strings.Contains(got, tc.says) || tc.s.Phase == v1alpha1.RolloutPaused && strings.Contains(got, "ends") {
+				t.Errorf("%q, want %q", got, tc.says)
+			}
+		})
 	}
 }
 

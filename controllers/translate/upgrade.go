@@ -85,7 +85,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 	if u.Since != nil && tenant.Scope != model.ScopeNode {
 		until, most = hold(r.Spec, u.Since.Time, in.Policies, in.Now)
 	}
-	stop := fmt.Sprintf("who runs the mesh can stop it: bulkhead rollout abort %s", r.Name)
+	stop := fmt.Sprintf(`who runs the mesh can stop it: kubectl patch proxyrollout %s --type=merge -p '{"spec":{"abort":true}}'`, r.Name)
 	switch s.Phase {
 	case v1alpha1.RolloutRolledBack, v1alpha1.RolloutRollingBack:
 		u.Verdict, u.Step = UpgradeRolledBack, ""
@@ -154,10 +154,38 @@ func nextMove(r *v1alpha1.ProxyRollout) string {
 	case s.ReachedAt != nil:
 		next = "; the next step begins at " + s.ReachedAt.Add(parseDuration(r.Spec.Steps[s.Step-1].Pause, 0)).UTC().Format(time.RFC3339)
 	}
+	if s.Phase != v1alpha1.RolloutPaused {
+		next += ending(r)
+	}
 	if deadline := parseDuration(r.Spec.Deadline, 0); deadline > 0 && s.StartedAt != nil {
 		next += "; what isn't done by " + s.StartedAt.Add(deadline).UTC().Format(time.RFC3339) + " is taken back"
 	}
 	return next
+}
+
+// ending says when a rollout is over at the earliest.
+func ending(r *v1alpha1.ProxyRollout) string {
+	s, steps := r.Status, r.Spec.Steps
+	if s.Step < 1 || int(s.Step) > len(steps) {
+		return ""
+	}
+	var pauses time.Duration
+	approvals := 0
+	for i := int(s.Step) - 1; i < len(steps)-1; i++ { // the last one is its end
+		pauses += parseDuration(steps[i].Pause, 0)
+		if steps[i].Approval && int(r.Spec.ApprovedSteps) <= i {
+			approvals++
+		}
+	}
+	switch {
+	case approvals > 0:
+		return fmt.Sprintf("; it ends with step %d; approvals that it still needs: %d", len(steps), approvals)
+	case pauses == 0:
+		return "; it ends when all nodes have followed"
+	case s.ReachedAt != nil:
+		return "; it ends at " + s.ReachedAt.Add(pauses).UTC().Format(time.RFC3339) + " at the earliest"
+	}
+	return fmt.Sprintf("; it ends %s after this step is reached at the earliest", pauses)
 }
 
 // holders are the policies that say when upgrades may begin.
