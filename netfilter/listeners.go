@@ -10,16 +10,16 @@ import (
 
 // SetListeners gives new connections of a tenant to the listening sockets of a
 // process: ports 15001, 15008, 15006 and 15007 on [::], for IPv4 too, those of
-// generation 1 plus 100. It makes the sockets transparent, which the process may
-// not: without that, TPROXY takes none of them. It returns an ErrNotListening that
-// names the port if one is missing, and ErrUnknownTenant before UpdateTenant. A
-// socket that is closed gets nothing.
+// generation 1 plus 100; a port may have several sockets, one for each worker. It makes
+// the sockets transparent, which the process may not: without that, TPROXY takes none of
+// them. It returns an ErrNotListening that names the port if one is missing, and
+// ErrUnknownTenant before UpdateTenant. A socket that is closed gets nothing.
 func (d *Datapath) SetListeners(index uint16, generation, pid int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	err := steer.CheckGeneration(generation)
 	if err == nil {
-		err = makeTransparent(pid, generation)
+		err = prepareSockets(pid, generation)
 	}
 	if err == nil {
 		err = d.setState(index, func(s *innerState) { s.active[generation] = true })
@@ -61,11 +61,15 @@ func (d *Datapath) SetWeight(index uint16, canaryPercent int) error {
 	return nil
 }
 
-// makeTransparent sets IP_TRANSPARENT on the sockets that a process listens with.
-func makeTransparent(pid, generation int) error {
+// prepareSockets says how the kernel is to choose among the sockets that a process
+// listens with, and lets TPROXY take them.
+func prepareSockets(pid, generation int) error {
 	sockets, err := steer.ListeningSockets(pid, generation)
 	defer func() { steer.Close(sockets) }()
 	if err != nil {
+		return err
+	}
+	if err := shareWorkers(sockets, generation); err != nil {
 		return err
 	}
 	found := map[uint16]bool{}

@@ -62,9 +62,10 @@ func CheckGeneration(generation int) error {
 
 // ListeningSockets duplicates the sockets with which a process listens on the ports of
 // a generation, or of generation 0: on [::] for both families. A port may have
-// several, one for each worker, in the order in which the process made them. Multipath
-// TCP is left out: it can't be put into a socket map, and nothing configures it. The
-// caller closes them with Close, also after an error.
+// several, one for each worker, in the order in which the process made them; Envoy has
+// some of them twice while it changes a listener, which count once. Multipath TCP is
+// left out: it can't be put into a socket map, and nothing configures it. The caller
+// closes them with Close, also after an error.
 func ListeningSockets(pid, generation int) (sockets []Socket, err error) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
@@ -75,6 +76,7 @@ func ListeningSockets(pid, generation int) (sockets []Socket, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("list its files: %w", err)
 	}
+	seen := map[uint64]bool{}
 	for _, e := range list {
 		number, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -88,10 +90,12 @@ func ListeningSockets(pid, generation int) (sockets []Socket, err error) {
 			return sockets, fmt.Errorf("duplicate its file %d: %w", number, err)
 		}
 		s, ok := listens(fd, generation)
-		if !ok {
+		cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if !ok || err != nil || seen[cookie] {
 			unix.Close(fd)
 			continue
 		}
+		seen[cookie] = true
 		sockets = append(sockets, s)
 	}
 	return sockets, nil
