@@ -76,8 +76,8 @@ type Agent struct {
 	// hits of tenants' limits, as of hitsAt.
 	hits   map[model.Tenant]tenantHits
 	hitsAt time.Time
-	// checkedAt is when counts of connections were compared with sockets.
-	checkedAt time.Time
+	// checkDue is when counts of connections are to be compared with sockets again.
+	checkDue time.Time
 	// capacityProblem is what will be full soon, as of capacityAt.
 	capacityProblem string
 	capacityAt      time.Time

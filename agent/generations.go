@@ -23,7 +23,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)
 	}
 	if err := a.datapath.UpdateTenant(steer.Tenant{Index: b.Index, Netns: b.Netns, HostIfindex: b.HostIfindex,
-		TenantIfindex: b.TenantIfindex, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections,
+		TenantIfindex: b.TenantIfindex, TenantMAC: b.TenantMAC, CgroupV2: b.CgroupV2, Connections: tp.connections, BoundEgress: tp.bandwidth.Egress > 0,
 		Watch: tp.canary != nil && !tp.canary.standby && tp.canary.weight > 0}); err != nil {
 		return b.Index, 0, fmt.Errorf("steer to it: %w", err)
 	}

@@ -157,8 +157,8 @@ func (a *Agent) inspect() (Inspection, error) {
 		for g, p := range state.Processes {
 			t.Generations[g].Role, t.Generations[g].Serving = string(o.round.placed[tp.tenant].role(p)), o.takes(tp.tenant, p)
 		}
-		if l, ok := now.datapath.(limiter); ok {
-			if t.Connections, err = l.Connections(state.Index); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
+		if now.datapath != nil {
+			if t.Connections, err = now.Connections(state.Index); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
 				return i, err
 			}
 		}

@@ -11,13 +11,6 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// limiter is a datapath that counts a tenant's connections, and so can bound how many
-// there are at a time. Not every one can.
-type limiter interface {
-	CheckConnections(index uint16, netns string) error
-	Connections(index uint16) (int64, error)
-}
-
 // processLimits are what the kernel holds of processes.
 func processLimits(l v1alpha1.Limits) isolation.Limits {
 	return isolation.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids}
@@ -43,30 +36,24 @@ func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have 
 		// A tenant that isn't there yet has none.
 		have, _ = steering.datapath.ConnectionLimits(state.Index)
 	}
-	if _, can := steering.datapath.(limiter); !can {
-		if tp.connections.Concurrent != 0 || tp.bandwidth != (isolation.Bandwidth{}) {
-			unenforced = append(unenforced, fmt.Sprintf("connections.concurrent, bandwidth: redirection %s bounds neither; use %s", steering.kind, v1alpha1.RedirectionEBPF))
-		}
-		return have, unenforced
+	if steering.kind != v1alpha1.RedirectionEBPF || state.CgroupV2 != "" {
+		return have, nil
 	}
-	if tp.bandwidth.Egress != 0 && state.CgroupV2 == "" {
+	if tp.bandwidth.Egress != 0 {
 		unenforced = append(unenforced, "bandwidth.egress: the node has no cgroup version 2, where what goes to own pods is told apart")
 	}
-	if tp.connections.Concurrent != 0 && state.CgroupV2 == "" {
+	if tp.connections.Concurrent != 0 {
 		have.Concurrent = 0
 		unenforced = append(unenforced, "connections.concurrent: the node has no cgroup version 2, where connections are counted")
 	}
 	return have, unenforced
 }
 
-// boundedBandwidth is what of it can be: only eBPF leads what pods send past the
-// node's end of the tenant's veth, and what goes to them past the queue in there.
+// boundedBandwidth is what of it can be: eBPF tells by the tenant's cgroup what goes to
+// its own pods.
 func (a *Agent) boundedBandwidth(tp tenantPlan, b isolation.Bulkhead) isolation.Bandwidth {
 	want := tp.bandwidth
-	if _, can := a.steering().datapath.(limiter); !can {
-		return isolation.Bandwidth{}
-	}
-	if b.CgroupV2 == "" {
+	if a.steering().kind == v1alpha1.RedirectionEBPF && b.CgroupV2 == "" {
 		want.Egress = 0
 	}
 	return want
@@ -95,27 +82,27 @@ func threads(tp tenantPlan, state isolation.State) (have int64, unenforced []str
 	return have, unenforced
 }
 
-// checkPeriod is how often counts of connections are compared with the kernel's
-// sockets.
-const checkPeriod = 10 * time.Second
-
-// checkConnections compares the counts of tenants that have a bound. Of the loop
-// alone.
-func (a *Agent) checkConnections(p plan) {
-	l, ok := a.steering().datapath.(limiter)
-	if now := time.Now(); !ok || now.Sub(a.checkedAt) < checkPeriod {
-		return
+// checkConnections compares what is counted of the connections of tenants that have a
+// bound with the kernel's sockets, and returns when it is due again. Of the loop alone.
+func (a *Agent) checkConnections(p plan) time.Duration {
+	if left := time.Until(a.checkDue); left > 0 {
+		return left
 	}
-	a.checkedAt = time.Now()
+	next := resync
+	steering := a.steering()
 	for _, tp := range p.tenants {
 		s, ok := a.bulkheads.State(tp.tenant)
-		if !ok || tp.connections.Concurrent == 0 || s.CgroupV2 == "" {
+		if !ok || tp.connections.Concurrent == 0 || steering.kind == v1alpha1.RedirectionEBPF && s.CgroupV2 == "" {
 			continue
 		}
-		if err := l.CheckConnections(s.Index, s.Netns); err != nil {
+		again, err := steering.datapath.CheckConnections(s.Index, s.Netns)
+		if err != nil {
 			a.log.Error("count of connections isn't checked", "tenant", tp.tenant.String(), "error", err)
 		}
+		next = min(next, again)
 	}
+	a.checkDue = time.Now().Add(next)
+	return next
 }
 
 // shed are connections that were dropped beyond the bounds of a tenant.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/netfilter"
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -28,6 +29,8 @@ type datapath interface {
 	ClearListeners(index uint16, generation int) error
 	SetWeight(index uint16, canaryPercent int) error
 	ConnectionLimits(index uint16) (steer.ConnectionLimits, error)
+	CheckConnections(index uint16, netns string) (again time.Duration, err error)
+	Connections(index uint16) (int64, error)
 
 	UpdatePod(steer.Pod) error
 	MovePod(steer.Pod, model.FlowReader) error
@@ -120,7 +123,7 @@ func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {
 		if err := netfilter.Probe(); err != nil {
 			return nil, fmt.Errorf("this node's kernel can't steer by nftables: %w", err)
 		}
-		return netfilter.Open(netfilter.Options{Mark: a.o.Mark, Gone: a.wake, Log: a.log})
+		return netfilter.Open(netfilter.Options{Mark: a.o.Mark, OwnPriority: isolation.DirectPriority, Gone: a.wake, Log: a.log})
 	}
 	if err := bpf.Probe(); err != nil {
 		return nil, fmt.Errorf("this node's kernel can't steer by eBPF: %w", err)

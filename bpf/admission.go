@@ -3,6 +3,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -41,14 +42,22 @@ func (d *Datapath) counted(index uint16) (int64, error) {
 	return l.Connections, nil
 }
 
+// checkPeriod is how often counts of connections are compared with the kernel's
+// sockets.
+const checkPeriod = 10 * time.Second
+
 // CheckConnections compares the count of a tenant's connections with the sockets in
 // its network namespace, and corrects what is wrong: more connections than sockets,
 // at two checks one after the other, or less than none. The kernel tells of each
 // connection's end, so that nothing should be; but a count that is wrong for ever
-// would close a tenant for ever.
-func (d *Datapath) CheckConnections(index uint16, path string) error {
+// would close a tenant for ever. It returns when to call it again.
+func (d *Datapath) CheckConnections(index uint16, path string) (again time.Duration, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return checkPeriod, d.checkConnections(index, path)
+}
+
+func (d *Datapath) checkConnections(index uint16, path string) error {
 	t, err := d.tenant(index)
 	if err != nil || t.MaxConnections == 0 {
 		delete(d.suspected, index)

@@ -312,7 +312,8 @@ func TestConnectionsAreChecked(t *testing.T) {
 	m.waitConnections(1, 1)
 	checkConnections := func() {
 		t.Helper()
-		check(t, m.d.CheckConnections(1, m.one.path()))
+		_, err := m.d.CheckConnections(1, m.one.path())
+		check(t, err)
 	}
 	skew := func(by int64) {
 		t.Helper()
@@ -347,7 +348,7 @@ func TestConnectionsAreChecked(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(m.one.CgroupV2, "cgroup.procs")); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.d.CheckConnections(1, "/nowhere"); !errors.Is(err, unix.ENOENT) {
+	if _, err := m.d.CheckConnections(1, "/nowhere"); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a namespace that isn't there: %v", err)
 	}
 }

@@ -5,26 +5,27 @@ import (
 	"fmt"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// Bandwidth bounds a tenant, in bytes per second; 0 is no limit.
+// Bandwidth bounds a tenant, in bytes per second; 0 is no limit. Packets of the
+// priority DirectPriority pass either bound.
 type Bandwidth struct {
-	// Egress is what the tenant sends, but for sockets of the priority
-	// DirectPriority.
+	// Egress is what the tenant sends.
 	Egress int64
 	// Ingress is what is sent into the node's end of its veth.
 	Ingress int64
 }
 
-// DirectPriority of a socket (SO_PRIORITY) has it pass Egress unbounded. It is the
-// handle of the queueing discipline: htb's own word for that.
+// DirectPriority of a packet, or of the socket that sends it (SO_PRIORITY), has it
+// pass unbounded. It is the handle of the queueing discipline: htb's own word for that.
 const DirectPriority = uint32(1 << 16)
 
 const (
 	htbRoot  = 1 << 16
 	htbClass = htbRoot | 1
-	tbfRoot  = 2 << 16
+	htbQueue = 2 << 16
 	// minRate is below what TLS handshakes get done in time.
 	minRate = 128 << 10
 	// minBurst is more than the largest packet that the kernel makes of several.
@@ -96,34 +97,39 @@ func unshape(h *netlink.Handle, q netlink.Qdisc) error {
 	return nil
 }
 
-// shapeIngress has what comes wait at the node's end of the veth.
+// shapeIngress has what comes wait at the node's end of the veth, in a queue of the
+// node's memory: htb's own is bounded in packets, which may have 64 KiB. It must run
+// in the node's network namespace.
 func shapeIngress(h *netlink.Handle, ifindex int, rate int64) (have int64, err error) {
-	q, err := root(h, ifindex)
-	if err != nil {
-		return 0, err
-	}
-	if tbf, ok := q.(*netlink.Tbf); ok {
-		have = int64(tbf.Rate)
-	}
-	if have == rate {
-		return have, nil
+	if have, err = shapeEnd(h, ifindex, rate); err != nil {
+		return have, fmt.Errorf("bound ingress: %w", err)
 	}
 	if rate == 0 {
-		return 0, unshape(h, q)
+		return have, nil
 	}
-	err = h.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: ifindex, Handle: tbfRoot, Parent: netlink.HANDLE_ROOT},
-		Rate:       uint64(rate), Limit: waiting(rate), Buffer: netlink.Xmittime(uint64(rate), burst(rate)),
-	})
-	if err != nil {
-		return have, fmt.Errorf("bound ingress to %d bytes per second: %w", rate, err)
+	// The library doesn't know bfifo, which is in every kernel that has htb.
+	r := nl.NewNetlinkRequest(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK)
+	r.AddData(&nl.TcMsg{Family: nl.FAMILY_ALL, Ifindex: int32(ifindex), Handle: htbQueue, Parent: htbClass})
+	r.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("bfifo")))
+	r.AddData(nl.NewRtAttr(nl.TCA_OPTIONS, nl.Uint32Attr(waiting(rate))))
+	if _, err := r.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return have, fmt.Errorf("bound what waits of ingress: %w", err)
 	}
-	return rate, nil
+	return have, nil
 }
 
 // shapeEgress has what goes wait in the tenant's namespace, where its sockets feel
-// it and send no more.
+// it and send no more: the queue needs no bound of its own.
 func shapeEgress(h *netlink.Handle, ifindex int, rate int64) (have int64, err error) {
+	if have, err = shapeEnd(h, ifindex, rate); err != nil {
+		err = fmt.Errorf("bound egress: %w", err)
+	}
+	return have, err
+}
+
+// shapeEnd bounds what is sent at one end of a veth, and returns what it is bounded
+// to then.
+func shapeEnd(h *netlink.Handle, ifindex int, rate int64) (have int64, err error) {
 	q, err := root(h, ifindex)
 	if err != nil {
 		return 0, err
@@ -151,14 +157,14 @@ func shapeEgress(h *netlink.Handle, ifindex int, rate int64) (have int64, err er
 		length := uint32(directQueue)
 		htb.Defcls, htb.DirectQlen = htbClass&0xffff, &length
 		if err := h.QdiscReplace(htb); err != nil {
-			return 0, fmt.Errorf("bound egress: %w", err)
+			return 0, fmt.Errorf("make the queueing discipline: %w", err)
 		}
 	}
 	class := netlink.NewHtbClass(netlink.ClassAttrs{LinkIndex: ifindex, Parent: htbRoot, Handle: htbClass},
 		netlink.HtbClassAttrs{Rate: uint64(rate) * 8, Buffer: burst(rate), Cbuffer: burst(rate)})
 	class.Quantum = minBurst
 	if err := h.ClassReplace(class); err != nil {
-		return 0, fmt.Errorf("bound egress to %d bytes per second: %w", rate, err)
+		return have, fmt.Errorf("bound its class to %d bytes per second: %w", rate, err)
 	}
 	return rate, nil
 }
@@ -177,7 +183,7 @@ func (t *tenant) setBandwidth(want Bandwidth) error {
 	t.mu.Lock()
 	t.bandwidth, t.unshaped = &have, ""
 	if lacking {
-		t.unshaped = fmt.Sprintf("bandwidth: the kernel has no tbf or htb (CONFIG_NET_SCH_TBF, CONFIG_NET_SCH_HTB): %v", err)
+		t.unshaped = fmt.Sprintf("bandwidth: the kernel has no htb (CONFIG_NET_SCH_HTB): %v", err)
 	}
 	t.mu.Unlock()
 	if err != nil && !lacking {

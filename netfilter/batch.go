@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -21,16 +22,43 @@ func open(netns int) (*nftables.Conn, error) {
 	}))
 }
 
-// replaceRules gives chains new rules, all at once: no packet sees half of it. It
-// is for what the library can't express.
-func replaceRules(table *nftables.Table, chains []chain) error {
-	family := byte(table.Family)
-	message := func(kind int, flags netlink.HeaderFlags, family byte, resource uint16, data []byte) netlink.Message {
-		header := binary.BigEndian.AppendUint16([]byte{family, unix.NFNETLINK_V0}, resource)
-		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | flags}, Data: append(header, data...)}
+// message is one of nftables' about a table.
+func message(kind int, flags netlink.HeaderFlags, table *nftables.Table, data []byte) netlink.Message {
+	header := []byte{byte(table.Family), unix.NFNETLINK_V0, 0, 0}
+	return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+		Flags: netlink.Request | netlink.Acknowledge | flags}, Data: append(header, data...)}
+}
+
+// send does what messages say in a network namespace, 0 for the thread's own, all at
+// once or not at all. It is for what the library can't express.
+func send(netns int, messages []netlink.Message) error {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
 	}
-	const subsystem = unix.NFNL_SUBSYS_NFTABLES << 8
-	batch := []netlink.Message{message(unix.NFNL_MSG_BATCH_BEGIN, 0, 0, unix.NFNL_SUBSYS_NFTABLES, nil)}
+	defer c.Close()
+	if err := errors.Join(c.SetReadBuffer(socketBuffer), c.SetWriteBuffer(socketBuffer)); err != nil {
+		return fmt.Errorf("enlarge netlink's buffers: %w", err)
+	}
+	end := func(kind netlink.HeaderType) netlink.Message {
+		return netlink.Message{Header: netlink.Header{Type: kind, Flags: netlink.Request},
+			Data: binary.BigEndian.AppendUint16([]byte{0, unix.NFNETLINK_V0}, unix.NFNL_SUBSYS_NFTABLES)}
+	}
+	batch := slices.Concat([]netlink.Message{end(unix.NFNL_MSG_BATCH_BEGIN)}, messages, []netlink.Message{end(unix.NFNL_MSG_BATCH_END)})
+	if _, err := c.SendMessages(batch); err != nil {
+		return fmt.Errorf("send: %w", err)
+	}
+	for range messages {
+		if _, err := c.Receive(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// replaceRules gives chains of the node new rules: no packet sees half of it.
+func replaceRules(table *nftables.Table, chains []chain) error {
+	var messages []netlink.Message
 	for _, c := range chains {
 		name := []netlink.Attribute{
 			{Type: unix.NFTA_RULE_TABLE, Data: []byte(table.Name + "\x00")},
@@ -40,9 +68,9 @@ func replaceRules(table *nftables.Table, chains []chain) error {
 		if err != nil {
 			return err
 		}
-		batch = append(batch, message(subsystem|unix.NFT_MSG_DELRULE, netlink.Acknowledge, family, 0, data))
+		messages = append(messages, message(unix.NFT_MSG_DELRULE, 0, table, data))
 		for _, r := range c.rules {
-			expressions, err := r.marshal(family)
+			expressions, err := r.marshal(byte(table.Family))
 			if err != nil {
 				return fmt.Errorf("write a rule of chain %s: %w", c.name, err)
 			}
@@ -50,26 +78,11 @@ func replaceRules(table *nftables.Table, chains []chain) error {
 			if err != nil {
 				return err
 			}
-			batch = append(batch, message(subsystem|unix.NFT_MSG_NEWRULE, netlink.Acknowledge|netlink.Create|netlink.Append, family, 0, data))
+			messages = append(messages, message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, table, data))
 		}
 	}
-	batch = append(batch, message(unix.NFNL_MSG_BATCH_END, 0, 0, unix.NFNL_SUBSYS_NFTABLES, nil))
-
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
-	}
-	defer c.Close()
-	if err := errors.Join(c.SetReadBuffer(socketBuffer), c.SetWriteBuffer(socketBuffer)); err != nil {
-		return fmt.Errorf("enlarge netlink's buffers: %w", err)
-	}
-	if _, err := c.SendMessages(batch); err != nil {
-		return fmt.Errorf("send rules: %w", err)
-	}
-	for range len(batch) - 2 {
-		if _, err := c.Receive(); err != nil {
-			return fmt.Errorf("write rules: %w", err)
-		}
+	if err := send(0, messages); err != nil {
+		return fmt.Errorf("write rules: %w", err)
 	}
 	return nil
 }

@@ -188,6 +188,8 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 				c.Dropped.PlainText += k.n
 			case k.port == tooFastPort:
 				c.Dropped.TooFast += k.n
+			case k.port == tooManyPort:
+				c.Dropped.TooMany += k.n
 			case k.port == refusedPort:
 				c.Refused += k.n
 			case ok:
@@ -274,6 +276,8 @@ func (d *Datapath) PodCounters() (map[string]steer.PodCounters, error) {
 					p.Dropped.PlainText += k.n
 				case k.port == tooFastPort:
 					p.Dropped.TooFast += k.n
+				case k.port == tooManyPort:
+					p.Dropped.TooMany += k.n
 				}
 			})
 		}

@@ -27,6 +27,10 @@ type Options struct {
 	// node made it or a tenant delivers it. A pod can't set it: the kernel zeroes a
 	// packet's mark when it leaves a network namespace. Default DefaultMark.
 	Mark uint32
+	// OwnPriority is given to packets between a tenant and its own pods, in the queues
+	// at either end of the tenant's veth: in those to the tenant always, in those from it
+	// where Tenant.OwnPriority says so. Default 0: they have the priority of all.
+	OwnPriority uint32
 	// Gone is called when somebody has removed the tables, or given an interface another
 	// name, from then on everything is to be updated again: until then pods have their
 	// plain connections. It must not block.
@@ -38,9 +42,9 @@ type Options struct {
 // Datapath is the steering of one node. All methods can be called concurrently,
 // and must run in the node's network namespace. One process at a time has it open.
 type Datapath struct {
-	mark uint32
-	log  *slog.Logger
-	sets map[string]*nftables.Set
+	mark, priority uint32
+	log            *slog.Logger
+	sets           map[string]*nftables.Set
 
 	watched *netlink.Conn
 	done    chan struct{}
@@ -71,7 +75,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]string{}}
+	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]string{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}
@@ -107,7 +111,7 @@ func (d *Datapath) install() error {
 			return fmt.Errorf("write the node's addresses: %w", err)
 		}
 	}
-	chains := hostChains(d.mark)
+	chains := hostChains(d.mark, d.priority)
 	for _, ch := range chains {
 		c.AddChain(&nftables.Chain{Name: ch.name, Table: steering})
 	}

@@ -163,6 +163,12 @@ func markFound() rule {
 	return rule{&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: regFound}}
 }
 
+// setPriority replaces the packet's priority, by which queueing disciplines tell it
+// from others; it ends with the network namespace.
+func setPriority(v uint32) rule {
+	return join(immediate(regFound, native(v)...), rule{&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: regFound}})
+}
+
 func markIs(v uint32) rule { return join(theMark(regTemp), equal(regTemp, native(v)...)) }
 
 // out sends the packet out at the interface that was found.

@@ -27,17 +27,21 @@ const (
 	// setConnections counts new connections, by the pod's address and the listener's
 	// port or one of the ports below, and with the unspecified address those of all.
 	setConnections = "connections"
-	// setState keeps what the chains were made from: stateWeight, stateActive, statePace.
+	// setEndedBy* are connections of which one end has said that it ends: who opened it,
+	// or the tenant.
+	setEndedByPeer, setEndedByTenant = "ended_by_peer", "ended_by_tenant"
+	// setState keeps what the chains were made from: stateWeight and so on.
 	setState = "state"
 )
 
 // Of connections that got no listener: to nobody here, in plain text that the pod
-// doesn't take, where nobody listens, and beyond the tenant's pace.
+// doesn't take, where nobody listens, beyond the tenant's pace, and beyond its room.
 const (
 	unsteeredPort = iota
 	plainTextPort
 	refusedPort
 	tooFastPort
+	tooManyPort
 )
 
 // Chains whose one rule marks connections beyond the pace: one for both families, or
@@ -45,13 +49,16 @@ const (
 const paceOut, paceIn = "pace_out", "pace_in"
 
 const (
-	stateWeight = 1
-	stateActive = 2 // and the one of generation 1 behind it
-	statePace   = stateActive + steer.Generations
+	stateWeight     = 1
+	stateActive     = 2 // and the one of generation 1 behind it
+	statePace       = stateActive + steer.Generations
+	stateConcurrent = statePace + 1
+	stateOwn        = statePace + 2
 )
 
-// tooFast is what the chains above mark with.
-const tooFast = 1
+// What chains mark with a connection that isn't taken: those above, and those of the
+// room.
+const tooFast, tooMany = 1, 2
 
 // hashSeed is the same for every packet of a connection, and in every version: the
 // ACK that answers a SYN cookie must find the listener that the SYN found.
@@ -64,12 +71,16 @@ type innerState struct {
 	weight              int
 	// pace is the most new connections in a second, of each direction; 0 is no bound.
 	pace uint32
+	// concurrent is the most connections at a time; 0 is no bound.
+	concurrent uint32
+	// own is the priority of what the tenant sends to its own pods; 0 leaves it.
+	own uint32
 	// made is false before the first time.
 	made bool
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.made == o.made && s.active == o.active && s.weight == o.weight && s.pace == o.pace && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.made == o.made && s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
 }
 
 // addresses are what the sets of addresses have.
@@ -85,6 +96,9 @@ func innerSets() map[string]*nftables.Set {
 		}
 		sets[setConnections+f.version] = &nftables.Set{Table: inner, Name: setConnections + f.version, Dynamic: true, Counter: true, Concatenation: true,
 			KeyType: nftables.MustConcatSetType(f.kind, nftables.TypeInetService), Size: maxDrops}
+	}
+	for _, name := range []string{setEndedByPeer, setEndedByTenant} {
+		sets[name] = connectionSet(name, maxFlows)
 	}
 	return sets
 }
@@ -129,6 +143,10 @@ func (t *tenantState) read(c *nftables.Conn) error {
 			t.have.active[k-stateActive] = value != 0
 		case statePace:
 			t.have.pace = value
+		case stateConcurrent:
+			t.have.concurrent = value
+		case stateOwn:
+			t.have.own = value
 		}
 	}
 	return nil // have.made stays false: the rules may be another version's
@@ -136,6 +154,9 @@ func (t *tenantState) read(c *nftables.Conn) error {
 
 // write makes the table say what it should, in one step. What was counted stays.
 func (t *tenantState) write(c *nftables.Conn, want innerState) error {
+	if err := makeRooms(c.NetNS, want.concurrent); err != nil {
+		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
+	}
 	c.AddTable(inner)
 	sets := innerSets()
 	for _, s := range sets {
@@ -159,7 +180,8 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if err := t.forgetConnections(c, want); err != nil {
 		return err
 	}
-	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}, {Key: native(statePace), Val: native(want.pace)}}
+	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}, {Key: native(statePace), Val: native(want.pace)},
+		{Key: native(stateConcurrent), Val: native(want.concurrent)}, {Key: native(stateOwn), Val: native(want.own)}}
 	for g, active := range want.active {
 		value := uint32(0)
 		if active {
@@ -176,7 +198,9 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	for _, ch := range chains {
 		c.AddChain(&nftables.Chain{Name: ch.name, Table: inner})
 	}
-	for _, ch := range append(chains, chain{prerouting.Name, preroutingRules(t.ifindex)}) {
+	output := c.AddChain(&nftables.Chain{Name: "output", Table: inner, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityMangle})
+	for _, ch := range append(chains, chain{prerouting.Name, preroutingRules(t.ifindex, want)}, chain{output.Name, outputRules(want)}) {
 		if (ch.name == paceOut || ch.name == paceIn) && t.have.made && t.have.pace == want.pace {
 			continue // or whatever else changes would forget what has been taken
 		}
@@ -186,9 +210,22 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 			c.AddRule(&nftables.Rule{Table: inner, Chain: of, Exprs: r})
 		}
 	}
+	if len(outputRules(want)) == 0 {
+		c.DelChain(output) // so that packets needn't pass it
+	}
 	t.generation = 0
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write its table %s: %w", TableName, err)
+	}
+	if want.concurrent != t.have.concurrent || !t.have.made {
+		if err := forgetRooms(c, want.concurrent); err != nil {
+			return err
+		}
+		if want.concurrent != 0 {
+			if _, _, err := checkRooms(c, want); err != nil {
+				return err
+			}
+		}
 	}
 	want.made, t.have.made = true, false
 	gen, err := generation(c.NetNS)
@@ -244,17 +281,40 @@ func replaceElements(c *nftables.Conn, s *nftables.Set, elements []nftables.SetE
 	return nil
 }
 
-func preroutingRules(ifindex int) []rule {
+func preroutingRules(ifindex int, s innerState) []rule {
 	rules := []rule{
 		join(iif(regTemp), differs(regTemp, native(uint32(ifindex))...), accept()),
 		join(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_TCP), accept()),
-		// What has a connection goes to it: Envoy's own ones, too.
-		join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0), accept()),
 	}
+	if s.concurrent > 0 {
+		for _, f := range families {
+			rules = append(rules, join(f.is(), ends(), jump(chainEndsIn+f.version)))
+		}
+	}
+	// What has a connection goes to it: Envoy's own ones, too.
+	rules = append(rules, join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0), accept()))
 	for _, f := range families {
-		rules = append(rules, join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, f.proto), goTo("steer"+f.version)))
+		rules = append(rules, join(f.is(), goTo("steer"+f.version)))
 	}
 	return append(rules, drop())
+}
+
+// outputRules are for what the tenant sends; none where nothing is to be done.
+func outputRules(s innerState) (rules []rule) {
+	for _, f := range families {
+		if s.own != 0 {
+			rules = append(rules, join(f.is(), network(f.destination, f.length, regKey), isIn(setInnerPods+f.version, regKey), setPriority(s.own)))
+		}
+		if s.concurrent > 0 {
+			rules = append(rules, join(f.is(), isTCP(nil), ends(), jump(chainEndsOut+f.version)))
+		}
+	}
+	return rules
+}
+
+// is matches packets of the family.
+func (f family) is() rule {
+	return join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, f.proto))
 }
 
 // innerChains find the listener, and in there the generation.
@@ -279,14 +339,25 @@ func innerChains(s innerState) (chains []chain) {
 			}
 			return rules
 		}
-		steering := append(paced(paceOut, outbound), join(outbound, goTo("outbound"+v)),
-			join(destination, isNotIn(setInnerPods+v, regKey), goTo("unsteered"+v)))
-		// Not a tunnel between two of its own pods: that begins in here.
-		steering = append(steering, paced(paceIn, foreign)...)
+		// What isn't paced takes no room either.
+		admitted := func(by, room string, when rule) (rules []rule) {
+			rules = paced(by, when)
+			if s.concurrent > 0 {
+				rules = append(rules, onlyMark(0), join(when, jump(room+v)), join(when, markIs(tooMany), goTo("full"+room+v)))
+			}
+			return rules
+		}
+		steering := append(admitted(paceOut, roomOut, outbound), join(outbound, goTo("outbound"+v)),
+			join(destination, isNotIn(setInnerPods+v, regKey), goTo("unsteered"+v)),
+			// Before there is a connection, so that not even a greeting gets out.
+			join(transport(2, 2, regTemp), differs(regTemp, big16(portInbound)...), destination, isIn(setInnerStrict+v, regKey), goTo("strict"+v)))
+		// A tunnel between two of its own pods begins in here: it has to be let in.
+		if s.concurrent > 0 {
+			steering = append(steering, join(ownPod, jump(roomOut+v)), onlyMark(0))
+		}
+		steering = append(steering, admitted(paceIn, roomIn, foreign)...)
 		chains = append(chains, chain{"steer" + v, append(steering,
 			join(toInbound, goTo("inbound"+v)),
-			// Before there is a connection, so that not even a greeting gets out.
-			join(destination, isIn(setInnerStrict+v, regKey), goTo("strict"+v)),
 			// Envoy can't keep that source: it is the node's own.
 			join(source, isIn(setInnerNodes+v, regKey), goTo("nodeplain"+v)),
 			goTo("plain"+v),
@@ -298,7 +369,10 @@ func innerChains(s innerState) (chains []chain) {
 			chain{"strict" + v, append(f.count(destination, plainTextPort), refuse()...)},
 			chain{paceOut + v, append(f.count(source, tooFastPort), drop())},
 			chain{paceIn + v, append(f.count(destination, tooFastPort), drop())},
+			chain{"full" + roomOut + v, append(f.count(source, tooManyPort), drop())},
+			chain{"full" + roomIn + v, append(f.count(destination, tooManyPort), drop())},
 			chain{"unsteered" + v, append(f.count(nil, unsteeredPort), drop())})
+		chains = append(chains, f.rooms(s.concurrent)...)
 	}
 	return chains
 }

@@ -38,8 +38,9 @@ type chain struct {
 }
 
 // hostChains are the chains that all veths share. pass is the bit of the mark that
-// says that a packet is for the pod itself.
-func hostChains(pass uint32) []chain {
+// says that a packet is for the pod itself, own the priority of what tenants' own pods
+// send them.
+func hostChains(pass, own uint32) []chain {
 	var chains []chain
 	for reason := 1; reason < dropReasons; reason++ {
 		for _, out := range []bool{false, true} {
@@ -65,11 +66,11 @@ func hostChains(pass uint32) []chain {
 		chain{chainFromTenant, append([]rule{join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(unix.ETH_P_ARP)...), accept())},
 			byProtocol(chainFromTenant, goTo(dropChain(dropMalformed, false)))...)},
 		chain{chainBack, []rule{
-			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(forward()), goTo(dropChain(dropNoTenant, false)),
+			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(setPriority(own), forward()), goTo(dropChain(dropNoTenant, false)),
 		}},
 	)
 	for _, f := range families {
-		chains = append(chains, f.fromPod()...)
+		chains = append(chains, f.fromPod(own)...)
 		chains = append(chains, f.toPod(pass)...)
 		chains = append(chains, f.fromTenant(pass)...)
 	}
@@ -137,7 +138,7 @@ func (f family) quoted() rule {
 }
 
 // fromPod: ingress of a pod's veth.
-func (f family) fromPod() []chain {
+func (f family) fromPod(priority uint32) []chain {
 	v := f.version
 	tcp, own, self := "from_pod_tcp"+v, "from_pod_own"+v, "from_pod_self"+v
 	chains := []chain{
@@ -155,11 +156,11 @@ func (f family) fromPod() []chain {
 		}},
 		{self, []rule{
 			join(iif(regKey), find(setPods, regKey, regFound), markFound()),
-			join(network(f.source, f.length, regKey), readdress(f, f.destination, regKey), forward()),
+			join(network(f.source, f.length, regKey), readdress(f, f.destination, regKey), setPriority(priority), forward()),
 			goTo(dropChain(dropNoTenant, false)),
 		}},
 	}
-	return append(chains, f.belongs("out", iif, true, false, []rule{accept()})...)
+	return append(chains, f.belongs("out", iif, true, false, join(setPriority(priority), forward()), []rule{accept()})...)
 }
 
 // toPod: egress of a pod's veth.
@@ -193,7 +194,7 @@ func (f family) toPod(pass uint32) []chain {
 			goTo(dropChain(dropNoTenant, true)),
 		}},
 	}
-	return append(chains, f.belongs("in", oif, false, true, []rule{goTo(given)})...)
+	return append(chains, f.belongs("in", oif, false, true, forward(), []rule{goTo(given)})...)
 }
 
 // quotesTCP matches ICMP errors about a packet of TCP.
@@ -211,9 +212,9 @@ func (f family) quotesTCP(then rule) (rules []rule) {
 	return rules
 }
 
-// belongs are the chains that find out where a packet of a pod's flow goes: to a
-// tenant, or directly.
-func (f family) belongs(way string, device func(uint32) rule, podIsSource, out bool, direct []rule) []chain {
+// belongs are the chains that find out where a packet of a pod's flow goes: to the
+// tenant that the mark says, or directly.
+func (f family) belongs(way string, device func(uint32) rule, podIsSource, out bool, toTenant rule, direct []rule) []chain {
 	v := f.version
 	flow := f.flow(podIsSource)
 	pod := network(f.source, f.length, regKey)
@@ -239,11 +240,11 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		// What opens in the clear is written down.
 		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
 		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), goTo(way + "_direct" + v)}},
-		{way + "_steered" + v, append(steered, forward(), goTo(dropChain(dropNoTenant, out)))},
+		{way + "_steered" + v, append(steered, toTenant, goTo(dropChain(dropNoTenant, out)))},
 		{way + v, []rule{
 			join(flow, isIn(setFlows+v, regKey), goTo(held)),
 			onlyMark(0), tenant,
-			forward(),
+			toTenant,
 			join(markIs(0), goTo(dropChain(dropMidstream, out))),
 			goTo(dropChain(dropNoTenant, out)),
 		}},
@@ -252,7 +253,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		{goes, []rule{
 			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),
 			join(markIs(0), goTo(way+"_direct"+v)),
-			forward(),
+			toTenant,
 			goTo(dropChain(dropNoTenant, out)),
 		}},
 		{way + "_direct" + v, direct},

@@ -49,7 +49,12 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	}
 	// First in there: nothing is sent into a namespace that doesn't know what to do
 	// with it.
-	if err := d.writeTenant(t.Index, state, func(s *innerState) { s.pace = t.Connections.NewPerSecond }); err != nil {
+	if err := d.writeTenant(t.Index, state, func(s *innerState) {
+		s.pace, s.concurrent, s.own = t.Connections.NewPerSecond, t.Connections.Concurrent, 0
+		if t.BoundEgress {
+			s.own = d.priority
+		}
+	}); err != nil {
 		return err
 	}
 	d.tenants[t.Index] = state
@@ -70,7 +75,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	return ch.commit()
 }
 
-// ConnectionLimits are those that the rules hold for a tenant: a pace alone.
+// ConnectionLimits are those that the rules hold for a tenant.
 func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -78,7 +83,7 @@ func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error
 	if t == nil {
 		return steer.ConnectionLimits{}, fmt.Errorf("limits of tenant %d: %w", index, steer.ErrUnknownTenant)
 	}
-	return steer.ConnectionLimits{NewPerSecond: t.have.pace}, nil
+	return steer.ConnectionLimits{Concurrent: t.have.concurrent, NewPerSecond: t.have.pace}, nil
 }
 
 func tenantChain(veth uint32) string { return "tenant_" + strconv.Itoa(int(veth)) }

@@ -34,8 +34,12 @@ type Tenant struct {
 	// CgroupV2 is the path of its cgroup in a version 2 hierarchy. Empty: none,
 	// and no events of its connections. Only eBPF has use for it.
 	CgroupV2 string
-	// Connections bounds what the tenant's proxy takes. Only eBPF bounds concurrent ones.
+	// Connections bounds what the tenant's proxy takes.
 	Connections ConnectionLimits
+	// BoundEgress says that what the tenant sends waits at its end of the veth, which
+	// what goes to its own pods must not. Only Netfilter has use for it: eBPF's sockets
+	// are told apart in any case.
+	BoundEgress bool
 	// Watch has the connections of each generation counted by how they fare, from now
 	// on. It costs each of the tenant's packets a look. Only eBPF does.
 	Watch bool
@@ -50,9 +54,8 @@ const maxPerSecond = 1_000_000
 // and counted as Drops.TooMany and TooFast; those that have begun go on.
 type ConnectionLimits struct {
 	// Concurrent is the most at a time; the last quarter is for those of the tenant's
-	// pods. It needs Tenant.CgroupV2: without, nobody
-	// counts, and it doesn't hold. Connections that open at the same instant can go
-	// beyond it by as many.
+	// pods. With eBPF it needs Tenant.CgroupV2: without, nobody counts, and it doesn't
+	// hold; and connections that open at the same instant can go beyond it by as many.
 	Concurrent uint32
 	// NewPerSecond is how many the tenant's pods may open in a second, and others to
 	// them as many, at most 1,000,000; after a second without any, so many at once.

@@ -52,9 +52,9 @@ type ProxyLimits struct {
 // +kubebuilder:validation:XValidation:rule="has(self.concurrent) || has(self.newPerSecond)",message="set concurrent, newPerSecond, or both"
 type ConnectionIsolation struct {
 	// Concurrent is the most at a time, of which the last quarter is for those that
-	// the pods open. Connections that open at the same instant can
-	// go beyond it by as many. Not enforced with redirection Netfilter, and on nodes
-	// without cgroup v2. Default: no limit.
+	// the pods open. With redirection EBPF, connections that open at the same instant
+	// can go beyond it by as many, and it isn't enforced on nodes without cgroup v2.
+	// Default: no limit.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional
@@ -69,8 +69,8 @@ type ConnectionIsolation struct {
 
 // BandwidthIsolation bounds what a proxy sends and receives, in bytes per second,
 // from the IP header on, retransmissions included. Between the proxy and its own
-// pods nothing is bounded, and what doesn't pass the proxy neither. Not enforced
-// with redirection Netfilter, and egress not on nodes without cgroup v2.
+// pods nothing is bounded, and what doesn't pass the proxy neither. With redirection
+// EBPF, egress isn't enforced on nodes without cgroup v2.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.egress) || has(self.ingress)",message="set egress, ingress, or both"
 type BandwidthIsolation struct {

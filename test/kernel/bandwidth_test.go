@@ -15,9 +15,10 @@ import (
 
 // A tenant sends and receives as fast as it may and not faster, each way by itself,
 // and nobody else is slowed down.
-func TestBandwidth(t *testing.T) {
+func TestBandwidth(t *testing.T) { eachRedirection(t, testBandwidth) }
+
+func testBandwidth(t *testing.T, l *lab.Lab) {
 	const egress, ingress = 2 << 20, 8 << 20
-	l := lab.New(t)
 	n := l.Node1
 	limited := v1alpha1.Limits{MemoryMax: 1 << 30, Egress: egress, Ingress: ingress}
 	limit(t, n, "team-b", limited)
@@ -66,18 +67,25 @@ func TestBandwidth(t *testing.T) {
 	limited.Egress, limited.Ingress = 4<<20, 0
 	limit(t, n, "team-b", limited)
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
-	own := stream(t, l.B1, l.Outside.Of(4), port)
-	defer own.stop()
-	begin := time.Now()
-	lab.Eventually(t, "more than was allowed", func() error {
-		if own.received() > 32<<20 {
-			return nil
+	unbounded := func(why string, atLeast float64) {
+		t.Helper()
+		own := stream(t, l.B1, l.Outside.Of(4), port)
+		defer own.stop()
+		begin := time.Now()
+		lab.Eventually(t, "more than was allowed", func() error {
+			if own.received() > 32<<20 {
+				return nil
+			}
+			return io.ErrShortWrite
+		})
+		if rate := float64(own.received()) / time.Since(begin).Seconds(); rate < atLeast {
+			t.Errorf("%s %.0f bytes per second", why, rate)
 		}
-		return io.ErrShortWrite
-	})
-	if rate := float64(own.received()) / time.Since(begin).Seconds(); rate < 2*egress {
-		t.Errorf("without a limit %.0f bytes per second", rate)
 	}
+	unbounded("without a limit", 2*egress)
+	// What the pod hands to its proxy is no ingress.
+	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Ingress: egress})
+	unbounded("from the pod to its proxy", 2*egress)
 }
 
 // sink reads what comes to a port.

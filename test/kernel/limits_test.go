@@ -89,9 +89,10 @@ func testPace(t *testing.T, l *lab.Lab) {
 
 // Limits hold in place, shed the tenant's own new connections only, and let it
 // recover by itself.
-func TestConnectionLimits(t *testing.T) {
+func TestConnectionLimits(t *testing.T) { eachRedirection(t, testConnectionLimits) }
+
+func testConnectionLimits(t *testing.T, l *lab.Lab) {
 	const seconds, most = 6, 60
-	l := lab.New(t)
 	n := l.Node1
 	pid := n.Tenant("team-b").Generations[0].PID
 	held := lab.At(l.B2.V4, app.GreetPort).String()

@@ -1,0 +1,205 @@
+package kernel
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+)
+
+// A tenant has as many connections as it may, of which outsiders leave a quarter to its
+// pods, also while its agent is away; what ends makes room at once.
+func TestRoom(t *testing.T) { eachRedirection(t, testRoom) }
+
+func testRoom(t *testing.T, l *lab.Lab) {
+	const most = 8
+	n := l.Node1
+	var before []net.Conn
+	for range most {
+		before = append(before, mustOpen(t, l.B1, l.Outside, 4))
+	}
+	bounded := v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most}
+	limit(t, n, "team-b", bounded)
+	for _, h := range []*lab.Host{l.B1, l.Outside} {
+		mustBeShed(t, l, h, "with as many as may be since before there was a bound")
+	}
+	for _, c := range before {
+		lab.Check(t, c.Close())
+	}
+
+	var others, own []net.Conn
+	for i := range most * 3 / 4 {
+		others = append(others, mustOpen(t, l.Outside, l.B1, 4+i%2*2))
+	}
+	mustBeShed(t, l, l.Outside, "outsiders have three quarters")
+	for i := range most / 4 {
+		own = append(own, mustOpen(t, l.B1, l.Outside, 4+i%2*2))
+	}
+	mustBeShed(t, l, l.B1, "pods have the rest")
+	flow{from: l.A1, to: l.A3}.check(t, 4) // another tenant doesn't notice
+
+	// The kernel holds it without the agent, and gives room back.
+	n.Kill()
+	mustBeShed(t, l, l.B1, "without the agent")
+	mustBeShed(t, l, l.Outside, "without the agent")
+	for i := range most { // more often than there is room
+		lab.Check(t, own[0].Close())
+		own[0] = mustOpen(t, l.B1, l.Outside, 4+i%2*2)
+		mustBeShed(t, l, l.B1, "its place is taken")
+		mustBeShed(t, l, l.Outside, "its place is taken")
+	}
+	n.Start()
+	n.WaitReady()
+	mustBeShed(t, l, l.B1, "after the agent")
+	mustBeShed(t, l, l.Outside, "after the agent")
+
+	// One that its peer resets has ended, too.
+	own[0].(*net.TCPConn).SetLinger(0)
+	lab.Check(t, own[0].Close())
+	own[0] = mustOpen(t, l.B1, l.Outside, 4)
+	// And those that the proxy loses.
+	lab.Check(t, unix.Kill(n.Tenant("team-b").Generations[0].PID, unix.SIGKILL))
+	for _, c := range append(own, others...) {
+		c.SetReadDeadline(time.Now().Add(lab.Patience))
+		for err := error(nil); err == nil; _, err = c.Read(make([]byte, 64)) {
+			if errors.Is(err, unix.ETIMEDOUT) {
+				t.Error(err)
+			}
+		}
+		c.Close()
+	}
+	n.WaitReady()
+	for range most {
+		mustOpen(t, l.B1, l.Outside, 4)
+	}
+	mustBeShed(t, l, l.B1, "with another process")
+	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
+	for range most {
+		mustOpen(t, l.B1, l.Outside, 4)
+	}
+}
+
+// open returns a connection on which the server's greeting has come.
+func open(t *testing.T, from, to *lab.Host, family int, patience time.Duration) (c net.Conn, err error) {
+	t.Helper()
+	from.Do(t, func() { c, err = net.DialTimeout("tcp", lab.At(to.Of(family), app.GreetPort).String(), patience) })
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetReadDeadline(time.Now().Add(patience))
+	// All of it: closing with something unread is a reset.
+	_, err = bufio.NewReader(c).ReadString('\n')
+	return c, err
+}
+
+// mustOpen tries until there is room.
+func mustOpen(t *testing.T, from, to *lab.Host, family int) (c net.Conn) {
+	t.Helper()
+	lab.Eventually(t, fmt.Sprintf("a connection from %s to %s", from.Name, to.Name), func() (err error) {
+		c, err = open(t, from, to, family, time.Second)
+		return err
+	})
+	return c
+}
+
+// mustBeShed fails if a connection of team-b, from a pod or to it, is answered, or isn't
+// counted as one too many.
+func mustBeShed(t *testing.T, l *lab.Lab, from *lab.Host, why string) {
+	t.Helper()
+	to := l.B1
+	if from == l.B1 {
+		to = l.Outside
+	}
+	for _, family := range []int{4, 6} {
+		_, err := open(t, from, to, family, 300*time.Millisecond)
+		if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%s: a connection of IPv%d from %s ends with %v", why, family, from.Name, err)
+		}
+	}
+}
+
+// What a pod forges makes no room for more: not the ends of its connections, nor answers
+// that nobody waits for.
+func TestForgedEnds(t *testing.T) {
+	const most = 4
+	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
+	limit(t, l.Node1, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
+	var held []net.Conn
+	for range most {
+		held = append(held, mustOpen(t, l.B1, l.Outside, 4))
+	}
+	const fin, syn, rst, ack = 1, 2, 4, 16
+	for _, flags := range []byte{fin | ack, rst, rst | ack, syn | rst, fin} {
+		for _, c := range held {
+			forge(t, l.B1, c, flags)
+		}
+		mustBeShed(t, l, l.B1, fmt.Sprintf("with forged flags %#x", flags))
+	}
+	// A RST makes an end likely, and what is there all the same stays.
+	if n := len(room(t, l, time.Minute)); n != most {
+		t.Fatalf("room of %d connections has been shortened, want %d", n, most)
+	}
+	lab.Eventually(t, "room for as long as there are connections", func() error {
+		if short := room(t, l, time.Minute); len(short) > 0 {
+			return fmt.Errorf("that of %d ends soon", len(short))
+		}
+		return nil
+	})
+	mustBeShed(t, l, l.B1, "afterwards")
+	for _, c := range held {
+		lab.Check(t, c.Close())
+	}
+	for range most {
+		mustOpen(t, l.B1, l.Outside, 4)
+	}
+}
+
+// forge sends a packet of a connection that its peer takes for no part of it.
+func forge(t *testing.T, h *lab.Host, c net.Conn, flags byte) {
+	t.Helper()
+	from, to := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	tcp := make([]byte, 20) // without a checksum
+	binary.BigEndian.PutUint16(tcp, from.Port())
+	binary.BigEndian.PutUint16(tcp[2:], to.Port())
+	tcp[12], tcp[13] = 5<<4, flags
+	h.Do(t, func() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
+		lab.Check(t, err)
+		defer unix.Close(fd)
+		lab.Check(t, unix.Sendto(fd, tcp, 0, &unix.SockaddrInet4{Addr: to.Addr().Unmap().As4()}))
+	})
+}
+
+// room returns those of team-b's elements that last no longer.
+func room(t *testing.T, l *lab.Lab, within time.Duration) (short []netip.AddrPort) {
+	t.Helper()
+	l.Node1.Proxy("team-b").Do(t, func() {
+		c := &nftables.Conn{}
+		table := &nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyINet}
+		for _, name := range []string{"room_3", "room_pods_1"} {
+			set, err := c.GetSetByName(table, name)
+			lab.Check(t, err)
+			elements, err := c.GetSetElements(set)
+			lab.Check(t, err)
+			for _, e := range elements {
+				if e.Expires <= within {
+					a, _ := netip.AddrFromSlice(e.Key[:16])
+					short = append(short, netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(e.Key[16:])))
+				}
+			}
+		}
+	})
+	return short
+}
