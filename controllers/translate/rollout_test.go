@@ -442,6 +442,17 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
+// A tenant that has it while others haven't is told so, and last of all how to stop it.
+func TestUpgradeIsDoneHere(t *testing.T) {
+	r := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}},
+		Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: newEnvoy, Step: 1}}
+	u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{r}, Nodes: []NodeView{{Node: "n1", Tenant: model.NamespaceTenant("a"), Reported: true,
+		Status: v1alpha1.NodeTenantStatus{Name: "a", Generations: []v1alpha1.GenerationStatus{{Version: newEnvoy, Role: v1alpha1.RoleFirst, Serving: true}}}}}})
+	if u == nil || u.Verdict != UpgradeHealthy || !strings.Contains(u.Message, "here it is done") || !strings.HasSuffix(u.Message, `'{"spec":{"abort":true}}'`) {
+		t.Errorf("%+v", u)
+	}
+}
+
 // An owner reads when it is over.
 func TestUpgradeEnds(t *testing.T) {
 	reached := metav1.NewTime(time.Unix(1e9, 0))
@@ -455,7 +466,7 @@ func TestUpgradeEnds(t *testing.T) {
 		"a pause that runs":     {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutWaiting, Step: 1, ReachedAt: &reached}, "it ends at 2001-09-09T02:16:40Z at the earliest"},
 		"a pause that is to be": {[]v1alpha1.RolloutStep{paused, paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends 1h0m0s after this step is reached"},
 		"an approval":           {[]v1alpha1.RolloutStep{paused, asks, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends with step 3; approvals that it still needs: 1"},
-		"approved":              {[]v1alpha1.RolloutStep{asks, last}, 1, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends when all nodes have followed"},
+		"approved":              {[]v1alpha1.RolloutStep{asks, last}, 1, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends when all tenants have followed"},
 		"a pause of people":     {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutPaused, Step: 1}, "it is paused"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -120,22 +120,26 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		case serving == 0 && until.After(in.Now):
 			at := metav1.NewTime(until)
 			u.Verdict, u.HeldUntil = UpgradeOnHold, &at
-			u.Message = fmt.Sprintf("an upgrade %s is held back here by your namespace's IsolationPolicies (%s) until %s; your connections aren't touched so far. To let it begin now, take notBefore and windows out of their spec.upgrades; to hold it back for longer, set notBefore: until %s at the latest, then it begins whatever they say; %s",
-				change, listed(holders(in.Policies)), until.UTC().Format(time.RFC3339), most.UTC().Format(time.RFC3339), stop)
+			u.Message = fmt.Sprintf("an upgrade %s is held back here by your namespace's IsolationPolicies (%s) until %s; your connections aren't touched so far. To let it begin now, take notBefore and windows out of their spec.upgrades; to hold it back for longer, set notBefore: until %s at the latest, then it begins whatever they say",
+				change, listed(holders(in.Policies)), until.UTC().Format(time.RFC3339), most.UTC().Format(time.RFC3339))
 		case serving == 0:
 			u.Verdict = UpgradeNotYet
-			u.Message = fmt.Sprintf("an upgrade %s is on its way; your connections aren't touched so far; %s", change, stop)
+			u.Message = fmt.Sprintf("an upgrade %s is on its way; your connections aren't touched so far", change)
 		case serving < len(nodes):
 			u.Verdict = UpgradeInProgress
-			u.Message = fmt.Sprintf("%s: up to %d %% of new connections go to the new one, on %d of %d nodes; %s", change, u.Weight, serving, len(nodes), stop)
+			u.Message = fmt.Sprintf("%s: up to %d %% of new connections go to the new one, on %d of %d nodes", change, u.Weight, serving, len(nodes))
 		default:
 			u.Verdict = UpgradeHealthy
-			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all %d nodes; it serves, has not crashed and refused nothing; %s", change, u.Weight, len(nodes), stop)
+			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all %d nodes; it serves, has not crashed and refused nothing", change, u.Weight, len(nodes))
+		}
+		if u.Verdict == UpgradeHealthy && u.Weight == 100 {
+			u.Message += "; here it is done, and goes on elsewhere"
 		}
 		u.Message += nextMove(r)
 		if waits != "" {
 			u.Message += "; " + waits
 		}
+		u.Message += "; " + stop
 	}
 	u.Message += finishing(nodes)
 	u.Message = cutTo(u.Message, 2048)
@@ -181,7 +185,7 @@ func ending(r *v1alpha1.ProxyRollout) string {
 	case approvals > 0:
 		return fmt.Sprintf("; it ends with step %d; approvals that it still needs: %d", len(steps), approvals)
 	case pauses == 0:
-		return "; it ends when all nodes have followed"
+		return "; it ends when all tenants have followed"
 	case s.ReachedAt != nil:
 		return "; it ends at " + s.ReachedAt.Add(pauses).UTC().Format(time.RFC3339) + " at the earliest"
 	}
