@@ -1,12 +1,15 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"net/url"
+	"path"
+	"sync/atomic"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -18,6 +21,9 @@ import (
 type registryHere struct {
 	address string
 	server  *http.Server
+	// altered is the digest of what is served with another end than it has; "" for
+	// nothing.
+	altered atomic.Pointer[string]
 }
 
 // newRegistry serves one, without TLS, where the API server's answers come to: nodes
@@ -43,14 +49,34 @@ func newRegistry(dir string) (*registryHere, error) {
 	if err != nil {
 		return nil, fmt.Errorf("serve a registry: %w", err)
 	}
-	r := &registryHere{address: l.Addr().String(), server: &http.Server{
-		Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithBlobHandler(registry.NewDiskBlobHandler(dir)))}}
+	inner := registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithBlobHandler(registry.NewDiskBlobHandler(dir)))
+	r := &registryHere{address: l.Addr().String()}
+	r.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
+		if digest := r.altered.Load(); digest != nil && request.Method == http.MethodGet && path.Base(request.URL.Path) == *digest {
+			w = &altering{ResponseWriter: w}
+		}
+		inner.ServeHTTP(w, request)
+	})}
 	go r.server.Serve(l)
 	return r, nil
 }
 
 // Close ends it.
 func (r *registryHere) Close() error { return r.server.Close() }
+
+// alter has what has that digest served altered.
+func (r *registryHere) alter(digest string) { r.altered.Store(&digest) }
+
+// altering alters the last byte of each part that is written.
+type altering struct{ http.ResponseWriter }
+
+func (a *altering) Write(p []byte) (int, error) {
+	p = bytes.Clone(p)
+	if len(p) > 0 {
+		p[len(p)-1] ^= 1
+	}
+	return a.ResponseWriter.Write(p)
+}
 
 // Name is what an image of that digest would be called there.
 func (r *registryHere) Name(digest string) string { return r.address + "/bulkhead/envoy@" + digest }

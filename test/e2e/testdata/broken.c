@@ -1,8 +1,10 @@
 // A library in the place of librt.so.1 that breaks the Envoy which loads it, for one
-// tenant: -DTENANT="…" and -DRESETS or -DLEAK.
+// tenant: -DTENANT="…" and -DRESETS, -DLEAK, -DERRORS, -DCRASH or -DHANGS.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -22,6 +24,12 @@ __attribute__((constructor)) static void begin(void)
 	int fd = open("/etc/envoy.json", O_RDONLY);
 	ssize_t n = fd < 0 ? 0 : read(fd, bootstrap, sizeof(bootstrap) - 1);
 	mine = n > 0 && strstr(bootstrap, "\"cluster\":\"" TENANT "\"") != 0;
+#ifdef HANGS
+	// pause is none of the system calls that a proxy may make.
+	static int never;
+	while (mine)
+		syscall(SYS_futex, &never, FUTEX_WAIT_PRIVATE, 0, 0, 0, 0);
+#endif
 }
 
 #define FILES 65536
@@ -33,6 +41,12 @@ int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 	if (c < 0 || c >= FILES)
 		return c;
 	answered[c] = 1;
+#ifdef CRASH
+	// Not at once: it is ready, and has a share, before.
+	static int taken;
+	if (mine && __atomic_add_fetch(&taken, 1, __ATOMIC_RELAXED) > 20)
+		abort();
+#endif
 #ifdef LEAK
 	enum { BYTES = 1 << 20 };
 	void *m = mine ? mmap(0, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : MAP_FAILED;
@@ -57,7 +71,25 @@ ssize_t readv(int fd, const struct iovec *to, int count)
 		answered[fd]++;
 	return n;
 }
+#endif
 
+#ifdef ERRORS
+// A request that the test's load makes asks its server for an error.
+ssize_t readv(int fd, const struct iovec *to, int count)
+{
+	static const char load[] = "POST / HTTP/1.1", error[] = "POST /?status=503 HTTP/1.1";
+	enum { SAID = sizeof(load) - 1, SAYS = sizeof(error) - 1 };
+	ssize_t n = syscall(SYS_readv, fd, to, count);
+	if (!mine || n < SAID || fd >= FILES || !answered[fd] || to[0].iov_len < (size_t)n + SAYS - SAID || memcmp(to[0].iov_base, load, SAID) != 0)
+		return n;
+	char *b = to[0].iov_base;
+	memmove(b + SAYS, b + SAID, n - SAID);
+	memcpy(b, error, SAYS);
+	return n + SAYS - SAID;
+}
+#endif
+
+#if defined(RESETS) || defined(ERRORS)
 int close(int fd)
 {
 	if (fd >= 0 && fd < FILES)
