@@ -30,6 +30,9 @@ func testConnectionsStay(t *testing.T, l *lab.Lab) {
 	plan(n.Pods...)
 	plain.talk(t, "when the pod has joined")
 	meshed := openAll(t, l, "through the proxy")
+	for _, family := range []int{4, 6} {
+		meshed.open(t, fmt.Sprintf("through a tunnel to the pod, IPv%d", family), flow{from: l.B2, to: l.A1}, family)
+	}
 	for _, f := range flows(l) {
 		f.check(t, 4)
 		f.check(t, 6)
@@ -49,6 +52,10 @@ func testConnectionsStay(t *testing.T, l *lab.Lab) {
 		t.Errorf("%d connections of a pod that has left were steered", after-before)
 	}
 	meshed.talk(t, "with others in the clear")
+	// What comes by a tunnel that its former tenant has, that one opens.
+	for _, family := range []int{4, 6} {
+		flow{from: l.B2, to: l.A1}.check(t, family)
+	}
 	if err := onlyPlanned(t, n); err == nil {
 		t.Error("the pod was let go with connections through its proxy")
 	}
@@ -81,16 +88,20 @@ func openAll(t *testing.T, l *lab.Lab, when string) openConnections {
 	all := openConnections{}
 	for _, family := range []int{4, 6} {
 		for _, f := range []flow{{from: l.A1, to: l.Outside}, {from: l.Outside, to: l.A1}, {from: l.A1, to: l.B2}} {
-			c := dial(t, f.from, f.address(family, app.GreetPort).String())
-			name := fmt.Sprintf("%s, from %s to %s, IPv%d", when, f.from.Name, f.to.Name, family)
-			all[name] = openConnection{c, bufio.NewReader(c)}
-			if _, err := all[name].lines.ReadString('\n'); err != nil {
-				t.Fatalf("%s: read greeting: %v", name, err)
-			}
+			all.open(t, fmt.Sprintf("%s, from %s to %s, IPv%d", when, f.from.Name, f.to.Name, family), f, family)
 		}
 	}
 	all.talk(t, "at once")
 	return all
+}
+
+func (o openConnections) open(t *testing.T, name string, f flow, family int) {
+	t.Helper()
+	c := dial(t, f.from, f.address(family, app.GreetPort).String())
+	o[name] = openConnection{c, bufio.NewReader(c)}
+	if _, err := o[name].lines.ReadString('\n'); err != nil {
+		t.Fatalf("%s: read greeting: %v", name, err)
+	}
 }
 
 // talk sends a line over each and waits for it to come back.
