@@ -114,7 +114,7 @@ struct drops {
 	__u64 foreign;
 	// from_tenant: neither TCP nor ARP nor neighbour discovery.
 	__u64 protocol;
-	// steer: neither end is a pod of the tenant.
+	// steer: neither end is a pod of the tenant. from_pod: to the tunnels' port.
 	__u64 unsteered;
 	// In the middle of a connection that didn't begin here, where new ones pass in the clear.
 	__u64 midstream;

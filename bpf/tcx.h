@@ -77,6 +77,37 @@ static __always_inline int readdress(struct __sk_buff *skb, const struct packet 
 	return bpf_skb_store_bytes(skb, field, new, sizeof(new), 0);
 }
 
+// refuse answers a pod's SYN as a host does that has no listener. The SYN itself
+// becomes the answer, with its options, so that no length changes.
+static __always_inline int refuse(struct __sk_buff *skb, const struct packet *p, const struct pod *pod)
+{
+	struct tcphdr tcp, answer;
+	if (bpf_skb_load_bytes(skb, p->offset, &tcp, sizeof(tcp)))
+		return DROP;
+	answer = tcp;
+	answer.source = tcp.dest;
+	answer.dest = tcp.source;
+	answer.seq = 0;
+	answer.ack_seq = bpf_htonl(bpf_ntohl(tcp.seq) + 1);
+	((__u8 *)&answer)[13] = TCP_RST | TCP_ACK;
+	__s64 difference = bpf_csum_diff((__be32 *)&tcp, sizeof(tcp), (__be32 *)&answer, sizeof(answer), 0);
+	if (difference < 0 || bpf_skb_store_bytes(skb, p->offset, &answer, sizeof(answer), 0) ||
+	    bpf_l4_csum_replace(skb, p->offset + offsetof(struct tcphdr, check), 0, difference, 0))
+		return DROP;
+	// Which address comes first is nothing to a checksum.
+	struct addr swapped[2] = { p->destination, p->source };
+	long failed;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		__be32 words[8];
+		__builtin_memcpy(words, swapped, sizeof(words));
+		__be32 v4[2] = { words[3], words[7] };
+		failed = bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), v4, sizeof(v4), 0);
+	} else {
+		failed = bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), swapped, sizeof(swapped), 0);
+	}
+	return failed ? DROP : deliver(skb, pod);
+}
+
 // bytes_of a TCP packet, from its IP header on.
 static __always_inline __u32 bytes_of(struct __sk_buff *skb)
 {
@@ -153,6 +184,12 @@ int from_pod(struct __sk_buff *skb)
 	if (owner == FLOWS_FULL)
 		return drop(&p, tenant, ifindex, flows_full, WAY_OUTBOUND);
 	tenant = owner;
+	// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
+	// look like the proxy's own, and its answers would stay in there.
+	if (p.destination_port == HBONE_PORT) {
+		int dropped = drop(&p, tenant, ifindex, unsteered, WAY_OUTBOUND);
+		return opens(&p) ? refuse(skb, &p, pod) : dropped;
+	}
 	watch_client(&p, &f);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)

@@ -33,6 +33,8 @@ func addDrop(d *steer.Drops, reason uint32, n uint64) {
 		d.Midstream += n
 	case dropFlowsFull:
 		d.FlowsFull += n
+	case dropUnsteered:
+		d.Unsteered += n
 	}
 }
 

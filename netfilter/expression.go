@@ -72,6 +72,9 @@ func opens() rule { return join(flags(0x17), equal(regTemp, 0x02)) }
 // ends matches FIN and RST.
 func ends() rule { return join(flags(0x05), differs(regTemp, 0)) }
 
+// resets matches RST.
+func resets() rule { return join(flags(0x04), differs(regTemp, 0)) }
+
 func isIn(set string, key uint32) rule {
 	return rule{&expr.Lookup{SetName: set, SourceRegister: key}}
 }
@@ -96,6 +99,9 @@ func goTo(chain string) rule { return verdict(expr.VerdictGoto, chain) }
 func jump(chain string) rule { return verdict(expr.VerdictJump, chain) }
 func accept() rule           { return verdict(expr.VerdictAccept, "") }
 func drop() rule             { return verdict(expr.VerdictDrop, "") }
+
+// refuseTCP drops, and sends an RST back.
+func refuseTCP() rule { return rule{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 
 // put writes an element that lasts for a while; 0 is for ever.
 func put(set string, key, data uint32, lasts time.Duration, each ...expr.Any) rule {

@@ -51,6 +51,7 @@ func features() []steer.Feature {
 		// The module of dup has fwd, too, which the library can't write.
 		{Name: "nftables that forward between devices (CONFIG_NFT_FWD_NETDEV and CONFIG_NFT_DUP_NETDEV)", Since: "4.10", Probe: try(netdev,
 			ingress(join(immediate(regTemp, native(1)...), rule{&expr.Dup{RegDev: regTemp, IsRegDevSet: true}})))},
+		{Name: "nftables of devices that refuse (CONFIG_NFT_REJECT_NETDEV)", Since: "5.11", Probe: try(netdev, ingress(refuseTCP()))},
 		{Name: "nftables' sets that rules write, with counters", Since: "5.7", Probe: try(netdev, dynamic)},
 		{Name: "nftables' sets of ranges with several parts", Since: "5.6", Probe: try(netdev, ranges)},
 		{Name: "nftables of IPv4 and IPv6 together (CONFIG_NF_TABLES_INET)", Since: "3.14", Probe: try(inet, prerouting(nil))},

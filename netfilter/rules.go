@@ -15,6 +15,8 @@ const (
 	flowIdle     = 2*time.Hour + 10*time.Minute
 	endedLinger  = 70 * time.Second
 	openedLinger = 130 * time.Second
+	// refusedLinger is for the answer to a SYN to get to the pod.
+	refusedLinger = time.Second
 )
 
 const (
@@ -25,6 +27,8 @@ const (
 	chainFromTenant = "from_tenant"
 	// chainBack sends a packet back to the tenant that it came from.
 	chainBack = "back_to_tenant"
+	// chainRefuse answers a pod's SYN as a host does that has no listener.
+	chainRefuse = "refuse"
 
 	// Of a packet's mark, in from_tenant only: whether its source and destination
 	// are pods that the tenant may speak for, or to.
@@ -48,16 +52,7 @@ func hostChains(pass, own uint32) []chain {
 			if out {
 				device = oif
 			}
-			why := immediate(regKey+1, native(uint32(reason))...)
-			chains = append(chains, chain{dropChain(reason, out), []rule{
-				join(device(regKey), why, put(setDrops, regKey, 0, 0, counter())),
-				// Its tenant's count goes on when the pod has ended.
-				onlyMark(0),
-				join(device(regKey), find(setPods, regKey, regFound), markFound()),
-				join(device(regKey), find(setTenantOf, regKey, regFound), markFound()),
-				join(theMark(regKey), why, put(setTenantDrops, regKey, 0, 0, counter())),
-				drop(), // also where there is no room to count
-			}})
+			chains = append(chains, chain{dropChain(reason, out), append(counted(reason, device), drop())}) // also where there is no room to count
 		}
 	}
 	chains = append(chains,
@@ -68,6 +63,7 @@ func hostChains(pass, own uint32) []chain {
 		chain{chainBack, []rule{
 			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(setPriority(own), forward()), goTo(dropChain(dropNoTenant, false)),
 		}},
+		chain{chainRefuse, append(counted(dropUnsteered, iif), refuseTCP())},
 	)
 	for _, f := range families {
 		chains = append(chains, f.fromPod(own)...)
@@ -75,6 +71,19 @@ func hostChains(pass, own uint32) []chain {
 		chains = append(chains, f.fromTenant(pass)...)
 	}
 	return chains
+}
+
+// counted counts a packet that is dropped, of the interface that device loads.
+func counted(reason int, device func(uint32) rule) []rule {
+	why := immediate(regKey+1, native(uint32(reason))...)
+	return []rule{
+		join(device(regKey), why, put(setDrops, regKey, 0, 0, counter())),
+		// Its tenant's count goes on when the pod has ended.
+		onlyMark(0),
+		join(device(regKey), find(setPods, regKey, regFound), markFound()),
+		join(device(regKey), find(setTenantOf, regKey, regFound), markFound()),
+		join(theMark(regKey), why, put(setTenantDrops, regKey, 0, 0, counter())),
+	}
 }
 
 // byProtocol leads to a chain for each family. The kernel has taken off one VLAN
@@ -174,6 +183,7 @@ func (f family) toPod(pass uint32) []chain {
 		{tcp, []rule{
 			// What the node made, or a tenant delivers.
 			join(hasMark(pass), goTo(given)),
+			join(isPort(0, portInbound), resets(), f.flow(false), isIn(setRefused+v, regKey), goTo(given)),
 			f.isFragment(goTo(dropChain(dropFragment, true))),
 			// A bridge floods its ports with what it doesn't know the place of. Without a
 			// match nothing is counted.
@@ -224,8 +234,14 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	tenant := join(device(regKey), find(setPods, regKey, regFound), markFound())
 	held, goes := way+"_held"+v, way+"_goes"+v
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
+	var goesOn []rule // what doesn't open a flow, and belongs to none that is written down
 	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
 	if podIsSource {
+		// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
+		// look like the proxy's own, and its answers would stay in there.
+		tunnel := isPort(2, portInbound)
+		goesOn = []rule{join(tunnel, goTo(dropChain(dropUnsteered, out)))}
+		steered = append([]rule{join(tunnel, flow, put(setRefused+v, regKey, 0, refusedLinger), goTo(chainRefuse)), goesOn[0]}, steered...)
 		steered = append(steered, join(isPort(0, portInbound), network(f.destination, f.length, regKey), isIn(setOwners+v, regKey), flow, put(setDialled+v, regKey, 0, openedLinger)))
 	}
 	return []chain{
@@ -241,13 +257,12 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
 		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), goTo(way + "_direct" + v)}},
 		{way + "_steered" + v, append(steered, toTenant, goTo(dropChain(dropNoTenant, out)))},
-		{way + v, []rule{
-			join(flow, isIn(setFlows+v, regKey), goTo(held)),
+		{way + v, append(append([]rule{join(flow, isIn(setFlows+v, regKey), goTo(held))}, goesOn...),
 			onlyMark(0), tenant,
 			toTenant,
 			join(markIs(0), goTo(dropChain(dropMidstream, out))),
 			goTo(dropChain(dropNoTenant, out)),
-		}},
+		)},
 		{held, append(append([]rule{onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound())},
 			f.touch(flow, theMark(regFound))...), goTo(goes))},
 		{goes, []rule{

@@ -93,6 +93,8 @@ const (
 	setFlows = "flows"
 	// setDialled: flows that pods opened from the tunnels' port, to pods of this node.
 	setDialled = "dialled"
+	// setRefused: flows of which a SYN was just refused.
+	setRefused = "refused"
 	// setEnded: of the flows that are written down those of which an end was seen.
 	setEnded = "ended"
 	// setFormers: tenants with an address of a pod that has left them, for which they
@@ -104,6 +106,8 @@ const (
 	maxFlows = 262144
 	maxVeths = 4096
 	maxDrops = 65536
+	// SYNs that are refused in refusedLinger; the rest gets no answer.
+	maxRefused = 4096
 	// 32 of its namespace and 8 of its own for each of 1,000 pods, and some more.
 	maxExclusions = 65536
 )
@@ -141,6 +145,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
 		add(setDialled+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		add(setRefused+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxRefused}, address, port, address, port)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		// The other table's: what the node sends to pods is marked.
 		marked := nftables.Set{Table: marking, Name: setMarked + v, KeyType: address, Size: maxVeths}
@@ -177,6 +182,7 @@ const (
 	dropProtocol
 	dropMidstream
 	dropFlowsFull
+	dropUnsteered
 	dropReasons
 )
 

@@ -81,7 +81,8 @@ type Drops struct {
 	Foreign uint64
 	// Protocol: the tenant sent other things than TCP.
 	Protocol uint64
-	// Unsteered: TCP of no pod of the tenant reached its namespace.
+	// Unsteered: TCP of no pod of the tenant reached its namespace, or a pod sent it to
+	// the tunnels' port, where its SYN is refused.
 	Unsteered uint64
 	// Midstream: in the middle of a connection that isn't known, of a pod whose
 	// new ones pass in the clear.
