@@ -343,7 +343,7 @@ func innerChains(s innerState) (chains []chain) {
 		admitted := func(by, room string, when rule) (rules []rule) {
 			rules = paced(by, when)
 			if s.concurrent > 0 {
-				rules = append(rules, onlyMark(0), join(when, jump(room+v)), join(when, markIs(tooMany), goTo("full"+room+v)))
+				rules = append(rules, onlyMark(0), join(when, jump(room+v)), join(when, markIs(tooMany), goTo("full_"+room+v)))
 			}
 			return rules
 		}
@@ -369,8 +369,8 @@ func innerChains(s innerState) (chains []chain) {
 			chain{"strict" + v, append(f.count(destination, plainTextPort), refuse()...)},
 			chain{paceOut + v, append(f.count(source, tooFastPort), drop())},
 			chain{paceIn + v, append(f.count(destination, tooFastPort), drop())},
-			chain{"full" + roomOut + v, append(f.count(source, tooManyPort), drop())},
-			chain{"full" + roomIn + v, append(f.count(destination, tooManyPort), drop())},
+			chain{"full_" + roomOut + v, append(f.count(source, tooManyPort), drop())},
+			chain{"full_" + roomIn + v, append(f.count(destination, tooManyPort), drop())},
 			chain{"unsteered" + v, append(f.count(nil, unsteeredPort), drop())})
 		chains = append(chains, f.rooms(s.concurrent)...)
 	}
