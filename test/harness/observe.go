@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/test/capture"
-	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 )
 
 // Inspection is what an agent reads back from its node's kernel: the output of
@@ -159,80 +158,15 @@ func (c *Cluster) AccessLog(ctx context.Context, node, tenant string) ([]Access,
 // node while work runs. It uses a pod in the node's network namespace, removed
 // afterwards.
 func (c *Cluster) Capture(ctx context.Context, node, address, marker string, limit time.Duration, work func(context.Context) error) (capture.Report, error) {
-	name, remove, err := c.nodePod(ctx, node)
+	p, err := c.OnNode(ctx, node)
 	if err != nil {
 		return capture.Report{}, err
 	}
-	report, err := c.capture(ctx, name, address, marker, limit, work)
-	if err := errors.Join(err, remove()); err != nil {
+	report, err := c.capture(ctx, p.name, address, marker, limit, work)
+	if err := errors.Join(err, p.Remove()); err != nil {
 		return report, fmt.Errorf("capture on %s: %w", node, err)
 	}
 	return report, nil
-}
-
-// LookAtNode returns what of the mesh is on a node, whether it runs or was left.
-func (c *Cluster) LookAtNode(ctx context.Context, node string) (app.NodeReport, error) {
-	var report app.NodeReport
-	name, remove, err := c.nodePod(ctx, node)
-	if err != nil {
-		return report, err
-	}
-	err = c.ExecJSON(ctx, &report, nodeNamespace, name, "echo", "node", "--root", "/host")
-	return report, errors.Join(err, remove())
-}
-
-// nodeNamespace is where the harness runs pods that see a whole node.
-const nodeNamespace = "bulkhead-test-node"
-
-// nodePod runs a pod with the namespaces and files of a node until remove.
-func (c *Cluster) nodePod(ctx context.Context, node string) (name string, remove func() error, err error) {
-	name = "look-" + node
-	if err := c.Apply(ctx, fmt.Sprintf(`
-apiVersion: v1
-kind: Namespace
-metadata:
-  name: %[1]s
-  labels: {pod-security.kubernetes.io/enforce: privileged}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: %[2]s, namespace: %[1]s}
-spec:
-  nodeName: %[3]s
-  hostNetwork: true
-  hostPID: true
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: look
-    image: %[4]s
-    imagePullPolicy: IfNotPresent
-    args: [serve, --http=127.0.0.1:0, --grpc=, --tcp=, --bulk=]
-    securityContext: {runAsUser: 0, privileged: true}
-    volumeMounts: [{name: host, mountPath: /host, readOnly: true}]
-  volumes: [{name: host, hostPath: {path: /}}]
-`, nodeNamespace, name, node, EchoImage)); err != nil {
-		return "", nil, err
-	}
-	remove = func() error {
-		_, err := c.Kubectl(context.WithoutCancel(ctx), "", "delete", "pod", "-n", nodeNamespace, name, "--ignore-not-found", "--wait=true")
-		return err
-	}
-	err = Wait(ctx, time.Minute, 200*time.Millisecond, "the pod "+name, func(ctx context.Context) error {
-		pods, err := c.Pods(ctx, nodeNamespace, "")
-		if err != nil {
-			return err
-		}
-		for _, p := range pods {
-			if p.Name == name {
-				return nil
-			}
-		}
-		return fmt.Errorf("%s isn't ready", name)
-	})
-	if err != nil {
-		return "", nil, errors.Join(err, remove())
-	}
-	return name, remove, nil
 }
 
 func (c *Cluster) capture(ctx context.Context, pod, address, marker string, limit time.Duration, work func(context.Context) error) (capture.Report, error) {

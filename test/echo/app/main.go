@@ -19,7 +19,7 @@ var ErrUsage = errors.New("wrong usage")
 // errFailed is returned for a client whose printed result isn't OK.
 var errFailed = errors.New("failed: see the result's failure")
 
-const commands = "serve, get, grpc, tcp, bulk, hold, load, capture, node, workload"
+const commands = "serve, get, grpc, tcp, bulk, hold, load, capture, node, kill, workload"
 
 // Main runs one command. Results go to out as JSON, everything else to messages.
 func Main(ctx context.Context, args []string, in io.Reader, out, messages io.Writer) error {
@@ -46,6 +46,8 @@ func Main(ctx context.Context, args []string, in io.Reader, out, messages io.Wri
 		return c.capture()
 	case "node":
 		return c.node()
+	case "kill":
+		return c.kill()
 	case "workload":
 		return c.workload()
 	}
