@@ -174,12 +174,14 @@ func TestBrokenBuilds(t *testing.T) {
 			began := time.Time{}
 			s := v1alpha1.ProxyRolloutStatus{}
 			err := harness.Wait(t.Context(), time.Minute, 20*time.Millisecond, "the rollout to be taken back", func(ctx context.Context) error {
-				p, err := e.Proxy(ctx, e.nodes[0], "e2e-b")
-				if err != nil {
-					return err
-				}
-				if began.IsZero() && p.Weight > 0 {
-					began = time.Now()
+				if began.IsZero() {
+					p, err := e.Proxy(ctx, e.nodes[0], "e2e-b")
+					if err != nil {
+						return err
+					}
+					if p.Weight > 0 {
+						began = time.Now()
+					}
 				}
 				var r v1alpha1.ProxyRollout
 				if err := e.Client.Get(ctx, client.ObjectKey{Name: name}, &r); err != nil {
@@ -222,7 +224,8 @@ func TestBrokenBuilds(t *testing.T) {
 				if r.Failures.Total > 0 {
 					late := back.Sub(r.Failures.First.At)
 					t.Logf("all was back %s after the first failure", late.Round(10*time.Millisecond))
-					if c.crashes && late > 2*time.Second {
+					// 2 s, and the machine's noise.
+					if c.crashes && late > 3*time.Second {
 						t.Errorf("going back took %s after the crash", late)
 					}
 				}
