@@ -87,14 +87,14 @@ bench: root setup ## Measure: BENCH=datapath is one part, ROUNDS=3 is quick, WRI
 	done
 
 .PHONY: soak
-soak: root ## Tests that take minutes: isolation in a virtual machine with another kernel, rollouts on the cluster; as root
+soak: root ## Tests that take minutes: isolation in a virtual machine with another kernel, rollouts on the cluster, about 20 minutes; as root
 	$(GO) run ./hack/envoy --all
 	$(GO) test -count=1 -p 1 -timeout 30m $(GOTESTFLAGS) ./test/soak/...
 	@$(MAKE) --no-print-directory soak-rollouts
 
 # SEED=N repeats what happened at random.
 .PHONY: soak-rollouts
-soak-rollouts: cluster ## The half of it that is on a cluster, the local one or that of KUBECONFIG: about 12 minutes
+soak-rollouts: cluster ## The half of it that is on a cluster, the local one or that of KUBECONFIG, about 8 minutes
 	$(use_cluster) $(GO) test -count=1 -v -timeout 40m -run '^TestSoak' $(GOTESTFLAGS) ./test/e2e -args -soak -seed $(or $(SEED),0)
 
 .PHONY: up
