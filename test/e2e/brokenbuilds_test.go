@@ -159,7 +159,7 @@ func TestBrokenBuilds(t *testing.T) {
 			name := "e2e-" + strings.ToLower(c.fault)
 			results := make(chan loaded, 2)
 			load := func(what string, from harness.Pod, to string) {
-				startLoad(t, results, what, from, 45*time.Second, "--connections", "16", "--rate", fmt.Sprint(rate), "--new-connection-ratio", "0.25", to)
+				startLoad(t, results, what, from, 35*time.Second, "--connections", "16", "--rate", fmt.Sprint(rate), "--new-connection-ratio", "0.25", to)
 			}
 			to, of := hostPort(e.pod(webA, 1).IPv4, app.HTTPPort), e.pod(webB, 1)
 			if c.requests {
