@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // Drain is for how long a namespace's connections may go on in proxies that were
@@ -68,4 +69,25 @@ func next(u *v1alpha1.UpgradePolicy, t time.Time) time.Time {
 		return t
 	}
 	return first
+}
+
+// heldUntil is when the rollout may begin with a tenant; its namespace can't hold it
+// back for longer than the rollout lets it.
+func (r *rollout) heldUntil(tenant string) time.Time {
+	t, err := model.ParseTenant(tenant)
+	if err != nil || t.Scope == model.ScopeNode || r.status.StartedAt == nil {
+		return time.Time{}
+	}
+	until, _ := hold(r.Rollout.Spec, r.status.StartedAt.Time, r.Policies[t.Namespace], r.Now)
+	return until
+}
+
+// hold is until when policies hold a rollout back that started then, and until when
+// they can at most.
+func hold(spec v1alpha1.ProxyRolloutSpec, startedAt time.Time, policies []v1alpha1.IsolationPolicy, now time.Time) (until, most time.Time) {
+	most = startedAt.Add(parseDuration(spec.MaxHold, 168*time.Hour))
+	if until = MayBegin(policies, now); until.After(most) {
+		until = most
+	}
+	return until, most
 }
