@@ -214,7 +214,7 @@ func figuresStatus(f figures.Figures, i int) *v1alpha1.GenerationFigures {
 		Connections: int64(c.Connections), Unanswered: int64(c.Unanswered), Resets: int64(c.Resets), FirstByte: histogram(c.FirstByte[:]),
 		Upstreams: int64(c.Upstreams), UpstreamFailures: int64(c.UpstreamFailures),
 		Handshakes: int64(c.Handshakes), HandshakeFailures: int64(c.HandshakeFailures),
-		Tunnelled: int64(c.Tunnelled), TunnelErrors: int64(c.TunnelErrors),
+		Tunnelled: int64(c.Tunnelled), TunnelConnections: max(int64(c.TunnelConnections), l.OpenTunnelConnections), TunnelErrors: int64(c.TunnelErrors),
 		Requests: int64(c.Requests), RequestConnections: max(int64(c.RequestConnections), l.OpenRequestConnections), ServerErrors: int64(c.ServerErrors),
 		Latency: histogram(c.Latency[:]), CPUMilliseconds: int64(c.CPU), Work: int64(c.Work), Bytes: int64(c.Bytes),
 		PrivateBytes: l.PrivateBytes, OpenConnections: l.OpenConnections,

@@ -275,17 +275,20 @@ func (m *mesh) bypasses(topology string) []translate.BypassView {
 	return views
 }
 
-// away are the nodes that do nothing that they are told, and why.
-func (m *mesh) away() map[string]string {
+// away are the nodes that do nothing that they are told, and why; and since when the
+// others are there.
+func (m *mesh) away() (nodes map[string]string, readySince map[string]time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	nodes := map[string]string{}
+	nodes, readySince = map[string]string{}, map[string]time.Time{}
 	for name, n := range m.nodes {
 		if n.Away != "" {
 			nodes[name] = n.Away
+		} else {
+			readySince[name] = n.ReadySince
 		}
 	}
-	return nodes
+	return nodes, readySince
 }
 
 // bounds of all namespaces of the mesh.

@@ -249,11 +249,17 @@ func TestNodesAway(t *testing.T) {
 	r.must(err)
 	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
 	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
-	if away := r.w.mesh.away(); len(away) != 1 || !strings.Contains(away["n1"], "isn't Ready since "+born.UTC().Format(time.RFC3339)) {
+	if away, _ := r.w.mesh.away(); len(away) != 1 || !strings.Contains(away["n1"], "isn't Ready since "+born.UTC().Format(time.RFC3339)) {
 		t.Errorf("away are %v", away)
 	}
 	if s := r.decide(); !strings.Contains(s.Message, "n1 (the node isn't Ready") {
 		t.Errorf("%s", s.Message)
+	}
+	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionTrue
+	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
+	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
+	if away, since := r.w.mesh.away(); len(away) != 0 || !since["n1"].Equal(born) {
+		t.Errorf("away are %v, n1 is there since %v", away, since)
 	}
 }
 

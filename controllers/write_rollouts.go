@@ -82,12 +82,13 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 	for _, p := range policies.Items {
 		byNamespace[p.Namespace] = append(byNamespace[p.Namespace], p)
 	}
+	away, readySince := w.mesh.away()
 	want := map[string]translate.NodeRollout{}
 	var after time.Duration
 	older := ""
 	for i := range rollouts {
 		r := &rollouts[i]
-		in := translate.RolloutInput{Rollout: r, Older: older, Nodes: nodes.Items, Policies: byNamespace, Bounds: w.mesh.bounds(), Away: w.mesh.away(), Now: w.now()}
+		in := translate.RolloutInput{Rollout: r, Older: older, Nodes: nodes.Items, Policies: byNamespace, Bounds: w.mesh.bounds(), Away: away, ReadySince: readySince, Now: w.now()}
 		for _, version := range from {
 			for _, tenant := range append(translate.HeldBackTenants(rollouts), "") {
 				in.From = append(in.From, translate.RolledOutVersion(version, tenant, rollouts))
@@ -158,7 +159,7 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 		return err
 	}
 	kind := corev1.EventTypeNormal
-	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack || len(status.HeldBack) > len(r.Status.HeldBack) {
+	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack || leftBehind(r.Status, status) != nil {
 		kind = corev1.EventTypeWarning
 	}
 	w.tellAvailable(r, status)
@@ -166,13 +167,25 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	case w.upgrade == nil:
 	case had.Phase != status.Phase && status.Phase != v1alpha1.RolloutWaiting && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
-	case len(status.HeldBack) > len(had.HeldBack):
-		h := status.HeldBack[len(status.HeldBack)-1]
+	case leftBehind(had, status) != nil:
+		h := leftBehind(had, status)
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonHeldBack, "Leave"+h.Reason, fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message))
 	case had.Step != status.Step:
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
 	}
 	return nil
+}
+
+// leftBehind is the tenant, or namespace, that was held back last; nil if it was before.
+func leftBehind(had, now v1alpha1.ProxyRolloutStatus) *v1alpha1.HeldBackTenant {
+	if len(now.HeldBack) == 0 {
+		return nil
+	}
+	last := &now.HeldBack[len(now.HeldBack)-1]
+	if slices.ContainsFunc(had.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == last.Tenant }) {
+		return nil
+	}
+	return last
 }
 
 // tellAvailable tells once why nodes can't have a rollout's version, and when they can.

@@ -20,7 +20,7 @@ type Counts struct {
 	// Of Envoy.
 	Upstreams, UpstreamFailures                uint64
 	Handshakes, HandshakeFailures              uint64
-	Tunnelled, TunnelErrors                    uint64
+	Tunnelled, TunnelConnections, TunnelErrors uint64
 	Requests, RequestConnections, ServerErrors uint64
 	Latency                                    [LatencyBuckets]uint64
 	// Work is what the process took: connections, tunnelled ones, requests.
@@ -32,6 +32,7 @@ type Counts struct {
 // Levels rise and fall.
 type Levels struct {
 	OpenConnections, OpenRequestConnections int64
+	OpenTunnelConnections                   int64
 	PrivateBytes                            int64
 }
 
@@ -70,6 +71,10 @@ func ReadEnvoy(body string, c *Counts, l *Levels) {
 			c.Tunnelled, c.Work = c.Tunnelled+n, c.Work+n
 		case "http.inbound.downstream_rq_5xx":
 			c.TunnelErrors += n
+		case "http.inbound.downstream_cx_total":
+			c.TunnelConnections += n
+		case "http.inbound.downstream_cx_active":
+			l.OpenTunnelConnections += int64(n)
 		case "http.l7.downstream_rq_completed":
 			c.Requests, c.Work = c.Requests+n, c.Work+n
 		case "http.l7.downstream_rq_5xx":
@@ -86,6 +91,9 @@ func ReadEnvoy(body string, c *Counts, l *Levels) {
 	}
 }
 
+// tunnelledTo is the cluster that delivers what comes in tunnels.
+const tunnelledTo = "deliver-http"
+
 // readConnections reads a line of a listener or of a cluster.
 func readConnections(kind, name string, n uint64, c *Counts, l *Levels) {
 	if strings.HasPrefix(name, "admin.") || strings.HasPrefix(name, "xds.") {
@@ -96,6 +104,8 @@ func readConnections(kind, name string, n uint64, c *Counts, l *Levels) {
 		c.Handshakes += n
 	case stat == "connection_error", strings.HasPrefix(stat, "fail_verify_"):
 		c.HandshakeFailures += n
+	case name == tunnelledTo+"."+stat:
+		// Who asked for it in a tunnel chose it: that is what Tunnelled counts.
 	case kind == "cluster" && stat == "upstream_cx_total":
 		c.Upstreams += n
 	case kind == "cluster" && stat == "upstream_cx_connect_fail":

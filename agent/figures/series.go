@@ -118,6 +118,7 @@ func (c *Counts) add(from, to *Counts, settled bool) {
 	rose(&c.Handshakes, from.Handshakes, to.Handshakes)
 	rose(&c.HandshakeFailures, from.HandshakeFailures, to.HandshakeFailures)
 	rose(&c.Tunnelled, from.Tunnelled, to.Tunnelled)
+	rose(&c.TunnelConnections, from.TunnelConnections, to.TunnelConnections)
 	rose(&c.TunnelErrors, from.TunnelErrors, to.TunnelErrors)
 	rose(&c.Requests, from.Requests, to.Requests)
 	rose(&c.RequestConnections, from.RequestConnections, to.RequestConnections)

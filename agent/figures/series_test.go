@@ -21,6 +21,10 @@ func TestReadEnvoy(t *testing.T) {
 		"listener.admin.downstream_cx_active: 1",
 		"http.inbound.downstream_rq_completed: 11",
 		"http.inbound.downstream_rq_5xx: 1",
+		"http.inbound.downstream_cx_total: 3",
+		"http.inbound.downstream_cx_active: 2",
+		"cluster.deliver-http.upstream_cx_total: 500",
+		"cluster.deliver-http.upstream_cx_connect_fail: 400",
 		"http.l7.downstream_rq_completed: 20",
 		"http.l7.downstream_rq_5xx: 6",
 		"http.l7.downstream_cx_total: 8",
@@ -29,10 +33,10 @@ func TestReadEnvoy(t *testing.T) {
 		// What a proxy that is taken over may say.
 		"http.l7.downstream_rq_5xx: -1", "http.l7.downstream_rq_5xx: 99999999999999999999", "http.l7.downstream_rq_time: B(,) x", ": ", "nothing",
 	}, "\n"), &c, &l)
-	want := Counts{Upstreams: 7, UpstreamFailures: 2, Handshakes: 3, HandshakeFailures: 5, Tunnelled: 11, TunnelErrors: 1,
+	want := Counts{Upstreams: 7, UpstreamFailures: 2, Handshakes: 3, HandshakeFailures: 5, Tunnelled: 11, TunnelConnections: 3, TunnelErrors: 1,
 		Requests: 20, ServerErrors: 6, RequestConnections: 8, Work: 9 + 11 + 20, Bytes: 100}
 	want.Latency[0], want.Latency[1], want.Latency[15] = 6, 2, 2
-	if c != want || l != (Levels{OpenConnections: 5}) {
+	if c != want || l != (Levels{OpenConnections: 5, OpenTunnelConnections: 2}) {
 		t.Errorf("read %+v, %+v", c, l)
 	}
 }

@@ -31,7 +31,7 @@ type GenerationFigures struct {
 	FirstByte []int64 `json:"firstByte,omitempty"`
 
 	// Upstreams are connections that it opened, and UpstreamFailures those that failed
-	// before they were there.
+	// before they were there; without those that peers asked for in tunnels.
 	// +optional
 	Upstreams int64 `json:"upstreams,omitempty"`
 	// +optional
@@ -41,10 +41,12 @@ type GenerationFigures struct {
 	Handshakes int64 `json:"handshakes,omitempty"`
 	// +optional
 	HandshakeFailures int64 `json:"handshakeFailures,omitempty"`
-	// Tunnelled connections that peers asked it to deliver, and those that it answered
-	// with a server error.
+	// Tunnelled connections that peers asked it to deliver, in how many tunnels, and
+	// those that it answered with a server error.
 	// +optional
 	Tunnelled int64 `json:"tunnelled,omitempty"`
+	// +optional
+	TunnelConnections int64 `json:"tunnelConnections,omitempty"`
 	// +optional
 	TunnelErrors int64 `json:"tunnelErrors,omitempty"`
 	// Requests in HTTP that it read, on how many connections, and how many were answered

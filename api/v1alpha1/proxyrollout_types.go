@@ -102,9 +102,9 @@ type ProxyRolloutSpec struct {
 	// +optional
 	MaxHold string `json:"maxHold,omitempty"`
 
-	// MaxHeldBackPercent of the tenants may be left at the version before because of a
-	// fault of their own (see status.heldBack) before all are taken back; one always
-	// may, unless it is 0. At most 64.
+	// MaxHeldBackPercent of the namespaces may have tenants that are left at the version
+	// before because of a fault of their own (see status.heldBack) before all are taken
+	// back; one always may, unless it is 0. At most 64.
 	// +kubebuilder:default=10
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=100
@@ -186,7 +186,8 @@ type RolloutVerdict struct {
 
 // HeldBackTenant is a tenant that the rollout goes on without.
 type HeldBackTenant struct {
-	// Tenant that stays at the version before.
+	// Tenant that stays at the version before; the namespace, with all of its tenants,
+	// where a second one had to.
 	// +kubebuilder:validation:MaxLength=330
 	Tenant string `json:"tenant"`
 	// Node where it was seen.

@@ -143,8 +143,10 @@ type share struct {
 	// what went wrong, for people: "11 of 52 <what>".
 	what string
 	of   func(f *v1alpha1.GenerationFigures) (bad, all int64)
-	// enough says more than a minimum sample of whether figures can be judged.
-	enough func(f *v1alpha1.GenerationFigures) bool
+	// carriers are the connections in which what was tried came, where many come in one;
+	// nil if each is its own. What one carries isn't independent: its peer may ask for
+	// the same thing in vain over and over.
+	carriers func(f *v1alpha1.GenerationFigures) int64
 }
 
 var shares = []share{
@@ -153,7 +155,8 @@ var shares = []share{
 	{reason: v1alpha1.FigureConnectFailures, what: "connections to upstreams failed",
 		of: func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.UpstreamFailures, f.Upstreams }},
 	{reason: v1alpha1.FigureConnectFailures, what: "tunnelled connections were answered with an error",
-		of: func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.TunnelErrors, f.Tunnelled }},
+		of:       func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.TunnelErrors, f.Tunnelled },
+		carriers: func(f *v1alpha1.GenerationFigures) int64 { return f.TunnelConnections }},
 	{reason: v1alpha1.FigureResets, what: "connections were reset",
 		of: func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.Resets, f.Connections }},
 	{reason: v1alpha1.FigureHandshakeFailures, what: "TLS handshakes failed",
@@ -161,9 +164,11 @@ var shares = []share{
 			return f.HandshakeFailures, f.Handshakes + f.HandshakeFailures
 		}},
 	{reason: v1alpha1.FigureServerErrors, what: "requests were answered with a server error",
-		of:     func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.ServerErrors, f.Requests },
-		enough: func(f *v1alpha1.GenerationFigures) bool { return f.RequestConnections >= fewestConnections }},
+		of:       func(f *v1alpha1.GenerationFigures) (int64, int64) { return f.ServerErrors, f.Requests },
+		carriers: ofRequests},
 }
+
+func ofRequests(f *v1alpha1.GenerationFigures) int64 { return f.RequestConnections }
 
 // judge returns the first figure by which the new version is worse than it may be
 // than the old one at these places, or nil.
@@ -174,9 +179,9 @@ func judge(places []compared, l v1alpha1.RolloutAnalysis) *finding {
 		}
 	}
 	for _, s := range []share{
-		slow(places, v1alpha1.FigureFirstByte, "connections took longer than %s to the first byte", firstByteBound,
+		slow(places, v1alpha1.FigureFirstByte, "connections took longer than %s to the first byte", firstByteBound, nil,
 			func(f *v1alpha1.GenerationFigures) []int64 { return f.FirstByte }),
-		slow(places, v1alpha1.FigureLatency, "requests took longer than %s", latencyBound,
+		slow(places, v1alpha1.FigureLatency, "requests took longer than %s", latencyBound, ofRequests,
 			func(f *v1alpha1.GenerationFigures) []int64 { return f.Latency }),
 	} {
 		if f := s.judge(places, l.MinSample, l.SlowPercent); f != nil && !slices.Contains(l.Ignore, s.reason) {
@@ -201,24 +206,29 @@ func (s share) judge(places []compared, minSample, limit int32) *finding {
 		return nil
 	}
 	var newBad, newAll, oldBad, oldAll int64
-	var expected, variance, excess, worst float64
+	var failed, expected, variance, excess, worst float64
 	node := ""
 	for i := range places {
 		p := &places[i]
 		nb, na := s.of(&p.new)
 		ob, oa := s.of(&p.old)
-		if na <= 0 || oa <= 0 || s.enough != nil && !s.enough(&p.new) {
+		newEach, newEnough := s.carried(&p.new, na)
+		oldEach, oldEnough := s.carried(&p.old, oa)
+		if na <= 0 || oa <= 0 || !newEnough || !oldEnough {
 			continue // there is nothing to compare with
 		}
 		// A connection can be counted in the time before the one in which it fails.
 		nb, ob = min(nb, na), min(ob, oa)
 		newBad, newAll, oldBad, oldAll = newBad+nb, newAll+na, oldBad+ob, oldAll+oa
-		n, bad, all := float64(na), float64(nb+ob), float64(na+oa)
+		// As if what one connection carried were one try: its share of the sample.
+		n, o := float64(na)/newEach, float64(oa)/oldEach
+		newFailed, bad, all := float64(nb)/newEach, float64(nb)/newEach+float64(ob)/oldEach, n+o
+		failed += newFailed
 		expected += n * bad / all
 		if all > 1 {
-			variance += n * float64(oa) * bad * (all - bad) / (all * all * (all - 1))
+			variance += n * o * bad * (all - bad) / (all * all * (all - 1))
 		}
-		more := float64(nb) - n*float64(ob)/float64(oa)
+		more := float64(nb) - float64(na)*float64(ob)/float64(oa)
 		excess += more
 		if node == "" || more > worst {
 			node, worst = p.node, more
@@ -227,16 +237,26 @@ func (s share) judge(places []compared, minSample, limit int32) *finding {
 	if newAll < int64(minSample) || oldAll < int64(minSample) || newBad < fewestFailures {
 		return nil
 	}
-	if excess/float64(newAll) <= float64(limit)/100 || float64(newBad)-expected-0.5 <= beyondChance*math.Sqrt(variance) {
+	if excess/float64(newAll) <= float64(limit)/100 || failed-expected-0.5 <= beyondChance*math.Sqrt(variance) {
 		return nil
 	}
 	return &finding{s.reason, node, fmt.Sprintf("of the new version's %d of %d %s (%s), of the old one's at the same time %d of %d (%s); limit: %d more of 100",
 		newBad, newAll, s.what, inPercent(newBad, newAll), oldBad, oldAll, inPercent(oldBad, oldAll), limit)}
 }
 
+// carried is how many tries each carrier of a process has had on average, 1 where each
+// is its own, and whether there are enough carriers to say anything.
+func (s share) carried(f *v1alpha1.GenerationFigures, tries int64) (each float64, enough bool) {
+	if s.carriers == nil {
+		return 1, true
+	}
+	n := s.carriers(f)
+	return max(1, float64(tries)/float64(max(n, 1))), n >= fewestConnections
+}
+
 // slow has histograms compared as shares: of what took more than twice as long as
 // nine of ten do with the old version.
-func slow(places []compared, reason v1alpha1.RolloutFigure, what string, bound func(i int) time.Duration, of func(*v1alpha1.GenerationFigures) []int64) share {
+func slow(places []compared, reason v1alpha1.RolloutFigure, what string, bound func(i int) time.Duration, carriers func(*v1alpha1.GenerationFigures) int64, of func(*v1alpha1.GenerationFigures) []int64) share {
 	var sum [histogramBuckets]int64
 	var all int64
 	for i := range places {
@@ -255,7 +275,7 @@ func slow(places []compared, reason v1alpha1.RolloutFigure, what string, bound f
 	}
 	for k++; k < len(sum)-2 && bound(k) < fastEnough*time.Millisecond; k++ {
 	}
-	return share{reason: reason, what: fmt.Sprintf(what, bound(k)), of: func(f *v1alpha1.GenerationFigures) (bad, all int64) {
+	return share{reason: reason, what: fmt.Sprintf(what, bound(k)), carriers: carriers, of: func(f *v1alpha1.GenerationFigures) (bad, all int64) {
 		for i, n := range of(f) {
 			if all += n; i > k {
 				bad += n

@@ -30,15 +30,17 @@ func TestJudge(t *testing.T) {
 	}{
 		"nothing happened": {places: []compared{at("n", fig{}, fig{})}},
 		"alike":            {places: []compared{at("n", fig{Requests: 800, ServerErrors: 80, RequestConnections: 50}, fig{Requests: 200, ServerErrors: 22, RequestConnections: 50})}},
-		"server errors": {places: []compared{at("n", fig{Requests: 80, ServerErrors: 1, RequestConnections: 20}, fig{Requests: 20, ServerErrors: 15, RequestConnections: 9})},
+		"server errors": {places: []compared{at("n", fig{Requests: 80, ServerErrors: 1, RequestConnections: 80}, fig{Requests: 20, ServerErrors: 15, RequestConnections: 18})},
 			want: v1alpha1.FigureServerErrors, node: "n", says: "of the new version's 15 of 20 requests were answered with a server error (75.0 %), of the old one's at the same time 1 of 80 (1.2 %); limit: 5 more of 100"},
 		"one client's errors": {places: []compared{at("n", fig{Requests: 800, RequestConnections: 20}, fig{Requests: 200, ServerErrors: 200, RequestConnections: 4})}},
-		"a tiny sample":       {places: []compared{at("n", fig{Connections: 80}, fig{Connections: 19, Unanswered: 19})}},
-		"no old traffic":      {places: []compared{at("n", fig{}, fig{Connections: 1000, Unanswered: 1000})}},
-		"little old traffic":  {places: []compared{at("n", fig{Connections: 19}, fig{Connections: 1000, Unanswered: 1000})}},
-		"the least sample":    {places: []compared{at("n", fig{Connections: 20}, fig{Connections: 20, Unanswered: 20})}, want: v1alpha1.FigureConnectFailures},
-		"a larger one":        {places: []compared{at("n", fig{Connections: 20}, fig{Connections: 20, Unanswered: 20})}, limits: v1alpha1.RolloutAnalysis{MinSample: 21}},
-		"chance":              {places: []compared{at("n", fig{Connections: 80, Resets: 4}, fig{Connections: 20, Resets: 4})}},
+		// One connection of eight asks for what fails.
+		"one connection's errors": {places: []compared{at("n", fig{Requests: 800, RequestConnections: 32}, fig{Requests: 200, ServerErrors: 25, RequestConnections: 8})}},
+		"a tiny sample":           {places: []compared{at("n", fig{Connections: 80}, fig{Connections: 19, Unanswered: 19})}},
+		"no old traffic":          {places: []compared{at("n", fig{}, fig{Connections: 1000, Unanswered: 1000})}},
+		"little old traffic":      {places: []compared{at("n", fig{Connections: 19}, fig{Connections: 1000, Unanswered: 1000})}},
+		"the least sample":        {places: []compared{at("n", fig{Connections: 20}, fig{Connections: 20, Unanswered: 20})}, want: v1alpha1.FigureConnectFailures},
+		"a larger one":            {places: []compared{at("n", fig{Connections: 20}, fig{Connections: 20, Unanswered: 20})}, limits: v1alpha1.RolloutAnalysis{MinSample: 21}},
+		"chance":                  {places: []compared{at("n", fig{Connections: 80, Resets: 4}, fig{Connections: 20, Resets: 4})}},
 		// 6 of 100 is beyond 5 more, but not beyond chance; of ten times as many it is.
 		"few":                    {places: []compared{at("n", fig{Connections: 100}, fig{Connections: 100, Resets: 6})}},
 		"many":                   {places: []compared{at("n", fig{Connections: 1000}, fig{Connections: 1000, Resets: 60})}, want: v1alpha1.FigureResets, says: "were reset"},
@@ -55,7 +57,11 @@ func TestJudge(t *testing.T) {
 			want: v1alpha1.FigureResets},
 		"a silent node": {places: []compared{at("silent", fig{}, fig{}), at("n2", fig{Connections: 100}, fig{Connections: 100, Resets: 50})}, want: v1alpha1.FigureResets, node: "n2"},
 		"upstreams":     {places: []compared{at("n", fig{Upstreams: 100}, fig{Upstreams: 100, UpstreamFailures: 50})}, want: v1alpha1.FigureConnectFailures, says: "upstreams"},
-		"tunnels":       {places: []compared{at("n", fig{Tunnelled: 100}, fig{Tunnelled: 100, TunnelErrors: 50})}, want: v1alpha1.FigureConnectFailures, says: "tunnelled"},
+		"tunnels":       {places: []compared{at("n", fig{Tunnelled: 100, TunnelConnections: 100}, fig{Tunnelled: 100, TunnelErrors: 50, TunnelConnections: 90})}, want: v1alpha1.FigureConnectFailures, says: "tunnelled"},
+		// A peer that dials a closed port over and over has one tunnel for it.
+		"one peer's tunnel":   {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 32}, fig{Tunnelled: 200, TunnelErrors: 25, TunnelConnections: 8})}},
+		"too few tunnels":     {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 800}, fig{Tunnelled: 200, TunnelErrors: 200, TunnelConnections: 4})}},
+		"nobody counted them": {places: []compared{at("n", fig{Tunnelled: 800}, fig{Tunnelled: 200, TunnelErrors: 200})}},
 		// A failed handshake counts as none that succeeded.
 		"handshakes": {places: []compared{at("n", fig{Handshakes: 100}, fig{HandshakeFailures: 50})}, want: v1alpha1.FigureHandshakeFailures, says: "50 of 50"},
 		"ignored": {places: []compared{at("n", fig{Handshakes: 100}, fig{HandshakeFailures: 50})},
@@ -67,8 +73,9 @@ func TestJudge(t *testing.T) {
 		"fast enough":                    {places: []compared{at("n", fig{FirstByte: spread(0, 50, 40, 10)}, fig{FirstByte: spread(0, 0, 0, 10, 0, 0, 0, 90)})}},
 		"a little slower":                {places: []compared{at("n", fig{FirstByte: spread(0, 0, 0, 0, 0, 0, 0, 0, 100)}, fig{FirstByte: spread(0, 0, 0, 0, 0, 0, 0, 0, 0, 100)})}},
 		"twice as slow":                  {places: []compared{at("n", fig{FirstByte: spread(0, 0, 0, 0, 0, 0, 0, 0, 100)}, fig{FirstByte: spread(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100)})}, want: v1alpha1.FigureFirstByte},
-		"slow latency":                   {places: []compared{at("n", fig{Latency: spread(0, 90, 10)}, fig{Latency: spread(0, 50, 0, 0, 50)})}, want: v1alpha1.FigureLatency, says: "requests took longer than 10ms"},
-		"nothing is slower than the old": {places: []compared{at("n", fig{Latency: []int64{15: 100}}, fig{Latency: []int64{15: 100}})}},
+		"slow latency":                   {places: []compared{at("n", fig{Latency: spread(0, 90, 10), RequestConnections: 100}, fig{Latency: spread(0, 50, 0, 0, 50), RequestConnections: 100})}, want: v1alpha1.FigureLatency, says: "requests took longer than 10ms"},
+		"one connection's slow requests": {places: []compared{at("n", fig{Latency: spread(0, 90, 10), RequestConnections: 20}, fig{Latency: spread(0, 50, 0, 0, 50), RequestConnections: 6})}},
+		"nothing is slower than the old": {places: []compared{at("n", fig{Latency: []int64{15: 100}, RequestConnections: 9}, fig{Latency: []int64{15: 100}, RequestConnections: 9})}},
 
 		"CPU": {places: []compared{at("n", fig{CPUMilliseconds: 4000, Work: 4000, Bytes: 40 * mib}, fig{CPUMilliseconds: 4000, Work: 1000, Bytes: 10 * mib})}, want: v1alpha1.FigureCPU, node: "n", says: "4000 ms of CPU for 1000"},
 		// One stream may cost as much as a thousand connections.

@@ -18,7 +18,7 @@ const (
 	unstableFor = 10 * time.Minute
 	// roomForTwo are threads that two processes of a proxy have at least.
 	roomForTwo = 64
-	// maxHeldBack is how many tenants a status has room for.
+	// maxHeldBack is how many namespaces a status has room for.
 	maxHeldBack = 64
 )
 
@@ -61,27 +61,64 @@ func (r *rollout) ownFault(tenant string, p placed, g *v1alpha1.GenerationStatus
 	return ""
 }
 
-// holdBack has the rollout go on without a tenant. It reports false if there are so
-// many already that it must be the version.
+// holdBack has the rollout go on without a tenant, or without its whole namespace if
+// another tenant of it stays behind already: an owner can make as many tenants as they
+// have pods. It reports false if so many namespaces are behind that it must be the
+// version.
 func (r *rollout) holdBack(v v1alpha1.RolloutVerdict, why string) bool {
+	namespace := namespaceOf(v.Tenant)
+	behind := map[string]bool{}
+	for _, h := range r.status.HeldBack {
+		behind[namespaceOf(h.Tenant)] = true
+	}
 	percent := int32(10)
 	if p := r.Rollout.Spec.MaxHeldBackPercent; p != nil {
 		percent = *p
 	}
-	most := len(r.tenants) * int(percent) / 100
+	all := len(r.namespaces())
+	most := all * int(percent) / 100
 	if percent > 0 {
 		most = max(most, 1)
 	}
-	if n := len(r.status.HeldBack); n >= min(most, maxHeldBack) || n+1 >= len(r.tenants) {
+	h := v1alpha1.HeldBackTenant{Tenant: v.Tenant, Node: v.Node, Reason: v.Reason, Message: cutTo(v.Message+"; "+why, 1000), At: metav1.NewTime(r.Now)}
+	if behind[namespace] {
+		h.Tenant = namespace
+		r.status.HeldBack = slices.DeleteFunc(r.status.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return namespaceOf(h.Tenant) == namespace })
+	} else if n := len(behind); n >= min(most, maxHeldBack) || n+1 >= all {
 		return false
 	}
-	r.status.HeldBack = append(r.status.HeldBack, v1alpha1.HeldBackTenant{Tenant: v.Tenant, Node: v.Node, Reason: v.Reason,
-		Message: cutTo(v.Message+"; "+why, 1000), At: metav1.NewTime(r.Now)})
+	r.status.HeldBack = append(r.status.HeldBack, h)
+	r.status.ReachedAt = nil // who takes its place in the step is new to it
 	return true
 }
 
-func isHeldBack(s v1alpha1.ProxyRolloutStatus, tenant string) bool {
-	return slices.ContainsFunc(s.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == tenant })
+// namespaces of all tenants; what all share is like one.
+func (r *rollout) namespaces() map[string]bool {
+	all := map[string]bool{}
+	for name := range r.tenants {
+		all[namespaceOf(name)] = true
+	}
+	return all
+}
+
+// namespaceOf a tenant, by its name; the name itself if it belongs to none.
+func namespaceOf(tenant string) string {
+	if t, err := model.ParseTenant(tenant); err == nil && t.Scope != model.ScopeNode {
+		return t.Namespace
+	}
+	return tenant
+}
+
+func isHeldBack(s v1alpha1.ProxyRolloutStatus, tenant string) bool { return heldBack(s, tenant) != nil }
+
+// heldBack is what a status says of a tenant, or of its namespace, that stays behind.
+func heldBack(s v1alpha1.ProxyRolloutStatus, tenant string) *v1alpha1.HeldBackTenant {
+	for i, h := range s.HeldBack {
+		if h.Tenant == tenant || h.Tenant == namespaceOf(tenant) {
+			return &s.HeldBack[i]
+		}
+	}
+	return nil
 }
 
 // without says which tenants the rollout goes on without, "" if none.
@@ -114,8 +151,8 @@ func RolledOutVersion(asked, tenant string, rollouts []v1alpha1.ProxyRollout) st
 	return asked
 }
 
-// HeldBackTenants are those that rollouts held back: their version may be another than
-// their namespaces'.
+// HeldBackTenants are those, and the whole namespaces, that rollouts held back: their
+// version may be another than that of the rest.
 func HeldBackTenants(rollouts []v1alpha1.ProxyRollout) (names []string) {
 	for _, r := range rollouts {
 		for _, h := range r.Status.HeldBack {

@@ -137,6 +137,90 @@ func TestRolloutGoesOnWithout(t *testing.T) {
 	}
 }
 
+// An owner who makes a tenant of each pod takes the place of one.
+func TestNamespaceIsHeldBackAsOne(t *testing.T) {
+	pods := []string{"b.pod.one", "b.pod.three", "b.pod.two"}
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, append([]string{"a", "c"}, pods...)...)
+	f.bounds = map[string]Bounds{}
+	f.limit(v1alpha1.Limits{MemoryMax: 40 << 20}, append(pods, "c")...)
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50, c 50, b.pod.one 50, b.pod.three 50, b.pod.two 50")
+	f.told = crashes("OutOfMemory", "b.pod.one")
+	f.report()
+	s := f.want("one pod's", v1alpha1.RolloutWaiting, "a 50, c 50, b.pod.three 50, b.pod.two 50")
+	if len(s.HeldBack) != 1 || s.HeldBack[0].Tenant != "b.pod.one" {
+		t.Errorf("%+v", s.HeldBack)
+	}
+	f.told = crashes("OutOfMemory", "b.pod.two")
+	f.report()
+	s = f.want("a second one of it", v1alpha1.RolloutWaiting, "a 50, c 50")
+	if len(s.HeldBack) != 1 || s.HeldBack[0].Tenant != "b" {
+		t.Errorf("%+v", s.HeldBack)
+	}
+	u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{f.rollout}, Now: f.now, Nodes: []NodeView{{Node: "n1", Tenant: model.Tenant{Scope: model.ScopePod, Namespace: "b", Name: "three"}}}})
+	if u == nil || u.Verdict != UpgradeHeldBack {
+		t.Errorf("its owner reads %+v", u)
+	}
+	if v := RolledOutVersion(oldEnvoy, "b.pod.three", []v1alpha1.ProxyRollout{{Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutSucceeded, FinishedAt: s.StartedAt, From: []string{oldEnvoy}, Version: newEnvoy, HeldBack: s.HeldBack}}}); v != oldEnvoy {
+		t.Errorf("it is planned with %s", v)
+	}
+	// Another namespace is one too many.
+	f.told = crashes("OutOfMemory", "c")
+	f.report()
+	f.want("two of three namespaces", v1alpha1.RolloutRolledBack, "")
+}
+
+// Many tenants of one namespace aren't many whom a fault of the version would hit.
+func TestHeldBackCountsNamespaces(t *testing.T) {
+	tenants := []string{"a", "b", "c"}
+	for i := range 30 {
+		tenants = append(tenants, fmt.Sprintf("d.pod.p%02d", i))
+	}
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, tenants...)
+	f.limit(v1alpha1.Limits{MemoryMax: 40 << 20}, "a", "b")
+	f.settle()
+	f.told = crashes("OutOfMemory", "a", "b")
+	f.report()
+	f.want("two of four namespaces, though of 33 tenants", v1alpha1.RolloutRolledBack, "")
+}
+
+// A step whose only tenants stay behind shows nothing: somebody has to say that it
+// goes on.
+func TestUntriedStepWaits(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Namespaces: []string{"b"}, Weight: 50, Pause: "10m"}, {Weight: 100}}}, "a", "b", "c")
+	f.limit(v1alpha1.Limits{MemoryMax: 40 << 20}, "b")
+	f.want("begun", v1alpha1.RolloutWaiting, "b 50")
+	f.told = crashes("OutOfMemory", "b")
+	f.report()
+	f.settle()
+	f.now = f.now.Add(time.Hour)
+	s := f.want("nobody tried it", v1alpha1.RolloutWaiting, "")
+	if !strings.Contains(s.Message, "spec.approvedSteps to 1") || s.ReachedAt != nil {
+		t.Errorf("%+v", s)
+	}
+	u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{f.rollout}, Now: f.now, Nodes: []NodeView{{Node: "n1", Tenant: model.NamespaceTenant("a")}}})
+	if u == nil || !strings.Contains(u.Message, "waits for the approval of who runs the mesh") {
+		t.Errorf("owners read %+v", u)
+	}
+	f.rollout.Spec.ApprovedSteps = 1
+	f.want("by order", v1alpha1.RolloutSucceeded, "a promoted, c promoted")
+}
+
+// A tenant that takes the place of one that stays behind has the whole pause.
+func TestPauseBeginsAgainForAnother(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{TenantsPercent: percent(25), Weight: 50, Pause: "10m"}, {Weight: 100}}}, letters(4)...)
+	f.limit(v1alpha1.Limits{MemoryMax: 40 << 20}, "a")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50")
+	f.now = f.now.Add(9 * time.Minute)
+	f.told = crashes("OutOfMemory", "a")
+	f.report()
+	f.want("another one", v1alpha1.RolloutWaiting, "b 50")
+	f.now = f.now.Add(9 * time.Minute)
+	f.want("its pause", v1alpha1.RolloutWaiting, "b 50")
+	f.now = f.now.Add(time.Minute)
+	f.settle()
+	f.want("the rest", v1alpha1.RolloutSucceeded, "b promoted, c promoted, d promoted")
+}
+
 // What all namespaces share is nobody's own fault.
 func TestSharedProxyIsNotHeldBack(t *testing.T) {
 	shared := model.Tenant{Scope: model.ScopeNode}.String()
@@ -202,7 +286,14 @@ func TestRolloutForgivesNodesAway(t *testing.T) {
 	f.away = map[string]string{"n2": "away"}
 	f.now = f.now.Add(time.Hour)
 	f.want("n2 may be away", v1alpha1.RolloutWaiting, "a 50, b 50")
+	// It is back, and its agent hasn't said anything yet.
 	f.away = nil
+	f.readySince = map[string]time.Time{"n2": f.now.Add(-time.Minute)}
+	said := f.nodes[1].Status.DeepCopy()
+	d := DecideRollout(RolloutInput{Rollout: &f.rollout, From: []string{oldEnvoy}, Nodes: f.nodes, ReadySince: f.readySince, Now: f.now})
+	if d.Status.Verdict != nil || d.After <= 0 || d.After > 2*time.Minute {
+		t.Errorf("judged by what it said before it went: %+v, %s; again after %s", d.Status.Verdict, said.Tenants[0].Name, d.After)
+	}
 	f.report()
 	f.now = f.now.Add(time.Hour)
 	f.want("it is back, and nothing serves there", v1alpha1.RolloutRolledBack, "")
@@ -266,5 +357,23 @@ func TestUpgradeOnHold(t *testing.T) {
 	hold(-time.Minute)
 	if u := read(); u.Verdict != UpgradeNotYet || u.HeldUntil != nil {
 		t.Errorf("not held: %+v", u)
+	}
+}
+
+// Of a namespace that stays behind as a whole, all tenants are planned with the
+// version before.
+func TestPlanOfNamespaceLeftBehind(t *testing.T) {
+	var plan NodePlan
+	for _, ns := range []string{"a", "b"} {
+		plan.Members = append(plan.Members, Pod{UID: ns, Namespace: ns, Name: "p", Standing: Member, Tenant: model.Tenant{Scope: model.ScopePod, Namespace: ns, Name: "p"}})
+	}
+	behind := NamespacePlan{Version: newEnvoy, HeldBack: map[string]string{"b": oldEnvoy}}
+	plan.Namespaces = map[string]NamespacePlan{"a": behind, "b": behind}
+	got := map[string]string{}
+	for _, tenant := range NodeProxySpec(plan).Tenants {
+		got[tenant.Name] = tenant.Version
+	}
+	if len(got) != 2 || got["a.pod.p"] != newEnvoy || got["b.pod.p"] != oldEnvoy {
+		t.Errorf("%v", got)
 	}
 }

@@ -20,6 +20,8 @@ type Node struct {
 	Linux bool
 	// Away says why the node does nothing that it is told, "" if it does.
 	Away string
+	// ReadySince is since when it does, zero if nobody says.
+	ReadySince time.Time
 	// Labels are the Node's, all of them: selectors may name any.
 	Labels map[string]string
 	// PodCIDRs are its pod ranges; none if Kubernetes doesn't assign them.
@@ -36,18 +38,23 @@ func NewNode(n *corev1.Node) Node {
 		cidrs = []string{n.Spec.PodCIDR}
 	}
 	os := n.Labels[corev1.LabelOSStable]
-	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", Away: away(n), Labels: n.Labels, PodCIDRs: prefixes(cidrs)}
+	away, readySince := away(n)
+	return Node{Name: n.Name, UID: string(n.UID), Linux: os == "" || os == "linux", Away: away, ReadySince: readySince, Labels: n.Labels, PodCIDRs: prefixes(cidrs)}
 }
 
-// away says why a node does nothing that it is told. One that nobody has said
-// anything of is taken to be there.
-func away(n *corev1.Node) string {
+// away says why a node does nothing that it is told, or since when it does. One that
+// nobody has said anything of is taken to be there.
+func away(n *corev1.Node) (why string, readySince time.Time) {
 	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
-			return "the node isn't Ready since " + c.LastTransitionTime.UTC().Format(time.RFC3339)
+		if c.Type != corev1.NodeReady {
+			continue
 		}
+		if c.Status == corev1.ConditionTrue {
+			return "", c.LastTransitionTime.Time
+		}
+		return "the node isn't Ready since " + c.LastTransitionTime.UTC().Format(time.RFC3339), time.Time{}
 	}
-	return ""
+	return "", time.Time{}
 }
 
 // Network is what every proxy has to know.

@@ -89,7 +89,7 @@ func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
 		spec.Pods = append(spec.Pods, pod)
 		if !planned[name] {
 			planned[name] = true
-			t := v1alpha1.NodeTenant{Name: name, Version: cmp.Or(ns.HeldBack[name], ns.Version), Limits: ns.Limits, DrainSeconds: int64(ns.Drain / time.Second), Standby: ns.Standby}
+			t := v1alpha1.NodeTenant{Name: name, Version: cmp.Or(ns.HeldBack[name], ns.HeldBack[p.Namespace], ns.Version), Limits: ns.Limits, DrainSeconds: int64(ns.Drain / time.Second), Standby: ns.Standby}
 			if p.Tenant.Scope == model.ScopeNode {
 				// No namespace's policy bounds what others use as well.
 				t.DrainSeconds, t.Version, t.Limits, t.Standby = 0, n.Shared.Version, Limits(nil, n.Shared.Bounds), Standby(nil, n.Shared.Bounds)

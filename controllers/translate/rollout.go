@@ -26,7 +26,9 @@ type RolloutInput struct {
 	Bounds   map[string]Bounds
 	// Away are nodes that do nothing that they are told, and why.
 	Away map[string]string
-	Now  time.Time
+	// ReadySince is since when the other nodes are there.
+	ReadySince map[string]time.Time
+	Now        time.Time
 }
 
 // NodeRollout is what a rollout wants of one node. It is all that the rollout owns

@@ -28,6 +28,8 @@ type fleet struct {
 	policies map[string][]v1alpha1.IsolationPolicy
 	bounds   map[string]Bounds
 	away     map[string]string
+	// readySince is since when nodes are there.
+	readySince map[string]time.Time
 	// told changes what a tenant's node says of it.
 	told func(node string, s *v1alpha1.NodeTenantStatus)
 	// after is when the last decision wanted to be made again.
@@ -96,7 +98,7 @@ func (f *fleet) report() {
 // step decides once, and has the nodes do it.
 func (f *fleet) step() v1alpha1.ProxyRolloutStatus {
 	f.t.Helper()
-	d := DecideRollout(RolloutInput{Rollout: &f.rollout, Older: f.older, From: []string{oldEnvoy}, Nodes: f.nodes, Policies: f.policies, Bounds: f.bounds, Away: f.away, Now: f.now})
+	d := DecideRollout(RolloutInput{Rollout: &f.rollout, Older: f.older, From: []string{oldEnvoy}, Nodes: f.nodes, Policies: f.policies, Bounds: f.bounds, Away: f.away, ReadySince: f.readySince, Now: f.now})
 	f.rollout.Status, f.after = d.Status, d.After
 	for i := range f.nodes {
 		n := &f.nodes[i]

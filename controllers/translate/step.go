@@ -51,14 +51,19 @@ func (r *rollout) proceed() map[string]NodeRollout {
 			s.Phase = v1alpha1.RolloutSucceeded
 			return r.succeeded()
 		default:
+			approved, untried := spec.ApprovedSteps >= s.Step, r.untried(step)
+			if untried && !approved {
+				s.Phase, s.ReachedAt = v1alpha1.RolloutWaiting, nil
+				s.Message = fmt.Sprintf("%s; nobody is left of this step to try it: set spec.approvedSteps to %d to go on all the same, or spec.abort to true to go back", of, s.Step)
+				break
+			}
 			if s.ReachedAt == nil {
 				at := metav1.NewTime(r.Now)
 				s.ReachedAt = &at
 			}
 			pause := parseDuration(step.Pause, 0)
 			left := pause - r.Now.Sub(s.ReachedAt.Time)
-			approved := !step.Approval || spec.ApprovedSteps >= s.Step
-			if left <= 0 && approved {
+			if approved = approved || !step.Approval; approved && (untried || left <= 0) {
 				s.Step, s.ReachedAt = s.Step+1, nil
 				continue
 			}
@@ -117,6 +122,22 @@ func (r *rollout) taking(step int) map[string]int32 {
 		}
 	}
 	return all
+}
+
+// untried reports whether all whom a step is about are left behind: it says nothing of
+// the version then.
+func (r *rollout) untried(step v1alpha1.RolloutStep) bool {
+	left := false
+	for name := range r.tenants {
+		if len(step.Namespaces) > 0 && !slices.Contains(step.Namespaces, namespaceOf(name)) {
+			continue
+		}
+		if !isHeldBack(r.status, name) {
+			return false
+		}
+		left = true
+	}
+	return left
 }
 
 // has reports whether a tenant takes part already.

@@ -49,8 +49,8 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		return nil
 	}
 	s, tenant := r.Status, nodes[0].Tenant
-	left := slices.IndexFunc(s.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == tenant.String() })
-	if s.Phase == v1alpha1.RolloutSucceeded && left < 0 {
+	left := heldBack(s, tenant.String())
+	if s.Phase == v1alpha1.RolloutSucceeded && left == nil {
 		return nil
 	}
 	u := &v1alpha1.TenantUpgrade{Rollout: r.Name, From: version, To: s.Version, Step: fmt.Sprintf("%d/%d", s.Step, len(r.Spec.Steps)), Since: s.StartedAt}
@@ -110,8 +110,8 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		u.Message = fmt.Sprintf("the upgrade %s was aborted; new connections go to %s", change, u.From)
 	default:
 		switch {
-		case left >= 0:
-			h := s.HeldBack[left]
+		case left != nil:
+			h := left
 			u.Verdict, u.Step, u.Since = UpgradeHeldBack, "", &h.At
 			u.Message = fmt.Sprintf("Envoy %s was taken back here alone (%s on %s): %s. New connections go to %s; the other tenants go on. Mend what it says, and the next ProxyRollout brings it",
 				u.To, h.Reason, h.Node, h.Message, u.From)
@@ -153,9 +153,10 @@ func nextMove(r *v1alpha1.ProxyRollout) string {
 	case s.Phase == v1alpha1.RolloutPaused:
 		next = "; it is paused"
 	case s.Phase != v1alpha1.RolloutWaiting || s.Step < 1 || int(s.Step) > len(r.Spec.Steps):
-	case r.Spec.Steps[s.Step-1].Approval && r.Spec.ApprovedSteps < s.Step:
+	case s.ReachedAt == nil, // see untried
+		r.Spec.Steps[s.Step-1].Approval && r.Spec.ApprovedSteps < s.Step:
 		next = "; the next step waits for the approval of who runs the mesh"
-	case s.ReachedAt != nil:
+	default:
 		next = "; the next step begins at " + s.ReachedAt.Add(parseDuration(r.Spec.Steps[s.Step-1].Pause, 0)).UTC().Format(time.RFC3339)
 	}
 	if s.Phase != v1alpha1.RolloutPaused {

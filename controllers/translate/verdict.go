@@ -45,6 +45,10 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			if agent := p.node.Status.AgentStartedAt; since != nil && agent != nil && agent.After(since.Time) {
 				since = agent
 			}
+			// What a node that was away said last is about what was.
+			if back := r.ReadySince[p.node.Name]; since != nil && back.After(since.Time) {
+				since = &metav1.Time{Time: back}
+			}
 			switch {
 			case g.Restarts > 0:
 				v.Reason, v.Message = VerdictCrashed, cutTo(fmt.Sprintf("the new proxy ended %d times, limit 0; the last time: %s", g.Restarts, cmp.Or(g.LastExit, "it could not be started")), 1000)
@@ -69,7 +73,7 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 				if r.holdBack(*v, why) {
 					continue
 				}
-				v.Message = cutTo(fmt.Sprintf("%s; %s; %d of %d tenants were left behind for such already", v.Message, why, len(r.status.HeldBack), len(r.tenants)), 1000)
+				v.Message = cutTo(fmt.Sprintf("%s; %s; %d tenants or namespaces of %d namespaces were left behind for such already", v.Message, why, len(r.status.HeldBack), len(r.namespaces())), 1000)
 			}
 			return v
 		}
