@@ -235,6 +235,9 @@ func TestManyRoutes(t *testing.T) {
 func TestRegex(t *testing.T) {
 	for expression, ok := range map[string]bool{
 		"/a/[0-9]+": true, `\d{1,100}`: true, "(": false, "(a+)+": true, `\pL{300}`: false, "(((a{10}){10}){10}){10}": false, `(?=x)`: false, "a{1001}": false,
+		// What Go knows and RE2 doesn't.
+		`\p{Lu}\P{^Greek}\pN\p{Any}`: true, `\p{Letter}`: false, `\p{greek}`: false, `[^\p{ LU }]`: false, `\P{^LC}`: false, `\p{Cn}`: false, `\p{ASCII}`: false,
+		`\\p{Letter}`: true, `\Q\p{Letter}\E`: true, `\Qa\E\p{Letter}`: false,
 	} {
 		r := &routeReader{}
 		r.regex("field", expression)
