@@ -354,6 +354,7 @@ func testHTTPRoutes(t *testing.T, version string) {
 			RequestHeaders: model.HeaderChange{Set: []model.Header{{Name: "x-set", Value: "s"}}, Add: []model.Header{{Name: "x-add", Value: "a"}}, Remove: []string{"x-gone"}}}),
 		prefixed("/moved", model.Action{Redirect: &model.Redirect{Code: 308, Scheme: "https", Host: "example.com", Path: &model.PathChange{Prefix: true, Value: "/here"}}}),
 		prefixed("/other", model.Action{Redirect: &model.Redirect{Code: 303, Port: 8083}}),
+		prefixed("/temporary", model.Action{Redirect: &model.Redirect{Code: 307, Path: &model.PathChange{Value: "/else"}}}),
 		prefixed("/invalid", model.Action{Backends: []model.Backend{{Weight: 1}}}),
 		prefixed("/nothing", model.Action{}),
 		prefixed("/empty", model.Action{Backends: to("empty")}),
@@ -422,6 +423,7 @@ func testHTTPRoutes(t *testing.T, version string) {
 				return r.Header.Get("Location") == "https://example.com:443/here/a?b=c" || r.Header.Get("Location") == "https://example.com/here/a?b=c"
 			}},
 			{"redirect's port", "/other", []string{"Host: web"}, 303, "", func(r *http.Response, _ httpAnswer) bool { return r.Header.Get("Location") == "http://web:8083/other" }},
+			{"redirect for a time", "/temporary/a?b=c", []string{"Host: web"}, 307, "", func(r *http.Response, _ httpAnswer) bool { return r.Header.Get("Location") == "http://web/else?b=c" }},
 			{"a backend that is wrong", "/invalid", nil, 500, "", nil},
 			{"no backend", "/nothing", nil, 500, "", nil},
 			{"no endpoint", "/empty", nil, 503, "", nil},

@@ -2,6 +2,7 @@ package xds
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"os"
@@ -48,7 +49,7 @@ func TestHTTPRetries(t *testing.T) {
 					{"/plain", "failing=1", 200, 2},
 					{"/plain", "resetting=2", 200, 3},
 					{"/once", "failing=1", 503, 1},
-					{"/once", "resetting=1", 503, 1},
+					{"/once", "resetting=1", 200, 2}, // as every idempotent request, below
 					{"/bounded", "wait=10s", 504, 3},
 				} {
 					app := apps[c.path]
@@ -81,8 +82,73 @@ func TestHTTPRetries(t *testing.T) {
 	}
 }
 
-// A peer that refuses a tunnel refuses the request: 503, with one try and not a byte
-// of what the application would have said. Which it was is in the log.
+// A request whose connection ends without an answer is sent once more where its route
+// says nothing of retries, if it may be: what isn't idempotent is never sent twice, and
+// neither is what was answered or took too long.
+func TestLostRequestsAreSentAgain(t *testing.T) {
+	for _, version := range dist.Versions() {
+		t.Run(version, func(t *testing.T) {
+			store, _, _ := routedEnvoy(t, version)
+			route(t, store, "",
+				prefixed("/plain", model.Action{Backends: to("plain")}),
+				prefixed("/mesh", model.Action{Backends: to("web")}),
+				prefixed("/late", model.Action{Backends: to("web"), Timeout: 300 * time.Millisecond}),
+				prefixed("/try", model.Action{Backends: to("web"), TryTimeout: 100 * time.Millisecond}),
+				prefixed("/never", model.Action{Backends: to("web"), Retry: &model.Retry{Attempts: 0}}))
+			eventually(t, "it is routed", func() bool {
+				r, _, err := newHTTPPod(t, "10.1.0.2", false).get("http://10.96.1.1:15001/nothing")
+				return err == nil && r.StatusCode == http.StatusNotFound
+			})
+			check := func(pod *httpPod, method, path string, status, want int) {
+				t.Helper()
+				var body io.Reader
+				if method == http.MethodPut || method == http.MethodPost {
+					body = strings.NewReader("something")
+				}
+				r, err := http.NewRequest(method, "http://10.96.1.1:15001"+path, body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				response, err := pod.Do(r)
+				if err != nil {
+					t.Errorf("%s %s: %v", method, path, err)
+					return
+				}
+				response.Body.Close()
+				app := "10.1.0.3:8080"
+				if strings.HasPrefix(path, "/plain") {
+					app = "10.9.0.9:8080"
+				}
+				if got := attempts(app, path); response.StatusCode != status || got != want {
+					t.Errorf("%s %s: %d after %d attempts; want %d after %d", method, path, response.StatusCode, got, status, want)
+				}
+			}
+			for _, http2 := range []bool{false, true} {
+				pod := newHTTPPod(t, "10.1.0.2", http2)
+				path := func(p, query, method string) string {
+					return fmt.Sprintf("%s?%s&of=%s-%s-%t", p, query, version, method, http2)
+				}
+				for _, to := range []string{"/mesh", "/plain"} {
+					for _, method := range []string{"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"} {
+						check(pod, method, path(to, "resetting=1", method), 200, 2)
+					}
+					for _, method := range []string{"POST", "PATCH"} {
+						check(pod, method, path(to, "resetting=1", method), 503, 1)
+					}
+					check(pod, "GET", path(to, "resetting=9", "GET"), 503, 2)
+					check(pod, "GET", path(to, "status=503", "GET"), 503, 1)
+				}
+				check(pod, "GET", path("/late", "wait=10s", "GET"), 504, 1)
+				check(pod, "GET", path("/try", "wait=10s", "GET"), 504, 1)
+				check(pod, "GET", path("/never", "resetting=1", "GET"), 503, 1)
+			}
+		})
+	}
+}
+
+// A peer that refuses a tunnel refuses the request: 503, and not a byte of what the
+// application would have said. It is asked twice, for that looks like a request that
+// was lost. Which it was is in the log.
 func TestHTTPRefused(t *testing.T) {
 	for _, version := range dist.Versions() {
 		t.Run(version, func(t *testing.T) {
@@ -110,7 +176,7 @@ func TestHTTPRefused(t *testing.T) {
 				if err != nil || r.StatusCode != http.StatusServiceUnavailable || r.Header.Get("X-App") != "" {
 					t.Errorf("got %+v, %v", r, err)
 				}
-				if n := refusals.Load(); n != int64(i+1) {
+				if n := refusals.Load(); n != 2*int64(i+1) {
 					t.Errorf("%d CONNECTs for %d requests", n, i+1)
 				}
 			}

@@ -32,7 +32,7 @@ func Routes(vip netip.AddrPort, service model.ServiceKey, r model.Routing) (*rou
 		}}
 	}
 	// The service was chosen by its address: whatever host the request names is fine.
-	host := &routev3.VirtualHost{Name: "all", Domains: []string{"*"}}
+	host := &routev3.VirtualHost{Name: "all", Domains: []string{"*"}, RetryPolicy: retryLost()}
 	for _, rule := range rules {
 		host.Routes = append(host.Routes, b.route(rule))
 	}
@@ -160,6 +160,21 @@ func retryPolicy(a *model.Action) *routev3.RetryPolicy {
 	out.NumRetries = wrapperspb.UInt32(a.Retry.Attempts)
 	if a.Retry.Backoff > 0 {
 		out.RetryBackOff = &routev3.RetryPolicy_RetryBackOff{BaseInterval: durationpb.New(a.Retry.Backoff)}
+	}
+	return out
+}
+
+// idempotent are the methods of which RFC 9110 says that a request may be sent again.
+var idempotent = []string{"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}
+
+// retryLost sends a request once more whose connection ended without a byte of an
+// answer, for routes that say nothing of retries: a backend may close a pooled
+// connection just when a request is sent, and the client would get 503 for it. Others
+// than idempotent requests may have been carried out, and are never sent twice.
+func retryLost() *routev3.RetryPolicy {
+	out := &routev3.RetryPolicy{RetryOn: "reset", NumRetries: wrapperspb.UInt32(1)}
+	for _, method := range idempotent {
+		out.RetriableRequestHeaders = append(out.RetriableRequestHeaders, headerMatch(model.ValueMatch{Name: ":method", Value: method}))
 	}
 	return out
 }
