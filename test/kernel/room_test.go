@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"testing"
 	"time"
 
@@ -148,12 +147,16 @@ func TestForgedEnds(t *testing.T) {
 		mustBeShed(t, l, l.B1, fmt.Sprintf("with forged flags %#x", flags))
 	}
 	// A RST makes an end likely, and what is there all the same stays.
-	if n := len(room(t, l, time.Minute)); n != most {
-		t.Fatalf("room of %d connections has been shortened, want %d", n, most)
+	if short, all := room(t, l); short != most || all != most {
+		t.Fatalf("room of %d of %d connections has been shortened, want %d", short, all, most)
 	}
 	lab.Eventually(t, "room for as long as there are connections", func() error {
-		if short := room(t, l, time.Minute); len(short) > 0 {
-			return fmt.Errorf("that of %d ends soon", len(short))
+		short, all := room(t, l)
+		if all != most {
+			t.Fatalf("%d connections have room, want %d", all, most)
+		}
+		if short > 0 {
+			return fmt.Errorf("that of %d ends soon", short)
 		}
 		return nil
 	})
@@ -182,24 +185,24 @@ func forge(t *testing.T, h *lab.Host, c net.Conn, flags byte) {
 	})
 }
 
-// room returns those of team-b's elements that last no longer.
-func room(t *testing.T, l *lab.Lab, within time.Duration) (short []netip.AddrPort) {
+// room returns how many connections of team-b have room, and how many of them for less
+// than a minute.
+func room(t *testing.T, l *lab.Lab) (short, all int) {
 	t.Helper()
 	l.Node1.Proxy("team-b").Do(t, func() {
 		c := &nftables.Conn{}
-		table := &nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyINet}
 		for _, name := range []string{"room_3", "room_pods_1"} {
-			set, err := c.GetSetByName(table, name)
+			set, err := c.GetSetByName(&nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyINet}, name)
 			lab.Check(t, err)
 			elements, err := c.GetSetElements(set)
 			lab.Check(t, err)
+			all += len(elements)
 			for _, e := range elements {
-				if e.Expires <= within {
-					a, _ := netip.AddrFromSlice(e.Key[:16])
-					short = append(short, netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(e.Key[16:])))
+				if e.Expires < time.Minute {
+					short++
 				}
 			}
 		}
 	})
-	return short
+	return short, all
 }
