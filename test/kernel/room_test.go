@@ -99,7 +99,9 @@ func open(t *testing.T, from, to *lab.Host, family int, patience time.Duration) 
 	t.Cleanup(func() { c.Close() })
 	c.SetReadDeadline(time.Now().Add(patience))
 	// All of it: closing with something unread is a reset.
-	_, err = bufio.NewReader(c).ReadString('\n')
+	if _, err = bufio.NewReader(c).ReadString('\n'); err != nil {
+		c.Close()
+	}
 	return c, err
 }
 
