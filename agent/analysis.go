@@ -51,7 +51,10 @@ type comparison struct {
 	pair
 	series figures.Series
 	next   time.Time
-	told   figures.Figures
+	// nextAsk is when Envoys are asked again, and unread why not before.
+	nextAsk time.Time
+	unread  string
+	told    figures.Figures
 }
 
 // toldFigures are what the status says of processes.
@@ -120,8 +123,11 @@ func (a *Agent) readFigures(ctx context.Context, comparisons map[model.Tenant]*c
 		}
 		reading.Go(func() error {
 			began := time.Now()
-			r, err := a.readPair(ctx, t, c.pair)
-			if c.next = time.Now().Add(figuresShare * time.Since(began)); err != nil {
+			r, err := a.readPair(ctx, t, c)
+			if c.next = time.Now().Add(figuresShare * time.Since(began)); c.unread != "" {
+				c.next = time.Time{} // it was a wait: the kernel answers at once
+			}
+			if err != nil {
 				// It may have just ended, which the loop sees by itself.
 				a.log.Debug("a canary isn't compared", "tenant", t.String(), "error", err)
 				return nil
@@ -133,21 +139,54 @@ func (a *Agent) readFigures(ctx context.Context, comparisons map[model.Tenant]*c
 	_ = reading.Wait()
 }
 
-// readPair reads the counters of two processes, as near to each other as can be.
-func (a *Agent) readPair(ctx context.Context, t model.Tenant, p pair) (figures.Reading, error) {
+// readPair reads the counters of two processes, as near to each other as can be. If an
+// Envoy doesn't answer, what it would say is left out of both: a version must not hide
+// behind its silence from what the kernel says of it.
+func (a *Agent) readPair(ctx context.Context, t model.Tenant, c *comparison) (figures.Reading, error) {
 	var r figures.Reading
-	for i, g := range p.generations {
+	for i, g := range c.generations {
 		cpu, private, err := a.bulkheads.ProcessUsage(t, g)
 		if err != nil {
 			return r, err
 		}
 		r.Counts[i].CPU, r.Levels[i].PrivateBytes = uint64(cpu.Milliseconds()), private
 	}
+	if !time.Now().Before(c.nextAsk) {
+		began := time.Now()
+		if err := a.askPair(ctx, t, c.pair, &r); err == nil {
+			c.unread = ""
+		} else {
+			if c.unread == "" {
+				a.log.Warn("a canary is compared by the kernel's figures alone", "tenant", t.String(), "error", err)
+			}
+			c.unread = err.Error()
+		}
+		c.nextAsk = time.Now().Add(figuresShare * time.Since(began))
+	}
+	r.Unread = c.unread
+	state, ok := a.bulkheads.State(t)
+	if watcher, can := a.steering().datapath.(generationWatcher); ok && can {
+		counted, watched, err := watcher.GenerationCounters(state.Index)
+		if err != nil {
+			return r, fmt.Errorf("read how connections fare: %w", err)
+		}
+		for i, g := range c.generations {
+			if n := counted[g]; watched {
+				r.Counts[i].Connections, r.Counts[i].Unanswered, r.Counts[i].Resets, r.Counts[i].FirstByte = n.Connections, n.Unanswered, n.Resets, n.FirstByte
+			}
+		}
+	}
+	r.At = time.Now()
+	return r, nil
+}
+
+// askPair has both Envoys say what they have counted.
+func (a *Agent) askPair(ctx context.Context, t model.Tenant, p pair, r *figures.Reading) error {
+	ctx, cancel := context.WithTimeout(ctx, figuresTimeout)
+	defer cancel()
 	var asking errgroup.Group
 	for i, g := range p.generations {
 		asking.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, figuresTimeout)
-			defer cancel()
 			stats, err := a.bulkheads.Admin(ctx, t, g, figures.AdminPath)
 			if err == nil {
 				figures.ReadEnvoy(string(stats), &r.Counts[i], &r.Levels[i])
@@ -155,23 +194,7 @@ func (a *Agent) readPair(ctx context.Context, t model.Tenant, p pair) (figures.R
 			return err
 		})
 	}
-	if err := asking.Wait(); err != nil {
-		return r, err
-	}
-	state, ok := a.bulkheads.State(t)
-	if watcher, can := a.steering().datapath.(generationWatcher); ok && can {
-		counted, watched, err := watcher.GenerationCounters(state.Index)
-		if err != nil {
-			return r, fmt.Errorf("read how connections fare: %w", err)
-		}
-		for i, g := range p.generations {
-			if c := counted[g]; watched {
-				r.Counts[i].Connections, r.Counts[i].Unanswered, r.Counts[i].Resets, r.Counts[i].FirstByte = c.Connections, c.Unanswered, c.Resets, c.FirstByte
-			}
-		}
-	}
-	r.At = time.Now()
-	return r, nil
+	return asking.Wait()
 }
 
 // tellFigures decides whether the status is to say anew how canaries fare, and what.
@@ -184,7 +207,7 @@ func (a *Agent) tellFigures(comparisons map[model.Tenant]*comparison, changed bo
 		}
 		since := f.At.Sub(c.told.At)
 		trouble := f.Counts[1].Faults() > c.told.Counts[1].Faults() || f.Levels[1].PrivateBytes > c.told.Levels[1].PrivateBytes+growth
-		changed = changed || since >= tellWell || trouble && since >= tellTrouble-figuresPeriod/2
+		changed = changed || f.Unread != c.told.Unread || since >= tellWell || trouble && since >= tellTrouble-figuresPeriod/2
 	}
 	if !changed {
 		return false
@@ -211,6 +234,7 @@ func figuresStatus(f figures.Figures, i int) *v1alpha1.GenerationFigures {
 	c, l := &f.Counts[i], &f.Levels[i]
 	return &v1alpha1.GenerationFigures{
 		At: metav1.NewTime(f.At.UTC().Truncate(time.Second)), Seconds: int64(f.Over.Round(time.Second) / time.Second),
+		Unread:      shorten(f.Unread, 256),
 		Connections: int64(c.Connections), Unanswered: int64(c.Unanswered), Resets: int64(c.Resets), FirstByte: histogram(c.FirstByte[:]),
 		Upstreams: int64(c.Upstreams), UpstreamFailures: int64(c.UpstreamFailures),
 		Handshakes: int64(c.Handshakes), HandshakeFailures: int64(c.HandshakeFailures),

@@ -19,14 +19,19 @@ const (
 // Reading is what two processes' counters show at one time: of what serves, and of the
 // canary.
 type Reading struct {
-	At     time.Time
+	At time.Time
+	// Unread says why Envoy's counts aren't in it, "" if they are. The kernel's are, and
+	// what the processes take.
+	Unread string
 	Counts [2]Counts
 	Levels [2]Levels
 }
 
 // Figures are what two processes added in the same time, and their levels at its end.
 type Figures struct {
-	At     time.Time
+	At time.Time
+	// Unread says why Envoy's counts end before At, for both.
+	Unread string
 	Over   time.Duration
 	Counts [2]Counts
 	Levels [2]Levels
@@ -39,6 +44,8 @@ type Series struct {
 	total    [2]Counts
 	marks    []mark // the oldest first
 	longMark time.Time
+	// envoy says that Envoy's counts have been read once.
+	envoy bool
 }
 
 // mark is what was counted up to a time.
@@ -50,6 +57,20 @@ type mark struct {
 
 // Add takes a reading in. The first only says where counting begins.
 func (s *Series) Add(r Reading) {
+	switch {
+	case r.Unread != "":
+		for g := range r.Counts {
+			r.Counts[g].takeEnvoy(&s.last.Counts[g])
+			private := r.Levels[g].PrivateBytes
+			r.Levels[g] = s.last.Levels[g]
+			r.Levels[g].PrivateBytes = private
+		}
+	case !s.envoy:
+		s.envoy = true
+		for g := range r.Counts {
+			s.last.Counts[g].takeEnvoy(&r.Counts[g]) // what was before doesn't count
+		}
+	}
 	if s.began.IsZero() {
 		s.began, s.last, s.longMark = r.At, r, r.At
 		s.marks = []mark{{at: r.At, long: true}}
@@ -90,7 +111,7 @@ func (s *Series) Figures() (f Figures, ok bool) {
 			break
 		}
 	}
-	f = Figures{At: s.last.At, Over: s.last.At.Sub(from.at), Levels: s.last.Levels}
+	f = Figures{At: s.last.At, Unread: s.last.Unread, Over: s.last.At.Sub(from.at), Levels: s.last.Levels}
 	for g := range f.Counts {
 		f.Counts[g].add(&from.total[g], &s.total[g], true)
 	}
@@ -99,6 +120,13 @@ func (s *Series) Figures() (f Figures, ok bool) {
 
 func (c *Counts) activity() uint64 {
 	return c.Connections + c.Tunnelled + c.Requests + c.Upstreams
+}
+
+// takeEnvoy takes over what is Envoy's word.
+func (c *Counts) takeEnvoy(from *Counts) {
+	own := *c
+	*c = *from
+	c.Connections, c.Unanswered, c.Resets, c.FirstByte, c.CPU = own.Connections, own.Unanswered, own.Resets, own.FirstByte, own.CPU
 }
 
 // add adds what rose from one reading to the next. What fell has lost a part, as when

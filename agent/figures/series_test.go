@@ -85,3 +85,34 @@ func TestSeries(t *testing.T) {
 		t.Errorf("%d marks, over %s", len(s.marks), f.Over)
 	}
 }
+
+// A process whose Envoy doesn't answer is still counted by the kernel, and what Envoy
+// says later is added once.
+func TestSeriesWithoutEnvoy(t *testing.T) {
+	began := time.Unix(1e9, 0)
+	var s Series
+	read := func(after time.Duration, unread string, c Counts) Figures {
+		t.Helper()
+		s.Add(Reading{At: began.Add(after), Unread: unread, Counts: [2]Counts{c, c}, Levels: [2]Levels{{PrivateBytes: 1}, {PrivateBytes: int64(after)}}})
+		f, ok := s.Figures()
+		if ok != (after > 0) || f.Unread != unread && ok {
+			t.Fatalf("after %s: %v, %+v", after, ok, f)
+		}
+		return f
+	}
+	read(0, "no answer", Counts{Connections: 10})
+	if f := read(time.Second, "no answer", Counts{Connections: 12, Resets: 1}); f.Counts[1] != (Counts{Connections: 2, Resets: 1}) || f.Levels[1].PrivateBytes != int64(time.Second) {
+		t.Errorf("%+v", f)
+	}
+	// What Envoy counted before isn't of this time.
+	if f := read(2*time.Second, "", Counts{Connections: 12, Resets: 1, Requests: 500}); f.Counts[1] != (Counts{Connections: 2, Resets: 1}) {
+		t.Errorf("%+v", f)
+	}
+	read(3*time.Second, "", Counts{Connections: 12, Resets: 1, Requests: 503})
+	if f := read(4*time.Second, "no answer", Counts{Connections: 15, Resets: 1}); f.Counts[1] != (Counts{Connections: 5, Resets: 1, Requests: 3}) {
+		t.Errorf("%+v", f)
+	}
+	if f := read(5*time.Second, "", Counts{Connections: 15, Resets: 1, Requests: 507}); f.Counts[1] != (Counts{Connections: 5, Resets: 1, Requests: 7}) {
+		t.Errorf("%+v", f)
+	}
+}

@@ -11,6 +11,11 @@ type GenerationFigures struct {
 	At metav1.Time `json:"at"`
 	// +optional
 	Seconds int64 `json:"seconds,omitempty"`
+	// Unread says why what Envoy counts isn't in it to the end, of either process: one of
+	// them doesn't answer. What the kernel counts is.
+	// +kubebuilder:validation:MaxLength=300
+	// +optional
+	Unread string `json:"unread,omitempty"`
 
 	// Connections in TCP that the process got, tunnels left out; how many of them it
 	// closed or reset before a byte came back, though the client had not; and how many

@@ -115,6 +115,22 @@ func (r *rollout) compared(p placed) (c compared, ok bool) {
 	return compared{node: p.node.Name, old: *old, new: *new, memoryBound: r.memoryBound(p)}, true
 }
 
+// unread says whose Envoys keep silent about how they fare, "" if none does.
+func (r *rollout) unread() string {
+	silent := map[string]string{}
+	for name, placed := range r.tenants {
+		for _, p := range placed {
+			if c, ok := r.compared(p); ok && c.new.Unread != "" {
+				silent[name+" on "+c.node] = c.new.Unread
+			}
+		}
+	}
+	if len(silent) == 0 {
+		return ""
+	}
+	return "; compared by the kernel's figures alone: " + describe(silent)
+}
+
 func (r *rollout) memoryBound(p placed) int64 {
 	l := p.status.Limits
 	if t, err := model.ParseTenant(p.status.Name); err == nil && t.Scope != model.ScopeNode {

@@ -180,6 +180,21 @@ func TestAnalysisNamesTheTenant(t *testing.T) {
 	}
 }
 
+// An Envoy that doesn't say how it fares is told of, and judged by the kernel's word.
+func TestAnalysisWithoutEnvoy(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 20, Pause: "1h"}, {Weight: 100}}}, "a", "b")
+	f.settle()
+	now := metav1.NewTime(f.now)
+	f.figures("n1", "a", &fig{At: now, Unread: "no answer", Connections: 50}, &fig{At: now, Unread: "no answer", Connections: 15})
+	if s := f.step(); s.Verdict != nil || !strings.Contains(s.Message, "the kernel's figures alone: a on n1 (no answer)") {
+		t.Errorf("%+v, %s", s.Verdict, s.Message)
+	}
+	f.figures("n1", "a", &fig{At: now, Unread: "no answer", Connections: 80}, &fig{At: now, Unread: "no answer", Connections: 20, Unanswered: 20})
+	if s := f.step(); s.Verdict == nil {
+		t.Errorf("%+v", s)
+	}
+}
+
 // figures has a node say how a tenant's processes fare.
 func (f *fleet) figures(node, tenant string, old, new *fig) {
 	f.t.Helper()
