@@ -40,7 +40,7 @@ func Run(ctx context.Context, config *rest.Config, o Options) error {
 	if err := a.members.load(); err != nil {
 		a.log.Error("membership is read from the API alone", "error", err)
 	}
-	a.status = newStatusWriter(a.kube, a.o.Node, a.log)
+	a.status = newStatusWriter(a.kube, a.o.Node, a.currentStatus, a.log)
 	a.keeper = chain.New(chain.Options{
 		ConfDir: a.o.CNIConfDir, BinDir: a.o.CNIBinDir, Binary: a.o.CNIPlugin, Log: a.log,
 		Entry: chain.Entry{Socket: a.o.cniSocket(), Membership: a.o.membershipFile(), TimeoutSeconds: 60},

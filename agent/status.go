@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -341,40 +340,37 @@ func (a *Agent) observe() observation {
 	return o
 }
 
-// reportStatus hands the status of the last round to its writer.
+// reportStatus has the status written as it is then. Any goroutine may ask for it.
 func (a *Agent) reportStatus() {
-	if a.status == nil {
-		return
-	}
-	if o := a.observe(); o.round.known {
-		a.status.report(makeStatus(o))
+	if a.status != nil {
+		a.status.again()
 	}
 }
 
+// currentStatus is what the last round came to; ok is false before the first.
+func (a *Agent) currentStatus() (s v1alpha1.NodeProxyStatus, ok bool) {
+	o := a.observe()
+	if !o.round.known {
+		return s, false
+	}
+	return makeStatus(o), true
+}
+
 // statusWriter writes NodeProxy.status on change, and not more than five times a
-// second.
+// second. It alone looks at how the node is for that, so that what it writes is never
+// older than what it wrote.
 type statusWriter struct {
 	kube client.Client
 	node string
 	log  *slog.Logger
 
+	// read returns the status of now, and false while there is none.
+	read    func() (v1alpha1.NodeProxyStatus, bool)
 	changed chan struct{}
-	mu      sync.Mutex
-	wanted  *v1alpha1.NodeProxyStatus
 }
 
-func newStatusWriter(kube client.Client, node string, log *slog.Logger) *statusWriter {
-	return &statusWriter{kube: kube, node: node, log: log, changed: make(chan struct{}, 1)}
-}
-
-func (w *statusWriter) report(s v1alpha1.NodeProxyStatus) {
-	w.mu.Lock()
-	w.wanted = &s
-	w.mu.Unlock()
-	select {
-	case w.changed <- struct{}{}:
-	default:
-	}
+func newStatusWriter(kube client.Client, node string, read func() (v1alpha1.NodeProxyStatus, bool), log *slog.Logger) *statusWriter {
+	return &statusWriter{kube: kube, node: node, read: read, log: log, changed: make(chan struct{}, 1)}
 }
 
 // run writes until ctx ends.
@@ -388,9 +384,11 @@ func (w *statusWriter) run(ctx context.Context) {
 			return
 		case <-w.changed:
 		}
-		w.mu.Lock()
-		s := w.wanted.DeepCopy()
-		w.mu.Unlock()
+		now, ok := w.read()
+		if !ok {
+			continue
+		}
+		s := now.DeepCopy() // it shares what costs and figures were told by
 		if written != nil {
 			keepTransitionTimes(s, written)
 		}
@@ -420,6 +418,7 @@ func (w *statusWriter) run(ctx context.Context) {
 	}
 }
 
+// again has it looked at anew.
 func (w *statusWriter) again() {
 	select {
 	case w.changed <- struct{}{}:

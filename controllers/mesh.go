@@ -3,6 +3,7 @@ package controllers
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -109,6 +110,8 @@ type nodeReport struct {
 	notRedirected string
 	tenants       map[string]v1alpha1.NodeTenantStatus // without what they cost
 	costs         map[string]tenantCost
+	// forRollouts is a digest of what rollouts decide by.
+	forRollouts [sha256.Size]byte
 }
 
 // tenantCost is what a node says of a tenant's cost, and who shares it.
@@ -460,15 +463,17 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	m.triggers.rollouts.add(struct{}{})
 	had := m.reports[node]
-	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
+	now := nodeReport{forRollouts: forRollouts(&np), versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRedirected = c.Message
 	}
 	now.agent, now.trustBundle = np.Status.AgentVersion != "", np.Status.TrustBundle
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionIdentityReady); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRenewed = c.Message
+	}
+	if !found || now.forRollouts != had.forRollouts {
+		m.triggers.rollouts.add(struct{}{})
 	}
 	if now.notRenewed != had.notRenewed {
 		m.triggers.status.add(m.topologies.Names()...)

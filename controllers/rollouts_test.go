@@ -295,3 +295,39 @@ func TestOwnersAreToldTheEnd(t *testing.T) {
 		t.Errorf("told is %q", r.told)
 	}
 }
+
+// Rollouts are decided anew by what they depend on, not whenever a node says anything.
+func TestReportsThatRolloutsReadAlone(t *testing.T) {
+	r := newRolling(t)
+	r.triggers.rollouts.delay = 0
+	decisions := start(t, &r.triggers.rollouts)
+	tenant := v1alpha1.NodeTenantStatus{Name: "a", Generations: []v1alpha1.GenerationStatus{generation(v1alpha1.RoleCanary, "1.41.0", 0)}}
+	minute := 0
+	want := func(what string, decided bool, change func()) {
+		t.Helper()
+		change()
+		r.report(func(s *v1alpha1.NodeProxyStatus) { s.Tenants = []v1alpha1.NodeTenantStatus{*tenant.DeepCopy()} })
+		r.must(r.syncReport(t.Context(), "n1"))
+		if got := decisions.Len() > 0; got != decided {
+			t.Errorf("%s: decided anew is %v", what, got)
+		}
+		for decisions.Len() > 0 {
+			key, _ := decisions.Get()
+			decisions.Done(key)
+		}
+	}
+	figures := func() {
+		minute++
+		tenant.Generations[0].Figures = &v1alpha1.GenerationFigures{At: metav1.NewTime(born.Add(time.Duration(minute) * time.Minute))}
+	}
+	want("a canary", true, func() {})
+	want("nothing new", false, func() {})
+	want("what it costs", false, func() { tenant.Cost = &v1alpha1.NodeCost{At: metav1.NewTime(born)} })
+	want("pods", false, func() { tenant.Pods = 7 })
+	want("how it fares", true, figures)
+	want("its weight", true, func() { tenant.Weight = 10 })
+	want("an end", true, func() { tenant.Generations[0].Restarts = 1 })
+	// A plan that is another is another place for tenants.
+	r.must(r.setCanary("n1", "a"))
+	want("the plan", true, func() {})
+}

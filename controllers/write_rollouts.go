@@ -3,6 +3,8 @@ package controllers
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -225,6 +227,24 @@ func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
 	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
 		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one", u.From, u.To, u.Rollout))
+}
+
+// forRollouts is a digest of what rollouts decide by: agents report more than that, and
+// more often, and each decision reads all nodes.
+func forRollouts(n *v1alpha1.NodeProxy) [sha256.Size]byte {
+	s := n.Status
+	s.Conditions, s.TrustBundle = nil, ""
+	s.Tenants = slices.Clone(s.Tenants)
+	for i := range s.Tenants {
+		t := &s.Tenants[i]
+		t.Cost, t.Shares, t.Hits, t.Unenforced = nil, nil, nil, nil
+		t.Pods, t.StrictPods, t.BypassedPods = 0, 0, 0
+	}
+	b, err := json.Marshal([]any{n.Generation, n.Spec.Images, n.Spec.Tenants, s})
+	if err != nil {
+		return [sha256.Size]byte{} // it has been read from JSON
+	}
+	return sha256.Sum256(b)
 }
 
 func hasRollout(n v1alpha1.NodeProxy) bool {
