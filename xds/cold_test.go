@@ -41,7 +41,7 @@ func TestHTTPColdStart(t *testing.T) {
 	for _, version := range dist.Versions() {
 		for _, http2 := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/http2=%t", version, http2), func(t *testing.T) {
-				store, e, rejections := routedEnvoyWith(t, version, 2, false)
+				store, e, rejections := routedEnvoyWith(t, version, 2, maxHTTPChains)
 				for _, vip := range coldServices(t, store, 100) {
 					var wg sync.WaitGroup
 					for range 8 { // by chance, some in each worker

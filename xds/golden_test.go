@@ -132,8 +132,8 @@ func TestGolden(t *testing.T) {
 			return messages(ls[:1], err)
 		},
 		"listeners-http": func() ([]proto.Message, error) {
-			ls, err := listenersWith(testNetwork, quiet, []httpAddress{{vip4, true}, {netip.MustParseAddrPort("10.96.0.11:80"), false}, {vip6, true}})
-			return messages(ls[:1], err)
+			account := identityPath(quiet.Workloads[0].Identity)
+			return one(outboundWith(testNetwork, quiet, map[string][]httpChain{account: {{vip4, true}, {netip.MustParseAddrPort("10.96.0.11:80"), false}, {vip6, true}}}))
 		},
 		"listeners-no-pods": func() ([]proto.Message, error) {
 			return messages(Listeners(testNetwork, model.Proxy{Node: "node-1", Tenant: testProxy.Tenant}))

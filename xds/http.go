@@ -26,9 +26,9 @@ import (
 // service becomes HTTP or ceases to be. The listener is constant, its routes are a
 // resource of their own, and a change of them ends no connection either.
 //
-// That is how the first connections go. A proxy that has the listener gets the same
-// connection manager in chains of its listener outbound as well, and those that begin
-// from then on save the way through two listeners (see straight.go).
+// That is how the first connections go. A process that has the listener and its routes
+// gets the same connection manager in chains of its listener outbound as well, and those
+// that begin from then on save the way through two listeners (see straight.go).
 
 // backendIdle is how long a connection to a backend stays without a request. It is
 // below the shortest that common servers close theirs after (5 s), or now and then
@@ -52,13 +52,18 @@ func HTTPEndpoints(vip netip.AddrPort) *endpointv3.ClusterLoadAssignment {
 // as HTTP. Nothing is added to a request or counted about it that nobody reads.
 func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
 	p := &packer{}
-	l := internalListener(HTTPName(vip), p.originalAddresses(), p.httpManager(vip))
+	l := internalListener(HTTPName(vip), p.originalAddresses(), p.httpManager(vip, p.originalSourceOfRequests()))
 	return l, p.err()
 }
 
-// httpManager is the connection manager of an address: the same for all accounts, and
-// wherever it is.
-func (p *packer) httpManager(vip netip.AddrPort) *listenerv3.Filter {
+// originalSourceOfRequests makes upstream connections leave from the client's address, and
+// so pools be each source's own. Where the listener does, it isn't needed.
+func (p *packer) originalSourceOfRequests() *hcmv3.HttpFilter {
+	return p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{})
+}
+
+// httpManager is the connection manager of an address: the same for all accounts.
+func (p *packer) httpManager(vip netip.AddrPort, filters ...*hcmv3.HttpFilter) *listenerv3.Filter {
 	return p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
 		StatPrefix: "l7",
 		// The first bytes of a client tell HTTP/1 from HTTP/2; nothing waits for them
@@ -67,10 +72,8 @@ func (p *packer) httpManager(vip netip.AddrPort) *listenerv3.Filter {
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: ads(), RouteConfigName: HTTPName(vip),
 		}},
-		HttpFilters: []*hcmv3.HttpFilter{
-			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}), // pools are each source's own by it
-			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)}),
-		},
+		HttpFilters: append(filters,
+			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)})),
 		OriginalIpDetectionExtensions: p.believeConnection(),
 		Http2ProtocolOptions:          applicationHTTP2(),
 		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},

@@ -175,14 +175,14 @@ var webKey = model.ServiceKey{Namespace: "team-a", Name: "web"}
 // one of web can be routed.
 func routedEnvoy(t *testing.T, version string) (*Store, *envoy, func() []Rejection) {
 	t.Helper()
-	return routedEnvoyWith(t, version, 1, false)
+	return routedEnvoyWith(t, version, 1, maxHTTPChains)
 }
 
-func routedEnvoyWith(t *testing.T, version string, workers int, straight bool) (*Store, *envoy, func() []Rejection) {
+func routedEnvoyWith(t *testing.T, version string, workers, chains int) (*Store, *envoy, func() []Rejection) {
 	t.Helper()
 	enterNetns(t)
 	store, server, rejections := envoyStore(t)
-	server.opts.StraightHTTP = straight
+	server.opts.MaxHTTPChains = chains
 	at := func(addr string, id model.Identity) model.Endpoint {
 		return model.Endpoint{Addr: netip.MustParseAddrPort(addr), Identity: id}
 	}

@@ -33,16 +33,11 @@ const (
 // claim: connections from and to them are closed. The error joins an
 // *ObjectError for each; with a nil result it is about the whole.
 func Listeners(n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, error) {
-	return listenersWith(n, proxy, nil)
-}
-
-// listenersWith are Listeners with chains for addresses that are spoken to as HTTP.
-func listenersWith(n model.Network, proxy model.Proxy, http []httpAddress) ([]*listenerv3.Listener, error) {
 	identities, refused := servedIdentities(n, proxy)
 	p := &packer{}
 	log := proxy.AccessLog
 	ls := []*listenerv3.Listener{
-		p.outbound(n, identities, http, proxy.RejectOutside, log),
+		p.outbound(n, identities, nil, proxy.RejectOutside, log),
 		p.inbound(n, identities, log),
 		p.plain(listenerPlain, PortPlain, clusterDeliver, log, p.originalSource()),
 		p.plain(listenerNodePlain, PortNodePlain, clusterDeliverNode, log),
@@ -53,6 +48,14 @@ func listenersWith(n model.Network, proxy model.Proxy, http []httpAddress) ([]*l
 		return nil, &ObjectError{proxySource(proxy.Key()), err}
 	}
 	return ls, refused
+}
+
+// outboundWith is the listener outbound with chains for HTTP, by their accounts.
+func outboundWith(n model.Network, proxy model.Proxy, http map[string][]httpChain) (*listenerv3.Listener, error) {
+	identities, _ := servedIdentities(n, proxy) // Listeners tells of those that are refused
+	p := &packer{}
+	l := p.outbound(n, identities, http, proxy.RejectOutside, proxy.AccessLog)
+	return l, p.err()
 }
 
 // served is an identity with the addresses of its pods.
@@ -121,7 +124,7 @@ func listenerAt(name string, port uint32) *listenerv3.Listener {
 
 // outbound takes what the proxy's pods dial. The source address says who dials,
 // the destination how to get there; a source that isn't known is closed.
-func (p *packer) outbound(n model.Network, identities []served, http []httpAddress, reject, log bool) *listenerv3.Listener {
+func (p *packer) outbound(n model.Network, identities []served, http map[string][]httpChain, reject, log bool) *listenerv3.Listener {
 	l := listenerAt(listenerOutbound, PortOutbound)
 	l.ListenerFilters = []*listenerv3.ListenerFilter{p.originalSource()}
 	logs := func() []*accesslogv3.AccessLog { return p.failureLogs(log, listenerOutbound) }
@@ -156,7 +159,7 @@ func (p *packer) outbound(n model.Network, identities []served, http []httpAddre
 			Matcher: p.byDestination(append([]rule{
 				{n.ServiceCIDRs, via},
 				{n.PodCIDRs, p.toChain("pod/" + path)},
-			}, p.straight(l, s, http, via)...), p.toChain(outside.Name)),
+			}, p.straight(l, s, http[path], via)...), p.toChain(outside.Name)),
 		}}})
 	}
 	l.FilterChains = append(l.FilterChains, outside)

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -24,6 +25,8 @@ type follower struct {
 	order []string
 	// late keeps back that endpoints aren't wanted any more.
 	late bool
+	// refuses are what it doesn't take.
+	refuses map[resourceKey]bool
 }
 
 func (m *mesh) follow(tenant model.Tenant) *follower {
@@ -32,6 +35,35 @@ func (m *mesh) follow(tenant model.Tenant) *follower {
 	f.subscribe(TypeCluster, clusterDeliver)
 	f.subscribe(TypeListener, listenerUnwrap)
 	f.until("it is connected", func() bool { return len(f.has) == 2 })
+	return f
+}
+
+// begin follows as a process that has so much already, and wants all that is for it.
+func (m *mesh) begin(tenant model.Tenant, generation string, has map[resourceKey]*discoveryv3.Resource) *follower {
+	m.t.Helper()
+	f := &follower{client: m.open(tenant, generation), has: map[resourceKey]*discoveryv3.Resource{}, refuses: map[resourceKey]bool{}}
+	maps.Copy(f.has, has)
+	go f.read()
+	for _, typeURL := range sendOrder {
+		r := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: typeURL, InitialResourceVersions: map[string]string{}}
+		if hasWildcard(typeURL) {
+			r.ResourceNamesSubscribe = []string{"*"}
+		}
+		for key, x := range has {
+			if key.typeURL != typeURL {
+				continue
+			}
+			r.InitialResourceVersions[key.name] = x.Version
+			if _, vip := parseVIPName(key.name); vip || !hasWildcard(typeURL) {
+				r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, key.name)
+			}
+		}
+		if len(r.ResourceNamesSubscribe) > 0 {
+			f.send(r)
+		}
+	}
+	f.until("it has its listeners", func() bool { return f.has[resourceKey{TypeListener, listenerUnwrap}] != nil })
+	f.drain()
 	return f
 }
 
@@ -52,6 +84,11 @@ func (f *follower) until(what string, ok func() bool) {
 
 func (f *follower) take(r *discoveryv3.DeltaDiscoveryResponse) {
 	f.t.Helper()
+	if len(r.Resources) == 1 && f.refuses[resourceKey{r.TypeUrl, r.Resources[0].Name}] {
+		f.order = append(f.order, "!"+shortType(r.TypeUrl)+" "+r.Resources[0].Name)
+		f.nack(r, "refused by the test")
+		return
+	}
 	f.ack(r)
 	for _, x := range r.Resources {
 		key := resourceKey{r.TypeUrl, x.Name}
@@ -59,7 +96,7 @@ func (f *follower) take(r *discoveryv3.DeltaDiscoveryResponse) {
 		known := f.has[key] != nil
 		f.has[key] = x
 		switch {
-		case known || x.Name == clusterDeliver || x.Name == listenerUnwrap:
+		case known || !validShared(r.TypeUrl, x.Name):
 		case r.TypeUrl == TypeCluster:
 			f.subscribe(TypeEndpoints, x.Name)
 		case r.TypeUrl == TypeListener:
@@ -205,10 +242,17 @@ func TestNeedsAgain(t *testing.T) {
 	f.until("what isn't needed goes", func() bool { return f.place("-cds "+beAPI) >= 0 })
 }
 
-// drain handles all that is under way: a fence is answered after it.
+// drain handles all that is under way: one fence flushes what is gathered, and another
+// is answered after it.
 func (f *follower) drain() {
 	f.t.Helper()
+	flush := resourceKey{TypeEndpoints, fenceName}
 	for range 3 { // an answer may bring more about
+		f.subscribe(TypeEndpoints, fenceName)
+		f.until("what is gathered is flushed", func() bool { return f.has[flush] != nil })
+		f.unsubscribe(TypeEndpoints, fenceName)
+		delete(f.has, flush)
+		f.order = slices.DeleteFunc(f.order, func(entry string) bool { return entry == "eds "+fenceName })
 		fence := "fence|" + f.t.Name()
 		f.subscribe(TypeCluster, fence)
 		f.until("the fence is answered", func() bool {

@@ -59,15 +59,15 @@ func (s sender) ask(t *testing.T, p *httpPod, to string, mesh bool) (a peerAnswe
 func TestHTTPPools(t *testing.T) {
 	for _, version := range dist.Versions() {
 		for _, http2 := range []bool{false, true} {
-			for _, straight := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s/http2=%t/straight=%t", version, http2, straight), func(t *testing.T) { testHTTPPools(t, version, http2, straight) })
+			for _, chains := range []int{-1, maxHTTPChains} {
+				t.Run(fmt.Sprintf("%s/http2=%t/chains=%d", version, http2, chains), func(t *testing.T) { testHTTPPools(t, version, http2, chains) })
 			}
 		}
 	}
 }
 
-func testHTTPPools(t *testing.T, version string, http2, straight bool) {
-	store, e, rejections := routedEnvoyWith(t, version, 1, straight)
+func testHTTPPools(t *testing.T, version string, http2 bool, chains int) {
+	store, e, rejections := routedEnvoyWith(t, version, 1, chains)
 	const far = "10.1.0.77"
 	server := servePeer(t, e.ca, identity("web").String(), far)
 	if err := store.SetService(endpointService("far", "10.96.1.5", model.Endpoint{Addr: netip.MustParseAddrPort(far + ":8080"), Identity: identity("web")})); err != nil {
@@ -83,7 +83,7 @@ func testHTTPPools(t *testing.T, version string, http2, straight bool) {
 	// In turn, over new connections: what one leaves behind is there for the next.
 	conns, tunnels := map[string]map[int64]bool{}, map[string]map[int64]bool{}
 	for i := range 12 {
-		if i == 3 && straight { // from now on they are read in the listener outbound
+		if i == 3 && chains > 0 { // from now on they are read in the listener outbound
 			eventually(t, "there are chains for HTTP", func() bool { _, leads := e.reads(webChain); return leads })
 		}
 		for _, s := range senders {

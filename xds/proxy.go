@@ -20,11 +20,10 @@ type proxyState struct {
 	// which its content came, and since the pod that is waited for was in the
 	// listeners from a certain seq on, whoever acknowledged that or a later one
 	// serves the pod, however many more have come in between.
-	seq       uint64
-	stale     bool
+	seq   uint64
+	stale bool
+	// listeners are those that all generations have alike; see Store.outbound.
 	listeners map[string]*resource
-	// straight are the addresses that it has chains for HTTP for, while it has streams.
-	straight map[netip.AddrPort]struct{}
 	// since is the seq from which on a workload was served as it is now.
 	since map[string]servedSince
 
@@ -66,7 +65,7 @@ func (s *Store) SetProxy(proxy model.Proxy) error {
 	_, refused := servedIdentities(s.network, proxy)
 	p := s.proxies[key]
 	if p == nil {
-		p = &proxyState{streams: map[*stream]struct{}{}, straight: map[netip.AddrPort]struct{}{}, since: map[string]servedSince{}}
+		p = &proxyState{streams: map[*stream]struct{}{}, since: map[string]servedSince{}}
 		s.proxies[key] = p
 		s.announce()
 	} else if reflect.DeepEqual(p.proxy, proxy) {
@@ -108,7 +107,7 @@ func (s *Store) listeners(p *proxyState) map[string]*resource {
 	}
 	p.stale = false
 	s.builds++
-	ls, err := listenersWith(s.network, p.proxy, s.httpAddresses(p))
+	ls, err := Listeners(s.network, p.proxy)
 	if ls == nil {
 		s.refuse(TypeListener, listenerOutbound, err) // SetProxy told of single workloads
 		return p.listeners
@@ -204,12 +203,15 @@ func (s *Store) unserved(p *proxyState, uid string) string {
 		return "its Envoy isn't connected"
 	}
 	for st := range p.streams {
-		for name, seq := range map[string]uint64{listenerOutbound: since.outbound, listenerInbound: since.inbound} {
-			if !st.hasListener(listeners[name], seq) {
+		for _, l := range []struct {
+			r   *resource
+			seq uint64
+		}{{s.outbound(st, p), since.outbound}, {listeners[listenerInbound], since.inbound}} {
+			if !st.hasListener(l.r, l.seq) {
 				if p.rejection != "" {
 					return "its Envoy refused the configuration: " + p.rejection
 				}
-				return "its Envoy hasn't acknowledged the listener " + name
+				return "its Envoy hasn't acknowledged the listener " + l.r.name()
 			}
 		}
 	}

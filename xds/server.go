@@ -57,9 +57,10 @@ type ServerOptions struct {
 	// NamesPerSecond is how fast it may get more, beyond a burst of twice MaxNames.
 	// Faster ones wait. Default 100.
 	NamesPerSecond float64
-	// StraightHTTP has proxies read requests where connections come in, as soon as they
-	// have what that takes. Default false: see docs/decisions/0032.
-	StraightHTTP bool
+	// MaxHTTPChains is how many chains a process may have that read requests where
+	// connections come in, one for each account and address; further ones are read
+	// behind the address' endpoint. Default, and at most, 120; none if negative.
+	MaxHTTPChains int
 	// Coalesce is for how long changes are gathered into one push. Default 10 ms.
 	Coalesce time.Duration
 	// ProxyWait is for how long a stream may wait until the store is synced and
@@ -125,6 +126,9 @@ func NewServer(store *Store, o ServerOptions) *Server {
 	}
 	if o.NamesPerSecond <= 0 {
 		o.NamesPerSecond = 100
+	}
+	if o.MaxHTTPChains == 0 || o.MaxHTTPChains > maxHTTPChains {
+		o.MaxHTTPChains = maxHTTPChains
 	}
 	if o.Coalesce <= 0 {
 		o.Coalesce = 10 * time.Millisecond

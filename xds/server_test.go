@@ -372,7 +372,7 @@ func (m *mesh) forgotten() {
 		for _, p := range m.store.proxies {
 			streams += len(p.streams)
 		}
-		return streams == 0 && len(m.store.shared) == 0
+		return streams == 0 && len(m.store.shared) == 0 && len(m.store.reading) == 0
 	})
 }
 

@@ -53,7 +53,9 @@ type Store struct {
 	workloads map[string]model.Workload // by UID
 	addrs     map[netip.Addr][]string   // UIDs, the newest last
 	shared    map[resourceKey]*entry
-	builds    uint64
+	// reading are the streams whose process has chains for an address.
+	reading map[netip.AddrPort]map[*stream]struct{}
+	builds  uint64
 }
 
 type serviceKey = model.ServiceKey
@@ -84,7 +86,7 @@ func NewStore(o StoreOptions) *Store {
 	s := &Store{
 		opts: o, static: map[string]*resource{}, changed: make(chan struct{}),
 		proxies: map[model.ProxyKey]*proxyState{}, common: map[string]*discoveryv3.Resource{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
-		workloads: map[string]model.Workload{}, addrs: map[netip.Addr][]string{}, shared: map[resourceKey]*entry{},
+		workloads: map[string]model.Workload{}, addrs: map[netip.Addr][]string{}, shared: map[resourceKey]*entry{}, reading: map[netip.AddrPort]map[*stream]struct{}{},
 	}
 	clusters, err := StaticClusters()
 	if err != nil {
@@ -374,10 +376,14 @@ func (s *Store) lookup(st *stream, typeURL, name string) *resource {
 	switch typeURL {
 	case TypeListener:
 		if slices.Contains(listenerNames, name) {
-			if p := s.proxies[st.key]; p != nil {
-				return s.listeners(p)[name]
+			p := s.proxies[st.key]
+			switch {
+			case p == nil || !has(p.streams, st):
+				return nil // the stream is over
+			case name == listenerOutbound:
+				return s.outbound(st, p)
 			}
-			return nil
+			return s.listeners(p)[name]
 		}
 	case TypeCluster:
 		if r := s.static[name]; r != nil {
@@ -539,11 +545,10 @@ func (s *Store) detach(st *stream) map[string]int {
 	defer s.mu.Unlock()
 	if p := s.proxies[st.key]; p != nil {
 		delete(p.streams, st)
-		if len(p.streams) == 0 && len(p.straight) > 0 {
-			clear(p.straight) // a new process begins without; one that lives tells of them
-			p.invalidate()
-		}
 		p.wake()
+	}
+	for vip := range st.straight.accounts {
+		s.dropChains(st, vip)
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()

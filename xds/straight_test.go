@@ -1,17 +1,20 @@
 package xds
 
 import (
+	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -52,7 +55,7 @@ func TestHTTPStraight(t *testing.T) {
 }
 
 func testHTTPStraight(t *testing.T, version string) {
-	store, e, rejections := routedEnvoyWith(t, version, 1, true)
+	store, e, rejections := routedEnvoy(t, version)
 	marked := prefixed("/", model.Action{Backends: to("web"), RequestHeaders: model.HeaderChange{Set: []model.Header{{Name: "x-routed", Value: "yes"}}}})
 	routed := func(p *httpPod) bool {
 		t.Helper()
@@ -134,61 +137,277 @@ func testHTTPStraight(t *testing.T, version string) {
 	}
 }
 
-// A proxy gets chains for the addresses that it has listeners for, for no others, and
-// no more than are good for the size of the listener.
-func TestStraightChains(t *testing.T) {
-	m := newMesh(t, ServerOptions{StraightHTTP: true})
-	accounts := 2 // of testProxy
-	room := maxStraight / accounts
-	c := m.dial(teamA)
-	has := map[string]string{listenerUnwrap: "0", "l7|10.2.0.1:80": "1", "l7|10.96.9.9": "1"}
-	for i := range room + 10 {
-		has[HTTPName(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 3, byte(i)}), 80))] = "1"
+// Routes that Envoy doesn't take leave the service at L4, as it was, and hold nothing
+// else of the proxy back.
+func TestEnvoyRefusesFirstRoutes(t *testing.T) {
+	for _, version := range dist.Versions() {
+		t.Run(version, func(t *testing.T) {
+			store, e, rejections := routedEnvoy(t, version)
+			bad := prefixed("(", model.Action{Backends: to("web")})
+			bad.Match.Path.Kind = model.PathRegex
+			get := func() string {
+				t.Helper()
+				r, a, err := newHTTPPod(t, "10.1.0.2", false).get("http://10.96.1.1:15001/x")
+				if err != nil || r.StatusCode != http.StatusOK || a.Name != "10.1.0.3:8080" {
+					t.Fatalf("got %+v, %+v, %v", r, a, err)
+				}
+				return a.Header.Get("X-Routed")
+			}
+			get()
+			route(t, store, "", bad)
+			eventually(t, "Envoy refuses the routes", func() bool { return len(rejections()) > 0 })
+			if got := rejections()[0]; got.Type != TypeRoutes || got.Source.Name != "web" {
+				t.Errorf("told %+v", got)
+			}
+			p := testProxy
+			p.Workloads = append(slices.Clone(p.Workloads), workload("web-2", "web", "10.1.0.4"))
+			if err := store.SetProxy(p); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), testTime)
+			defer cancel()
+			if err := e.server.WaitServed(ctx, testProxy.Key(), "uid-web-2"); err != nil {
+				t.Fatal(err)
+			}
+			get()
+			if has, leads := e.reads(webChain); has || leads {
+				t.Error("there is a chain without routes")
+			}
+			route(t, store, "", prefixed("/", model.Action{Backends: to("web"), RequestHeaders: model.HeaderChange{Set: []model.Header{{Name: "x-routed", Value: "yes"}}}}))
+			eventually(t, "it is routed", func() bool { return get() == "yes" })
+			eventually(t, "there is a chain", func() bool { _, leads := e.reads(webChain); return leads })
+		})
 	}
-	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeListener, InitialResourceVersions: has, ResourceNamesSubscribe: []string{listenerOutbound}})
-	chains := func(r *discoveryv3.DeltaDiscoveryResponse) (names []string) {
-		t.Helper()
-		l := &listenerv3.Listener{}
-		if err := proto.Unmarshal(r.Resources[0].Resource.Value, l); err != nil {
-			t.Fatal(err)
-		}
-		for _, c := range l.FilterChains {
-			if strings.HasPrefix(c.Name, "http/") {
-				names = append(names, c.Name)
+}
+
+// readService is a service at 10.96.3.n:80 whose requests are read.
+func (m *mesh) readService(n int) netip.AddrPort {
+	m.t.Helper()
+	vip := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 3, byte(n)}), 80)
+	s := model.Service{Namespace: "team-a", Name: fmt.Sprint("read-", n), VIPs: []netip.Addr{vip.Addr()}, Ports: []model.ServicePort{{Port: 80}}}
+	m.must(m.store.SetService(s))
+	m.must(m.store.SetRoutings(model.ServiceKey{Namespace: s.Namespace, Name: s.Name}, []model.Routing{{Port: 80}}))
+	return vip
+}
+
+// dials asks for addresses as the first connections to them do.
+func (f *follower) dials(vips ...netip.AddrPort) {
+	f.t.Helper()
+	for _, vip := range vips {
+		f.subscribe(TypeCluster, VIPName(vip))
+		f.until("requests to "+vip.String()+" are read", func() bool { return f.leadsTo(VIPName(vip)) == HTTPName(vip) })
+	}
+	f.drain()
+}
+
+// chains are those for HTTP in the listener outbound, and those that something leads to,
+// as account and address.
+func (f *follower) chains() (all, led []string) {
+	f.t.Helper()
+	l := &listenerv3.Listener{}
+	if err := f.has[resourceKey{TypeListener, listenerOutbound}].Resource.UnmarshalTo(l); err != nil {
+		f.t.Fatal(err)
+	}
+	matcher := fmt.Sprint(l.FilterChainMatcher)
+	for _, c := range l.FilterChains {
+		if name, ok := strings.CutPrefix(c.Name, "http/"); ok {
+			all = append(all, name)
+			if strings.Contains(matcher, c.Name) {
+				led = append(led, name)
 			}
 		}
-		return names
 	}
-	got := chains(c.want(TypeListener, listenerOutbound))
-	if len(got) != room*accounts {
-		t.Errorf("%d chains; want %d", len(got), room*accounts)
+	slices.Sort(all)
+	slices.Sort(led)
+	return all, led
+}
+
+func (f *follower) wantChains(when string, want ...string) {
+	f.t.Helper()
+	if got, _ := f.chains(); !slices.Equal(got, want) {
+		f.t.Errorf("%s, it has the chains %q; want %q", when, got, want)
 	}
-	for _, name := range got {
-		if !strings.Contains(name, "/10.96.3.") {
-			t.Errorf("there is a chain %s", name)
+}
+
+// Each process has chains for the addresses that it reads itself, and no others. It keeps
+// them over its stream, whoever serves it, and the next process begins without.
+func TestChainsOfOneProcess(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	vip := m.readService(1)
+	want := []string{"team-a/api/10.96.3.1:80", "team-a/web/10.96.3.1:80"}
+	old, early, other := m.begin(teamA, "0", nil), m.begin(teamA, "1", nil), m.begin(teamB, "0", nil)
+	old.dials(vip)
+	old.wantChains("after a connection", want...)
+	early.drain()
+	early.wantChains("without a connection of its own")
+	other.drain()
+	other.wantChains("of another tenant")
+	next := m.begin(teamA, "1", nil)
+	next.wantChains("when it begins")
+	next.dials(vip)
+	next.wantChains("after a connection of its own", want...)
+
+	// The former generation goes. Then the stream ends, to another operator's replica.
+	old.cancel()
+	next.cancel()
+	m.forgottenBut(teamB)
+	replica := newMesh(t, ServerOptions{})
+	replica.readService(1)
+	next = replica.begin(teamA, "1", next.has)
+	if next.place("lds "+listenerOutbound) >= 0 {
+		t.Errorf("it got %q for nothing", next.order)
+	}
+	replica.must(replica.store.SetProxy(oneMore("web-2", "web", "10.1.0.4")))
+	next.until("the change arrives", func() bool { return next.place("lds "+listenerOutbound) >= 0 })
+	next.wantChains("at another replica", want...)
+
+	// The address is told to a process that has only its chains, its listener and its
+	// routes: one that began with what its agent had kept.
+	kept := map[resourceKey]*discoveryv3.Resource{}
+	for key, r := range next.has {
+		if key.typeURL == TypeListener || key.typeURL == TypeRoutes {
+			kept[key] = r
 		}
 	}
-	// Another tenant's proxy has none of it, and the next process of this one neither.
-	other := m.dial(teamB)
-	other.subscribe(TypeListener, listenerOutbound)
-	if got := chains(other.want(TypeListener, listenerOutbound)); len(got) > 0 {
-		t.Errorf("another tenant has %q", got)
+	next.cancel()
+	next = replica.begin(teamA, "0", kept)
+	replica.must(replica.store.SetRoutings(model.ServiceKey{Namespace: "team-a", Name: "read-1"}, nil))
+	next.until("the address isn't HTTP", func() bool { _, led := next.chains(); return len(led) == 0 })
+	next.wantChains("when the address isn't HTTP", want...)
+	replica.readService(1)
+	next.until("the address is HTTP again", func() bool { _, led := next.chains(); return slices.Equal(led, want) })
+
+	// A process tells what it likes: it has no chains where it can't have connections.
+	lies := maps.Clone(next.has)
+	forged := &discoveryv3.Resource{Version: "1" + marksBegin}
+	for _, vip := range []string{"10.2.0.1:80", "10.96.9.9:80", "10.96.3.1:80"} {
+		vip := netip.MustParseAddrPort(vip)
+		forged.Version += chainMark("team-a/web", vip) + chainMark("team-b/web", vip)
+		if vip.Addr() != netip.MustParseAddr("10.96.9.9") {
+			lies[resourceKey{TypeListener, HTTPName(vip)}] = &discoveryv3.Resource{Version: "1"}
+		}
 	}
-	c.cancel()
-	// Nobody has any who doesn't ask for them.
-	usual := newMesh(t, ServerOptions{}).dial(teamA)
-	usual.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeListener, InitialResourceVersions: has, ResourceNamesSubscribe: []string{listenerOutbound}})
-	if got := chains(usual.want(TypeListener, listenerOutbound)); len(got) > 0 {
-		t.Errorf("without StraightHTTP there are %q", got)
-	}
-	eventually(t, "the stream is over", func() bool {
+	forged.Version += "x"
+	lies[resourceKey{TypeListener, listenerOutbound}] = forged
+	lies[resourceKey{TypeListener, HTTPName(vip)}] = &discoveryv3.Resource{Version: "1"}
+	delete(lies, resourceKey{TypeRoutes, HTTPName(vip)})
+	next.cancel()
+	replica.forgotten()
+	liar := replica.begin(teamA, "0", lies)
+	liar.wantChains("when it lied", want[1])
+	liar.cancel()
+	replica.forgotten()
+}
+
+// oneMore is testProxy with one more pod.
+func oneMore(name, account, addr string) model.Proxy {
+	p := testProxy
+	p.Workloads = append(slices.Clone(p.Workloads), workload(name, account, addr))
+	return p
+}
+
+// forgottenBut waits until only a tenant's streams are left.
+func (m *mesh) forgottenBut(tenant model.Tenant) {
+	m.t.Helper()
+	eventually(m.t, "the streams are over", func() bool {
 		m.store.mu.Lock()
 		defer m.store.mu.Unlock()
-		return len(m.store.proxies[testProxy.Key()].streams) == 0
+		for key, p := range m.store.proxies {
+			if key.Tenant != tenant && len(p.streams) > 0 {
+				return false
+			}
+		}
+		return true
 	})
-	next := m.dial(teamA)
-	next.subscribe(TypeListener, listenerOutbound)
-	if got := chains(next.want(TypeListener, listenerOutbound)); len(got) > 0 {
-		t.Errorf("a new process has %q", got)
+}
+
+// A chain waits for the routes, as the endpoint does.
+func TestChainsWaitForRoutes(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	vip := m.readService(1)
+	f := m.begin(teamA, "0", nil)
+	routes := resourceKey{TypeRoutes, HTTPName(vip)}
+	f.refuses[routes] = true
+	f.subscribe(TypeCluster, VIPName(vip))
+	f.until("it refuses the routes", func() bool { return f.place("!rds "+HTTPName(vip)) >= 0 })
+	f.drain()
+	f.wantChains("without routes")
+	delete(f.refuses, routes)
+	m.must(m.store.SetRoutings(model.ServiceKey{Namespace: "team-a", Name: "read-1"}, []model.Routing{{Port: 80, Rules: []model.Rule{prefixed("/", model.Action{})}}}))
+	f.until("it has chains", func() bool { _, led := f.chains(); return len(led) == 2 })
+}
+
+// There are so many chains for each process, of accounts and addresses, whichever come
+// later. Those that there are stay, also with an operator that begins anew.
+func TestChainsAreBounded(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	var early, late []netip.AddrPort
+	for i := range maxHTTPChains/2 + 5 {
+		if i < 5 {
+			late = append(late, m.readService(i))
+		} else {
+			early = append(early, m.readService(i))
+		}
 	}
+	f := m.begin(teamA, "0", nil)
+	f.dials(early...)
+	first, led := f.chains()
+	if len(first) != maxHTTPChains || len(led) != maxHTTPChains {
+		t.Fatalf("%d chains, %d led to; want %d", len(first), len(led), maxHTTPChains)
+	}
+	if n := len(f.has[resourceKey{TypeListener, listenerOutbound}].Version); n > maxVersion {
+		t.Errorf("the version has %d bytes; relays take %d", n, maxVersion)
+	}
+	f.order = nil
+	m.must(m.store.SetProxy(oneMore("also-0", "also", "10.1.0.4"))) // first by name
+	f.until("the account arrives", func() bool { return f.place("lds "+listenerOutbound) >= 0 })
+	f.drain()
+	f.wantChains("with more accounts", first...)
+	f.dials(late...) // first by address
+	f.wantChains("with more addresses", first...)
+
+	f.cancel()
+	m.forgotten()
+	f = m.begin(teamA, "0", f.has)
+	if f.place("lds "+listenerOutbound) >= 0 {
+		t.Errorf("a new operator sent %q for nothing", f.order)
+	}
+	f.order = nil
+	m.must(m.store.SetProxy(testProxy))
+	f.until("the account is gone", func() bool { return f.place("lds "+listenerOutbound) >= 0 })
+	f.wantChains("with a new operator", first...)
+
+	// An account that goes gives its places back.
+	p := testProxy
+	p.Workloads = p.Workloads[:1] // web's
+	m.must(m.store.SetProxy(p))
+	f.until("the others have its places", func() bool { all, _ := f.chains(); return len(all) == len(early)+len(late) })
+	f.cancel()
+	m.forgotten()
+}
+
+// What nobody has had for long gives its places to what is dialled, and not before.
+func TestChainsAreGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const wait = 5 * time.Second
+		m := newMesh(t, ServerOptions{UnknownFor: wait, MaxHTTPChains: 4})
+		f := m.begin(teamA, "0", nil)
+		f.dials(m.readService(5), m.readService(6))
+		first, _ := f.chains()
+		m.store.DeleteService("team-a", "read-5")
+		f.dials(m.readService(1))
+		f.wantChains("at once", first...)
+		time.Sleep(wait)
+		m.store.DeleteService("team-a", "read-6")
+		f.drain()
+		f.dials(m.readService(2))
+		f.wantChains("after a while", "team-a/api/10.96.3.1:80", "team-a/api/10.96.3.6:80", "team-a/web/10.96.3.1:80", "team-a/web/10.96.3.6:80")
+		m.readService(6) // somebody has it again
+		f.drain()
+		time.Sleep(2 * wait)
+		f.dials(m.readService(3))
+		f.wantChains("while all are somebody's", "team-a/api/10.96.3.1:80", "team-a/api/10.96.3.6:80", "team-a/web/10.96.3.1:80", "team-a/web/10.96.3.6:80")
+		f.cancel()
+		m.forgotten()
+	})
 }

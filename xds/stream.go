@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
 	"sync"
@@ -24,8 +25,10 @@ const (
 	// maxUnanswered is how many responses may be under way to one proxy; with more,
 	// only this proxy waits.
 	maxUnanswered = 256
-	// maxName is the length beyond which a name or version can't be ours.
-	maxName = 160
+	// maxName is the length beyond which a name can't be ours, and maxVersion a version.
+	// Relays take none that is longer either.
+	maxName    = 160
+	maxVersion = 1024
 )
 
 // sendOrder is the order in which types are sent: what others refer to first.
@@ -69,6 +72,8 @@ type stream struct {
 	// blocked are the resources that wait for another to be acknowledged, and uses
 	// is what those need that were sent.
 	blocked, uses map[resourceKey]map[resourceKey]struct{}
+
+	straight straight
 }
 
 type removal struct {
@@ -167,14 +172,23 @@ func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequ
 		st.server.metrics.refused.WithLabelValues(shortType(r.TypeUrl)).Add(float64(len(r.ResourceNamesSubscribe) - n))
 		r.ResourceNamesSubscribe = slices.Clone(r.ResourceNamesSubscribe[:n])
 	}
+	if r.TypeUrl == TypeListener && !st.opened(TypeListener) {
+		st.server.store.resumeChains(st, r.InitialResourceVersions)
+	}
 	if st.open(r) {
-		if r.TypeUrl == TypeListener {
-			st.server.store.hasHTTP(st, st.names(TypeListener)...)
+		if r.TypeUrl == TypeRoutes {
+			st.server.store.read(st, netip.AddrPort{})
 		}
 		st.unblock(resourceKey{typeURL: r.TypeUrl})
 	}
 	st.unsubscribe(r)
 	return st.subscribe(ctx, r)
+}
+
+func (st *stream) opened(typeURL string) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.types[typeURL] != nil
 }
 
 // open takes in the first request of a type, which tells what the proxy has. It
@@ -188,7 +202,7 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 	sub := &subscription{names: map[string]struct{}{}, held: map[string]*held{}}
 	st.types[r.TypeUrl] = sub
 	for name, version := range r.InitialResourceVersions {
-		if len(sub.held) < st.server.opts.MaxNames+len(listenerNames) && len(name) <= maxName && len(version) <= maxName {
+		if len(sub.held) < st.server.opts.MaxNames+len(listenerNames) && len(name) <= maxName && len(version) <= maxVersion {
 			sub.held[name] = &held{sent: version, acked: version}
 		}
 	}
@@ -196,13 +210,6 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 		sub.wildcard, sub.confirm = true, true
 	}
 	return true
-}
-
-// names are what the proxy has of a type.
-func (st *stream) names(typeURL string) []string {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	return slices.Collect(maps.Keys(st.types[typeURL].held))
 }
 
 func hasWildcard(typeURL string) bool { return typeURL == TypeCluster || typeURL == TypeListener }
@@ -350,6 +357,9 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 		}
 	}
 	if r.ErrorDetail == nil {
+		if vip, ok := parseHTTPName(a.name); ok {
+			st.server.store.read(st, vip)
+		}
 		st.unblock(resourceKey{a.typeURL, a.name})
 		if a.typeURL == TypeRoutes {
 			st.mark(a.typeURL, a.name, false) // to settle it
@@ -357,9 +367,6 @@ func (st *stream) answered(r *discoveryv3.DeltaDiscoveryRequest) {
 	}
 	if r.TypeUrl == TypeListener {
 		st.server.store.acknowledged(st, rejection)
-		if r.ErrorDetail == nil {
-			st.server.store.hasHTTP(st, a.name)
-		}
 	}
 }
 

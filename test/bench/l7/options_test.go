@@ -79,7 +79,6 @@ var options = append([]option{
 	}},
 	{name: "paths as they are", manager: func(m *hcmv3.HttpConnectionManager) { m.NormalizePath = no }},
 	{name: "the client's address from X-Forwarded-For", manager: func(m *hcmv3.HttpConnectionManager) { m.OriginalIpDetectionExtensions = nil }},
-	{name: "no source address", manager: func(m *hcmv3.HttpConnectionManager) { m.HttpFilters = m.HttpFilters[1:] }},
 	{name: "idle backends kept", cluster: func(_ *clusterv3.Cluster, o *upstreamhttpv3.HttpProtocolOptions) {
 		o.CommonHttpProtocolOptions.IdleTimeout = never
 	}},
@@ -127,7 +126,6 @@ func http2Options() []option {
 		named("four requests of a connection to the backend", option{cluster: func(_ *clusterv3.Cluster, o *upstreamhttpv3.HttpProtocolOptions) {
 			o.GetUseDownstreamProtocolConfig().Http2ProtocolOptions.MaxConcurrentStreams = wrapperspb.UInt32(4)
 		}}),
-		named("no source address", option{manager: func(m *hcmv3.HttpConnectionManager) { m.HttpFilters = m.HttpFilters[1:] }}),
 		named("paths as they are", option{manager: func(m *hcmv3.HttpConnectionManager) { m.NormalizePath = no }}),
 		named("the protocol is known", option{manager: func(m *hcmv3.HttpConnectionManager) { m.CodecType = hcmv3.HttpConnectionManager_HTTP2 }}),
 		named(behindEndpoint, option{}),
