@@ -67,6 +67,6 @@ func (h tenantHits) status() *v1alpha1.LimitHits {
 		Since: at(h.Since), Last: at(h.last),
 		CPUThrottled: int64(h.Throttled), CPUThrottledMillis: h.ThrottledFor.Milliseconds(),
 		MemoryHigh: int64(h.MemoryHigh), OOMKills: int64(h.OOMKills), Pids: int64(h.Pids),
-		Connections: int64(h.tooMany), NewConnections: int64(h.tooFast),
+		Connections: int64(h.tooMany), NewConnections: int64(h.tooFast), NewDirect: int64(h.directTooFast),
 	}
 }

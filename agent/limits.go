@@ -19,13 +19,13 @@ func processLimits(l v1alpha1.Limits) isolation.Limits {
 // connectionLimits are what steering holds of connections.
 func connectionLimits(l v1alpha1.Limits) steer.ConnectionLimits {
 	bounded := func(n int64) uint32 { return uint32(max(0, min(n, math.MaxInt32))) }
-	return steer.ConnectionLimits{Concurrent: bounded(l.Connections), NewPerSecond: bounded(l.NewConnections)}
+	return steer.ConnectionLimits{Concurrent: bounded(l.Connections), NewPerSecond: bounded(l.NewConnections), DirectPerSecond: bounded(l.NewDirect)}
 }
 
 // enforcedLimits are both, as they were read back.
 func enforcedLimits(l isolation.Limits, b isolation.Bandwidth, c steer.ConnectionLimits) v1alpha1.Limits {
 	return v1alpha1.Limits{CPUWeight: l.CPUWeight, CPUMillis: l.CPUMillis, MemoryHigh: l.MemoryHigh, MemoryMax: l.MemoryMax, Pids: l.Pids,
-		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond), Egress: b.Egress, Ingress: b.Ingress}
+		Connections: int64(c.Concurrent), NewConnections: int64(c.NewPerSecond), NewDirect: int64(c.DirectPerSecond), Egress: b.Egress, Ingress: b.Ingress}
 }
 
 // enforcedConnections reads back the bounds of a tenant's connections, and says
@@ -36,8 +36,11 @@ func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have 
 		// A tenant that isn't there yet has none.
 		have, _ = steering.datapath.ConnectionLimits(state.Index)
 	}
+	if steering.kind != v1alpha1.RedirectionEBPF && tp.connections.DirectPerSecond != 0 {
+		unenforced = append(unenforced, "connections.newDirectPerSecond: only redirection EBPF tells flows beside the proxy apart")
+	}
 	if steering.kind != v1alpha1.RedirectionEBPF || state.CgroupV2 != "" {
-		return have, nil
+		return have, unenforced
 	}
 	if tp.bandwidth.Egress != 0 {
 		unenforced = append(unenforced, "bandwidth.egress: the node has no cgroup version 2, where what goes to own pods is told apart")
@@ -106,7 +109,7 @@ func (a *Agent) checkConnections(p plan) time.Duration {
 }
 
 // shed are connections that were dropped beyond the bounds of a tenant.
-type shed struct{ tooMany, tooFast uint64 }
+type shed struct{ tooMany, tooFast, directTooFast uint64 }
 
 // readShed reads all tenants' at once.
 func (a *Agent) readShed() map[model.Tenant]shed {
@@ -123,7 +126,7 @@ func (a *Agent) readShed() map[model.Tenant]shed {
 	for _, t := range a.bulkheads.Tenants() {
 		if s, ok := a.bulkheads.State(t); ok {
 			d := counters[s.Index].Dropped
-			all[t] = shed{d.TooMany, d.TooFast}
+			all[t] = shed{d.TooMany, d.TooFast, d.DirectTooFast}
 		}
 	}
 	return all

@@ -18,7 +18,7 @@ func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	t, err := d.tenant(index)
-	return steer.ConnectionLimits{Concurrent: t.MaxConnections, NewPerSecond: t.NewPerSecond}, err
+	return steer.ConnectionLimits{Concurrent: t.MaxConnections, NewPerSecond: t.NewPerSecond, DirectPerSecond: t.DirectPerSecond}, err
 }
 
 // Connections is how many connections a tenant's processes have accepted and not

@@ -15,6 +15,8 @@ struct tenant_load {
 	__u64 outbound_due, inbound_due;
 	// That the tenant's processes have accepted and not closed: see observe.h.
 	__s64 connections;
+	// When the next flow that its pods begin beside it would be due, at direct_per_second.
+	__u64 direct_due;
 };
 
 struct {
@@ -25,6 +27,21 @@ struct {
 } loads SEC(".maps");
 
 enum admitted { ADMITTED, TOO_MANY, TOO_FAST };
+
+// in_time says whether another one of rate a second is due, and counts it if so.
+static __always_inline int in_time(struct tenant_load *l, __u64 *when, __u32 rate)
+{
+	__u64 now = bpf_ktime_get_ns(), pace = NSEC_PER_SEC / rate;
+	bpf_spin_lock(&l->lock);
+	__u64 due = *when;
+	if (due < now)
+		due = now;
+	int yes = due - now <= NSEC_PER_SEC - pace;
+	if (yes)
+		*when = due + pace;
+	bpf_spin_unlock(&l->lock);
+	return yes;
+}
 
 // admit says whether a tenant takes a new connection. One that it doesn't take is
 // dropped, not answered: the client's kernel tries it again after 1, 3, 7 s, which
@@ -49,20 +66,7 @@ static __noinline enum admitted admit(__u32 tenant, const struct tenant *t, enum
 		return TOO_MANY;
 	if (!rate)
 		return ADMITTED;
-	__u64 now = bpf_ktime_get_ns(), pace = NSEC_PER_SEC / rate;
-	enum admitted answer = ADMITTED;
-	bpf_spin_lock(&l->lock);
-	__u64 due = outbound ? l->outbound_due : l->inbound_due;
-	if (due < now)
-		due = now;
-	if (due - now > NSEC_PER_SEC - pace)
-		answer = TOO_FAST;
-	else if (outbound)
-		l->outbound_due = due + pace;
-	else
-		l->inbound_due = due + pace;
-	bpf_spin_unlock(&l->lock);
-	return answer;
+	return in_time(l, outbound ? &l->outbound_due : &l->inbound_due, rate) ? ADMITTED : TOO_FAST;
 }
 
 static __always_inline void count_connection(__u32 tenant, __s64 change)

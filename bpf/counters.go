@@ -64,6 +64,7 @@ func addDrops(d *steer.Drops, o *datapathDrops) {
 	d.PlainText += o.PlainText
 	d.TooMany += o.TooMany
 	d.TooFast += o.TooFast
+	d.DirectTooFast += o.DirectTooFast
 }
 
 // PodCounters returns the counters of all pods, by UID.

@@ -21,6 +21,7 @@
 #include "events.h"
 #include "flows.h"
 #include "admit.h"
+#include "direct.h"
 #include "watch.h"
 #include "tcx.h"
 #include "steer.h"

@@ -54,7 +54,7 @@ type Datapath struct {
 
 // sharedMaps are used by the programs of all tenants.
 var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters,
-	datapathMapPerPod, datapathMapLoads, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents,
+	datapathMapPerPod, datapathMapLoads, datapathMapBegun, datapathMapAnswered, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents,
 	datapathMapPerGeneration, datapathMapWatched}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.

@@ -19,21 +19,22 @@ type datapathAddr struct {
 }
 
 type datapathDrops struct {
-	_         structs.HostLayout
-	Spoofed   uint64
-	Fragment  uint64
-	Malformed uint64
-	NoTenant  uint64
-	NotThePod uint64
-	Deliver   uint64
-	Foreign   uint64
-	Protocol  uint64
-	Unsteered uint64
-	Midstream uint64
-	FlowsFull uint64
-	PlainText uint64
-	TooMany   uint64
-	TooFast   uint64
+	_             structs.HostLayout
+	Spoofed       uint64
+	Fragment      uint64
+	Malformed     uint64
+	NoTenant      uint64
+	NotThePod     uint64
+	Deliver       uint64
+	Foreign       uint64
+	Protocol      uint64
+	Unsteered     uint64
+	Midstream     uint64
+	FlowsFull     uint64
+	PlainText     uint64
+	TooMany       uint64
+	TooFast       uint64
+	DirectTooFast uint64
 }
 
 type datapathEvent struct {
@@ -124,6 +125,17 @@ const (
 	datapathListenerNO_LISTENER         datapathListener = 4
 )
 
+type datapathOtherFlow struct {
+	_        structs.HostLayout
+	Pod      datapathAddr
+	Peer     datapathAddr
+	Ifindex  uint32
+	PodPort  uint16
+	PeerPort uint16
+	Protocol uint8
+	Pad      [3]uint8
+}
+
 type datapathPod struct {
 	_          structs.HostLayout
 	Tenant     uint32
@@ -164,6 +176,7 @@ type datapathTenant struct {
 	MaxConnections        uint32
 	NewPerSecond          uint32
 	ConnectionsCorrection int32
+	DirectPerSecond       uint32
 }
 
 type datapathTenantCounters struct {
@@ -187,6 +200,7 @@ type datapathTenantLoad struct {
 	OutboundDue uint64
 	InboundDue  uint64
 	Connections int64
+	DirectDue   uint64
 }
 
 type datapathVeth struct {
@@ -232,6 +246,8 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	datapathMapAnswered      = "answered"
+	datapathMapBegun         = "begun"
 	datapathMapConfig        = "config"
 	datapathMapCounters      = "counters"
 	datapathMapEvents        = "events"
@@ -308,6 +324,8 @@ type datapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
+	Answered      *ebpf.MapSpec `ebpf:"answered"`
+	Begun         *ebpf.MapSpec `ebpf:"begun"`
 	Config        *ebpf.MapSpec `ebpf:"config"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
@@ -352,6 +370,8 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
+	Answered      *ebpf.Map `ebpf:"answered"`
+	Begun         *ebpf.Map `ebpf:"begun"`
 	Config        *ebpf.Map `ebpf:"config"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Events        *ebpf.Map `ebpf:"events"`
@@ -371,6 +391,8 @@ type datapathMaps struct {
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
+		m.Answered,
+		m.Begun,
 		m.Config,
 		m.Counters,
 		m.Events,

@@ -76,6 +76,8 @@ struct tenant {
 	__u32 max_connections, new_per_second;
 	// What is to be added to the count of connections.
 	__s32 connections_correction;
+	// The most flows that its pods begin beside it in a second; 0 is no bound.
+	__u32 direct_per_second;
 };
 
 // By ifindex, of the node's end.
@@ -125,6 +127,8 @@ struct drops {
 	// from_pod, to_pod: a new connection of a tenant that has as many as it may, and
 	// of one that opens them faster than it may.
 	__u64 too_many, too_fast;
+	// from_pod: a flow beside the tenant, of pods that begin them faster than they may.
+	__u64 direct_too_fast;
 };
 
 struct tenant_counters {

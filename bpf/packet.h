@@ -2,6 +2,7 @@
 #pragma once
 
 #define IPV4_FRAGMENT 0x3fff
+#define IPV4_OFFSET 0x1fff
 #define MAX_EXTENSION_HEADERS 6
 
 // <linux/icmp.h> draws in the C library.
@@ -16,6 +17,8 @@ struct packet {
 	__u32 offset;
 	__u8 protocol;
 	__u8 fragment;
+	// A fragment without the headers behind IP's.
+	__u8 later;
 	// Of TCP.
 	__u8 flags;
 };
@@ -48,6 +51,7 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct pack
 	map_ipv4(&p->destination, ip.daddr);
 	p->protocol = ip.protocol;
 	p->fragment = (ip.frag_off & bpf_htons(IPV4_FRAGMENT)) != 0;
+	p->later = (ip.frag_off & bpf_htons(IPV4_OFFSET)) != 0;
 	p->offset = ETH_HLEN + ip.ihl * 4;
 	return PARSED;
 }
@@ -77,6 +81,7 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct pack
 				return MALFORMED;
 			// An "atomic" fragment is a whole packet.
 			p->fragment = (header.fragment & bpf_htons(0xfff9)) != 0;
+			p->later = (header.fragment & bpf_htons(0xfff8)) != 0;
 			p->offset += 8;
 		} else if (next == IPPROTO_AH) {
 			p->offset += (header.length + 2) * 4;

@@ -152,8 +152,13 @@ int from_pod(struct __sk_buff *skb)
 	enum parsed parsed = parse(skb, &p);
 	if (parsed == MALFORMED)
 		return drop(&p, tenant, ifindex, malformed, WAY_OUTBOUND);
-	if (parsed == NOT_IP || p.protocol != IPPROTO_TCP)
+	if (parsed == NOT_IP)
 		return NEXT;
+	if (p.protocol != IPPROTO_TCP) {
+		if (!may_begin_other(skb, &p, tenant))
+			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
+		return NEXT;
+	}
 	struct pod *pod = bpf_map_lookup_elem(&pods, &p.source);
 	if (!pod || pod->ifindex != ifindex)
 		return drop(&p, tenant, ifindex, spoofed, WAY_OUTBOUND);
@@ -168,8 +173,11 @@ int from_pod(struct __sk_buff *skb)
 	struct pod_counters *count = pod_counters_of(ifindex);
 	if (count)
 		count->bytes_sent += bytes;
-	if (is_node_address(&p.destination))
+	if (is_node_address(&p.destination)) {
+		if (opens(&p) && !may_begin(tenant))
+			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
 		return NEXT;
+	}
 	struct addr self;
 	self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
 	int to_self = same_address(&p.destination, &self);
@@ -177,8 +185,11 @@ int from_pod(struct __sk_buff *skb)
 	if (to_self)
 		f.peer = p.source; // as its tenant sees it
 	int owner = belongs_to(&p, &f, pod, 1, 0, bytes);
-	if (owner == DIRECT)
+	if (owner == DIRECT) {
+		if (opens(&p) && !may_begin(tenant))
+			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
 		return NEXT;
+	}
 	if (owner == IS_MIDSTREAM)
 		return drop(&p, tenant, ifindex, midstream, WAY_OUTBOUND);
 	if (owner == FLOWS_FULL)
@@ -249,6 +260,7 @@ int to_pod(struct __sk_buff *skb)
 		if (made_here && is_node_address(&sent_to))
 			return NEXT;
 	} else {
+		remember_other(skb, &p, tenant);
 		return NEXT;
 	}
 	if (p.fragment)

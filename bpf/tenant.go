@@ -85,6 +85,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	entry.Ifindex = uint32(t.HostIfindex)
 	copy(entry.Mac[:], t.TenantMAC)
 	entry.MaxConnections, entry.NewPerSecond = t.Connections.Concurrent, t.Connections.NewPerSecond
+	entry.DirectPerSecond = t.Connections.DirectPerSecond
 	if err := d.maps[datapathMapTenants].Put(uint32(t.Index), entry); err != nil {
 		return fmt.Errorf("write tenant: %w", fullError(d.maps[datapathMapTenants], datapathMapTenants, err))
 	}

@@ -97,6 +97,9 @@ type Drops struct {
 	TooMany uint64
 	// TooFast: a new connection of a tenant that opens them faster than it may.
 	TooFast uint64
+	// DirectTooFast: a new flow beside the proxy, of a tenant whose pods begin them faster
+	// than they may.
+	DirectTooFast uint64
 }
 
 // ByReason names the reasons of which there were any.
@@ -105,7 +108,7 @@ func (d Drops) ByReason() map[string]uint64 {
 		"spoofed": d.Spoofed, "fragment": d.Fragment, "malformed": d.Malformed, "noTenant": d.NoTenant,
 		"notThePod": d.NotThePod, "deliver": d.Deliver, "foreign": d.Foreign, "protocol": d.Protocol,
 		"unsteered": d.Unsteered, "midstream": d.Midstream, "flowsFull": d.FlowsFull, "plainText": d.PlainText,
-		"tooMany": d.TooMany, "tooFast": d.TooFast,
+		"tooMany": d.TooMany, "tooFast": d.TooFast, "directTooFast": d.DirectTooFast,
 	})
 }
 

@@ -60,12 +60,20 @@ type ConnectionLimits struct {
 	// NewPerSecond is how many the tenant's pods may open in a second, and others to
 	// them as many, at most 1,000,000; after a second without any, so many at once.
 	NewPerSecond uint32
+	// DirectPerSecond is how many flows the tenant's pods may begin in a second beside
+	// its proxy: of other protocols than TCP, to the node itself, and what is excluded;
+	// at most 1,000,000, and after a second without any, so many at once. What is beyond
+	// it is dropped and counted as Drops.DirectTooFast. Only eBPF holds it.
+	DirectPerSecond uint32
 }
 
 // Validate says what is wrong with limits.
 func (l ConnectionLimits) Validate() error {
 	if l.NewPerSecond > maxPerSecond {
 		return fmt.Errorf("%d new connections per second: at most %d", l.NewPerSecond, maxPerSecond)
+	}
+	if l.DirectPerSecond > maxPerSecond {
+		return fmt.Errorf("%d new flows beside the proxy per second: at most %d", l.DirectPerSecond, maxPerSecond)
 	}
 	return nil
 }

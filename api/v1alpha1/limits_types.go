@@ -49,7 +49,7 @@ type ProxyLimits struct {
 // Connections that have begun go on. A tunnel of another proxy counts as one
 // connection, whatever is in it; what is excluded from the mesh doesn't count.
 //
-// +kubebuilder:validation:XValidation:rule="has(self.concurrent) || has(self.newPerSecond)",message="set concurrent, newPerSecond, or both"
+// +kubebuilder:validation:XValidation:rule="has(self.concurrent) || has(self.newPerSecond) || has(self.newDirectPerSecond)",message="set concurrent, newPerSecond, newDirectPerSecond, or several of them"
 type ConnectionIsolation struct {
 	// Concurrent is the most at a time, of which the last quarter is for those that
 	// the pods open. With redirection EBPF, connections that open at the same instant
@@ -65,6 +65,15 @@ type ConnectionIsolation struct {
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional
 	NewPerSecond *int64 `json:"newPerSecond,omitempty"`
+	// NewDirectPerSecond is how many flows the pods may begin in a second beside the
+	// proxy: of UDP, ICMP and other protocols, and TCP to the node itself or excluded
+	// from the mesh; after a second without any, so many at once. Each takes an entry of
+	// the node's conntrack, which all of the node share, for half a minute or longer.
+	// Only redirection EBPF enforces it. Default: no limit.
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000000
+	// +optional
+	NewDirectPerSecond *int64 `json:"newDirectPerSecond,omitempty"`
 }
 
 // BandwidthIsolation bounds what a proxy sends and receives, in bytes per second,
@@ -217,6 +226,10 @@ type LimitHits struct {
 	// NewConnections is how often one was dropped because they opened too fast.
 	// +optional
 	NewConnections int64 `json:"newConnections,omitempty"`
+	// NewDirect is how often a flow beside the proxy was dropped because they began too
+	// fast.
+	// +optional
+	NewDirect int64 `json:"newDirect,omitempty"`
 }
 
 // Limits of one proxy. A field that isn't there is no limit.
@@ -242,6 +255,9 @@ type Limits struct {
 	// NewConnections is how many may open in a second.
 	// +optional
 	NewConnections int64 `json:"newConnections,omitempty"`
+	// NewDirect is how many flows may begin in a second beside the proxy.
+	// +optional
+	NewDirect int64 `json:"newDirect,omitempty"`
 	// Egress in bytes per second.
 	// +optional
 	Egress int64 `json:"egress,omitempty"`

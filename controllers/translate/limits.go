@@ -144,6 +144,9 @@ func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 		if c.NewPerSecond != nil {
 			l.NewConnections = *c.NewPerSecond
 		}
+		if c.NewDirectPerSecond != nil {
+			l.NewDirect = *c.NewDirectPerSecond
+		}
 	}
 	if b := s.Bandwidth; b != nil {
 		if b.Egress != nil {
@@ -173,6 +176,7 @@ var fields = []limitField{
 	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
 	{"connections", func(l *v1alpha1.Limits) *int64 { return &l.Connections }},
 	{"newConnections", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }},
+	{"newDirect", func(l *v1alpha1.Limits) *int64 { return &l.NewDirect }},
 	{"egress", func(l *v1alpha1.Limits) *int64 { return &l.Egress }},
 	{"ingress", func(l *v1alpha1.Limits) *int64 { return &l.Ingress }},
 	{"concurrency", func(l *v1alpha1.Limits) *int64 { return &l.Concurrency }},
@@ -196,7 +200,7 @@ func enforces(n v1alpha1.NodeTenantStatus, want v1alpha1.Limits) bool {
 	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
 	return weight && within(have.CPUMillis, want.CPUMillis) && (want.CPUMillis != 0 || have.CPUMillis == 0) &&
 		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh)) &&
-		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections) &&
+		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections) && same(have.NewDirect, want.NewDirect) &&
 		same(have.Egress, want.Egress) && same(have.Ingress, want.Ingress)
 }
 

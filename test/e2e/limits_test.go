@@ -73,12 +73,12 @@ spec:
   cpu: {limit: 900m}
   memory: {max: 300Mi}
   pids: 200
-  connections: {concurrent: 500, newPerSecond: 100}
+  connections: {concurrent: 500, newPerSecond: 100, newDirectPerSecond: 900}
   bandwidth: {egress: 20Mi, ingress: 30Mi}
 `); err != nil {
 		t.Fatal(err)
 	}
-	want := v1alpha1.Limits{CPUMillis: 900, MemoryMax: 300 << 20, Pids: 200, Connections: 500, NewConnections: 100, Egress: 20 << 20, Ingress: 30 << 20}
+	want := v1alpha1.Limits{CPUMillis: 900, MemoryMax: 300 << 20, Pids: 200, Connections: 500, NewConnections: 100, NewDirect: 900, Egress: 20 << 20, Ingress: 30 << 20}
 	e.enforced(t, "e2e-a", want)
 	policy := func(accepted, ready string) (p v1alpha1.IsolationPolicy) {
 		t.Helper()

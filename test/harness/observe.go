@@ -48,6 +48,7 @@ type Limits struct {
 	// Connections at a time, and new ones in a second.
 	Connections    int64 `json:"connections"`
 	NewConnections int64 `json:"newConnections"`
+	NewDirect      int64 `json:"newDirect"`
 	// Egress and Ingress are in bytes per second.
 	Egress  int64 `json:"egress"`
 	Ingress int64 `json:"ingress"`

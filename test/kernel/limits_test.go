@@ -18,7 +18,7 @@ func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
 	begin := time.Now()
 	lab.Eventually(t, "the limits", func() error {
 		have := n.Tenant(tenant).Limits
-		if have.CPUMillis != l.CPUMillis || have.MemoryMax != l.MemoryMax || have.Connections != l.Connections || have.NewConnections != l.NewConnections ||
+		if have.CPUMillis != l.CPUMillis || have.MemoryMax != l.MemoryMax || have.Connections != l.Connections || have.NewConnections != l.NewConnections || have.NewDirect != l.NewDirect ||
 			have.Egress != l.Egress || have.Ingress != l.Ingress {
 			return fmt.Errorf("they are %+v", have)
 		}

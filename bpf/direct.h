@@ -1,0 +1,122 @@
+// What pods begin beside their tenant, which takes of what all of the node share: each
+// flow has an entry in conntrack, and a port of what the node hides its pods behind.
+#pragma once
+
+// What goes on isn't counted again as long as there is room to remember it: flows come in
+// at the tenants' paces, so that one alone can't make the others' be forgotten soon.
+#define MAX_BEGUN 65536
+// What others begin can't be paced. Whatever of it is forgotten counts as begun by the pod
+// when it answers: what it says of its own isn't in here.
+#define MAX_ANSWERED 16384
+
+struct other_flow {
+	struct addr pod, peer;
+	__u32 ifindex;
+	// 0 of what has none. The echo's identifier is the pod's.
+	__be16 pod_port, peer_port;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_BEGUN);
+	__type(key, struct other_flow);
+	__type(value, __u8);
+} begun SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_ANSWERED);
+	__type(key, struct other_flow);
+	__type(value, __u8);
+} answered SEC(".maps");
+
+#define ICMP_ECHO 8
+#define ICMP_TIMESTAMP 13
+#define ICMP_INFORMATION 15
+#define ICMP_ADDRESS 17
+#define ICMPV6_ECHO 128
+#define ICMPV6_NODE_INFORMATION 139
+
+// is_request: conntrack makes no entry for other types.
+static __always_inline int is_request(__u8 protocol, __u8 type)
+{
+	if (protocol == IPPROTO_ICMP)
+		return type == ICMP_ECHO || type == ICMP_TIMESTAMP || type == ICMP_INFORMATION || type == ICMP_ADDRESS;
+	return type == ICMPV6_ECHO || type == ICMPV6_NODE_INFORMATION;
+}
+
+static __always_inline int has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE || protocol == IPPROTO_SCTP || protocol == IPPROTO_DCCP;
+}
+
+static __always_inline __u32 direct_rate(__u32 tenant)
+{
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	return t ? t->direct_per_second : 0;
+}
+
+// may_begin says whether the tenant's pods may begin another flow beside it.
+static __noinline int may_begin(__u32 tenant)
+{
+	__u32 rate = direct_rate(tenant);
+	if (!rate)
+		return 1;
+	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);
+	return l && in_time(l, &l->direct_due, rate);
+}
+
+// may_begin_other is the same for a packet that isn't TCP, and may go on with a flow. Of
+// a packet in fragments the first has the ports; without it nothing is put together.
+static __noinline int may_begin_other(struct __sk_buff *skb, const struct packet *p, __u32 tenant)
+{
+	struct other_flow f = {};
+	if (!p || p->later || !direct_rate(tenant))
+		return 1;
+	__be16 ports[2] = {};
+	f.pod = p->source;
+	f.peer = p->destination;
+	f.ifindex = skb->ifindex;
+	f.protocol = p->protocol;
+	if (f.protocol == IPPROTO_ICMP || f.protocol == IPPROTO_ICMPV6) {
+		__u8 type = 0;
+		if (bpf_skb_load_bytes(skb, p->offset, &type, sizeof(type)) || !is_request(f.protocol, type))
+			return 1;
+		bpf_skb_load_bytes(skb, p->offset + 4, ports, sizeof(ports[0]));
+	} else if (has_ports(f.protocol)) {
+		bpf_skb_load_bytes(skb, p->offset, ports, sizeof(ports));
+	}
+	f.pod_port = ports[0];
+	f.peer_port = ports[1];
+	if (bpf_map_lookup_elem(&begun, &f) || bpf_map_lookup_elem(&answered, &f))
+		return 1;
+	if (!may_begin(tenant))
+		return 0;
+	__u8 one = 1;
+	bpf_map_update_elem(&begun, &f, &one, BPF_ANY);
+	return 1;
+}
+
+// remember_other has what a pod answers to not count as begun by it.
+static __noinline int remember_other(struct __sk_buff *skb, const struct packet *p, __u32 tenant)
+{
+	struct other_flow f = {};
+	if (!p || p->later || p->protocol == IPPROTO_ICMP || p->protocol == IPPROTO_ICMPV6 || !direct_rate(tenant))
+		return 0;
+	__be16 ports[2] = {};
+	if (has_ports(p->protocol))
+		bpf_skb_load_bytes(skb, p->offset, ports, sizeof(ports));
+	f.pod = p->destination;
+	f.peer = p->source;
+	f.ifindex = skb->ifindex;
+	f.protocol = p->protocol;
+	f.pod_port = ports[1];
+	f.peer_port = ports[0];
+	if (bpf_map_lookup_elem(&begun, &f) || bpf_map_lookup_elem(&answered, &f))
+		return 0;
+	__u8 one = 1;
+	bpf_map_update_elem(&answered, &f, &one, BPF_ANY);
+	return 0;
+}

@@ -1,0 +1,224 @@
+package bpf
+
+import (
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+// receiving counts the datagrams on a UDP port of a namespace, and answers them or not.
+func receiving(t *testing.T, n *namespace, port int, answers bool) *atomic.Int64 {
+	t.Helper()
+	var c *net.UDPConn
+	n.do(t, func() {
+		var err error
+		c, err = net.ListenUDP("udp", &net.UDPAddr{Port: port})
+		check(t, err)
+	})
+	t.Cleanup(func() { c.Close() })
+	count := &atomic.Int64{}
+	go func() {
+		for b := make([]byte, 64); ; {
+			size, from, err := c.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			count.Add(1)
+			if answers {
+				c.WriteToUDPAddrPort(b[:size], from)
+			}
+		}
+	}()
+	return count
+}
+
+// flow is a UDP socket, with a source port of its own.
+func flow(t *testing.T, n *namespace, to netip.AddrPort) (c net.Conn) {
+	t.Helper()
+	n.do(t, func() {
+		var err error
+		c, err = net.Dial("udp", to.String())
+		check(t, err)
+	})
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// answered reports whether a datagram is answered.
+func answered(t *testing.T, c net.Conn, within time.Duration) bool {
+	t.Helper()
+	check(t, c.SetDeadline(time.Now().Add(within)))
+	_, err := c.Write([]byte("x"))
+	check(t, err)
+	_, err = c.Read(make([]byte, 1))
+	return err == nil
+}
+
+// Pods begin flows beside their proxy at their tenant's pace and no faster; what has
+// begun and what they answer goes on, and others don't notice.
+func TestDirectPace(t *testing.T) {
+	const rate, flood = 30, 300
+	m := newMesh(t)
+	direct := func(perSecond uint32) {
+		t.Helper()
+		m.one.Connections = steer.ConnectionLimits{DirectPerSecond: perSecond}
+		check(t, m.d.UpdateTenant(m.one.Tenant))
+		if have, err := m.d.ConnectionLimits(1); err != nil || have != m.one.Connections {
+			t.Fatalf("limits %+v, %v", have, err)
+		}
+	}
+	dropped := func() int64 { return int64(m.counters(1).Dropped.DirectTooFast) }
+	// One has a clock of its own.
+	m.two.Connections = steer.ConnectionLimits{DirectPerSecond: 4 * rate}
+	check(t, m.d.UpdateTenant(m.two.Tenant))
+	count := receiving(t, m.remote, 5300, true)
+	receiving(t, m.a.namespace, 5301, true)
+	unanswered := receiving(t, m.remote, 5303, false)
+	node := nodeAddresses
+	serve(t, nil, 5302)
+	eachFamily(t, func(t *testing.T, family int) {
+		to := at(remoteAddresses.of(family), 5300)
+		direct(0)
+		first := flow(t, m.a.namespace, to)
+		if !answered(t, first, patience) {
+			t.Fatal("nothing passes")
+		}
+		direct(rate)
+		// When its turn has come: what was begun before the bound counts, too.
+		for deadline := time.Now().Add(patience); !answered(t, first, 50*time.Millisecond); {
+			if time.Now().After(deadline) {
+				t.Fatal("a flow beside the proxy doesn't pass")
+			}
+		}
+		was, got := dropped(), count.Load()
+		// As fast as it can.
+		begun := time.Now()
+		for range flood {
+			_, err := flow(t, m.a.namespace, to).Write([]byte("x"))
+			check(t, err)
+		}
+		passed := int64(0)
+		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+			if passed = count.Load() - got; passed+dropped()-was == flood {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("of %d flows %d passed and %d were dropped", flood, passed, dropped()-was)
+			}
+		}
+		if most := int64(rate*(1+time.Since(begun).Seconds())) + 1; passed > most {
+			t.Errorf("%d flows passed, at most %d at %d a second", passed, most, rate)
+		}
+
+		for i := range 2 * rate {
+			if !answered(t, flow(t, m.b.namespace, to), patience) {
+				t.Fatalf("flow %d of another tenant doesn't pass", i+1)
+			}
+		}
+
+		// What has begun, and what others begin.
+		for i := range 3 * rate {
+			if !answered(t, first, patience) {
+				t.Fatalf("packet %d of a flow that had begun doesn't pass", i+1)
+			}
+		}
+		silent := flow(t, m.a.namespace, at(remoteAddresses.of(family), 5303))
+		for sent, got, deadline := int64(0), unanswered.Load(), time.Now().Add(patience); sent < 3*rate || unanswered.Load()-got < 3*rate; sent++ {
+			_, err := silent.Write([]byte("x"))
+			check(t, err)
+			if time.Now().After(deadline) {
+				t.Fatalf("%d of %d packets of a flow that nobody answers pass", unanswered.Load()-got, sent)
+			}
+		}
+		was = dropped()
+		for range 3 * rate {
+			_, err := silent.Write([]byte("x"))
+			check(t, err)
+		}
+		for i := range 3 * rate {
+			if !answered(t, flow(t, m.remote, at(m.a.of(family), 5301)), patience) {
+				t.Fatalf("the pod doesn't answer flow %d that another one began", i+1)
+			}
+		}
+		if n := dropped() - was; n != 0 {
+			t.Errorf("%d packets of flows that had begun were dropped", n)
+		}
+
+		// Connections to the node itself, echo requests, and protocols without ports.
+		for name, send := range map[string]func(i int){
+			"SYNs to the node": func(int) { synTo(t, m.a.namespace, at(node.of(family), 5302)) },
+			"echo requests":    func(i int) { echoRequest(t, m.a.namespace, to.Addr(), uint16(i)) },
+			"another protocol": func(i int) { raw(t, m.a.namespace, 253, destination(to.Addr(), i), []byte("0123456789")) },
+		} {
+			was := dropped()
+			for i := range 4 * rate {
+				send(i)
+			}
+			if dropped()-was < rate {
+				t.Errorf("of %d %s %d were dropped", 4*rate, name, dropped()-was)
+			}
+		}
+		direct(0)
+		was = dropped()
+		for range flood {
+			_, err := flow(t, m.a.namespace, to).Write([]byte("x"))
+			check(t, err)
+		}
+		if n := dropped() - was; n != 0 {
+			t.Errorf("without a bound %d were dropped", n)
+		}
+	})
+}
+
+// synTo begins a connection, and leaves it.
+func synTo(t *testing.T, n *namespace, to netip.AddrPort) {
+	t.Helper()
+	n.do(t, func() {
+		d := net.Dialer{Timeout: time.Millisecond}
+		if c, err := d.Dial("tcp", to.String()); err == nil {
+			c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}
+	})
+}
+
+// destination is another address of the same /24 or /64 for each i.
+func destination(a netip.Addr, i int) netip.Addr {
+	b := a.AsSlice()
+	b[len(b)-1] = byte(i + 3)
+	other, _ := netip.AddrFromSlice(b)
+	return other
+}
+
+func echoRequest(t *testing.T, n *namespace, to netip.Addr, id uint16) {
+	t.Helper()
+	protocol, kind := syscall.IPPROTO_ICMP, byte(8)
+	if to.Is6() {
+		protocol, kind = syscall.IPPROTO_ICMPV6, 128
+	}
+	raw(t, n, protocol, to, []byte{kind, 0, 0, 0, byte(id >> 8), byte(id), 0, 0})
+}
+
+// raw sends a packet behind an IP header of the kernel's.
+func raw(t *testing.T, n *namespace, protocol int, to netip.Addr, payload []byte) {
+	t.Helper()
+	n.do(t, func() {
+		family, address := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{})
+		if to.Is4() {
+			address.(*unix.SockaddrInet4).Addr = to.As4()
+		} else {
+			family, address = unix.AF_INET6, &unix.SockaddrInet6{Addr: to.As16()}
+		}
+		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
+		check(t, err)
+		defer unix.Close(fd)
+		check(t, unix.Sendto(fd, payload, 0, address))
+	})
+}
