@@ -74,7 +74,7 @@ func (a *Agent) readCosts() {
 	for _, p := range r.plan.pods {
 		if reading, ok := readings[p.Tenant]; ok {
 			if c, ok := traffic[p.UID]; ok {
-				reading.Pods[p.UID] = a.podReading(p, c)
+				reading.Pods[p.UID] = podReading(p, c, a.tellsHandshakes())
 			}
 		}
 	}
@@ -111,11 +111,17 @@ func readUsages(tenants []model.Tenant, read func(model.Tenant) (isolation.Usage
 	return usages, readings, errors.Join(errs...)
 }
 
+// tellsHandshakes reports whether they are counted. It is the node's, not a tenant's, of
+// which the last reading comes when it may be gone.
+func (a *Agent) tellsHandshakes() bool {
+	return a.bulkheads.HasCgroupV2() && a.steering().kind == v1alpha1.RedirectionEBPF
+}
+
 // podReading counts a pod's connections by their handshakes where those are told:
 // whoever reaches a pod can send it SYNs.
-func (a *Agent) podReading(p identity.Pod, c steer.PodCounters) cost.PodReading {
+func podReading(p identity.Pod, c steer.PodCounters, handshakes bool) cost.PodReading {
 	connections := c.Outbound + c.Inbound + c.Plain + c.NodePlain
-	if s, ok := a.bulkheads.State(p.Tenant); ok && s.CgroupV2 != "" && a.steering().kind == v1alpha1.RedirectionEBPF {
+	if handshakes {
 		connections = c.Accepted
 	}
 	return cost.PodReading{Namespace: p.Namespace, Traffic: cost.Traffic{BytesSent: c.BytesSent, BytesReceived: c.BytesReceived, Connections: connections}}
@@ -133,7 +139,7 @@ func (a *Agent) lastReading(uid string) {
 		return
 	}
 	if c, ok := counters[uid]; ok {
-		a.costs.Leave(p.Tenant, uid, a.podReading(p, c))
+		a.costs.Leave(p.Tenant, uid, podReading(p, c, a.tellsHandshakes()))
 	}
 }
 

@@ -6,8 +6,10 @@ import (
 	"io/fs"
 	"testing"
 
+	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // A tenant that ends while all are read, or can't be read, doesn't keep the others'
@@ -29,5 +31,16 @@ func TestOneReadingFails(t *testing.T) {
 	}
 	if len(usages) != 1 || len(readings) != 2 || !readings[broken].Unread || readings[fine].CPU != 7 || readings[fine].PSS != 8 || readings[fine].Unread {
 		t.Errorf("usages %+v, readings %+v", usages, readings)
+	}
+}
+
+// SYNs, which anybody can send, are billed only where handshakes aren't told.
+func TestBilledConnections(t *testing.T) {
+	var c steer.PodCounters
+	c.Outbound, c.Inbound, c.Plain, c.NodePlain, c.Accepted = 1, 20, 300, 4000, 5
+	for handshakes, want := range map[bool]uint64{true: 5, false: 4321} {
+		if got := podReading(identity.Pod{Namespace: "team-a"}, c, handshakes); got.Connections != want || got.Namespace != "team-a" {
+			t.Errorf("handshakes told %v: billed %+v, want %d connections", handshakes, got, want)
+		}
 	}
 }

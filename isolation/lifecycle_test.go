@@ -126,6 +126,9 @@ func TestGenerationsAndDelete(t *testing.T) {
 	if alive(s.Processes[1].PID) {
 		t.Error("a process is left")
 	}
+	if has := m.HasCgroupV2(); has != (s.CgroupV2 != "") {
+		t.Errorf("without the tenant the node has cgroup version 2: %v, its folder was %q", has, s.CgroupV2)
+	}
 	paths := append(m.cgroups.dirs("bhi-a"), s.Netns, n.o.RunDir+"/state/bhi-a", n.o.RunDir+"/tenants/bhi-a", n.o.LibDir+"/log/bhi-a",
 		"/sys/class/net/"+n.o.linkName(s.Index))
 	for _, path := range paths {

@@ -486,6 +486,10 @@ func (m *Manager) tenant(name model.Tenant) *tenant {
 	return m.tenants[name]
 }
 
+// HasCgroupV2 reports whether the node has cgroup version 2, where each tenant has a
+// folder then, as long as it lasts.
+func (m *Manager) HasCgroupV2() bool { return m.cgroups.unified("") != "" }
+
 // State returns what is of a tenant, false if there is no such one.
 func (m *Manager) State(name model.Tenant) (State, bool) {
 	t := m.tenant(name)
