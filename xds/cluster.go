@@ -46,7 +46,7 @@ const _ = uint(model.FormerLimit - tunnelAge)
 const httpOptions = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 // cluster is what all clusters share. The limits of a tenant are its cgroup's;
-// Envoy's own of 1024 would be in the way.
+// Envoy's own of 1024, and of 3 retries at a time, would be in the way.
 func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.Cluster {
 	c := &clusterv3.Cluster{
 		Name:                          name,
@@ -55,6 +55,7 @@ func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
 			MaxConnections: wrapperspb.UInt32(100_000), MaxPendingRequests: wrapperspb.UInt32(100_000), MaxRequests: wrapperspb.UInt32(100_000),
+			MaxRetries: wrapperspb.UInt32(100_000),
 		}}},
 		UpstreamBindConfig: &corev3.BindConfig{SocketOptions: append(keepaliveOptions(),
 			// A source address is bound before the destination is known; this leaves the

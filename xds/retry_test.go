@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -138,6 +139,11 @@ func TestLostRequestsAreSentAgain(t *testing.T) {
 					check(pod, "GET", path(to, "resetting=9", "GET"), 503, 2)
 					check(pod, "GET", path(to, "status=503", "GET"), 503, 1)
 				}
+				var all sync.WaitGroup // Envoy's own bound is 3 at a time
+				for i := range 50 {
+					all.Go(func() { check(pod, "GET", path("/mesh", fmt.Sprint("resetting=1&wait=100ms&nth=", i), "GET"), 200, 2) })
+				}
+				all.Wait()
 				check(pod, "GET", path("/late", "wait=10s", "GET"), 504, 1)
 				check(pod, "GET", path("/try", "wait=10s", "GET"), 504, 1)
 				check(pod, "GET", path("/never", "resetting=1", "GET"), 503, 1)
