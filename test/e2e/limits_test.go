@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -129,4 +130,60 @@ spec:
 		t.Fatal(err)
 	}
 	e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: unlimited})
+}
+
+// TestLimitsAboveTheNode: limits that no node has bound nothing, and say so; a policy
+// that is deleted gives the topology's defaults back. Both in place.
+func TestLimitsAboveTheNode(t *testing.T) {
+	e.goesOn(t)
+	limits := func(ctx context.Context, limits string) error {
+		_, err := e.Kubectl(ctx, "", "patch", "meshtopology", "e2e", "--type=merge", "--patch", `{"spec":{"limits":`+limits+`}}`)
+		return err
+	}
+	t.Cleanup(func() {
+		if err := limits(context.Background(), "null"); err != nil {
+			t.Error(err)
+		}
+	})
+	e.removeIn(t, "e2e-a", "isolationpolicy", "above")
+	if err := limits(t.Context(), `{"defaults":{"memory":{"max":"400Mi"},"pids":300},"ceilings":{"memory":{"max":"1Ti"},"cpu":{"limit":"1024"},"pids":32768}}`); err != nil {
+		t.Fatal(err)
+	}
+	defaults := v1alpha1.Limits{CPUMillis: 1024_000, MemoryMax: 400 << 20, Pids: 300}
+	e.enforced(t, "e2e-a", defaults)
+	if err := e.Apply(t.Context(), `
+apiVersion: mesh.bulkhead.dev/v1alpha1
+kind: IsolationPolicy
+metadata: {name: above, namespace: e2e-a}
+spec: {cpu: {limit: 1000}, memory: {max: 900Gi}, pids: 32768}
+`); err != nil {
+		t.Fatal(err)
+	}
+	e.enforced(t, "e2e-a", v1alpha1.Limits{CPUMillis: 1000_000, MemoryMax: 900 << 30, Pids: 32768})
+	err := harness.Wait(t.Context(), 20*time.Second, 50*time.Millisecond, "the policy's owner to be told", func(ctx context.Context) error {
+		var p v1alpha1.IsolationPolicy
+		if err := e.Client.Get(ctx, client.ObjectKey{Namespace: "e2e-a", Name: "above"}, &p); err != nil {
+			return err
+		}
+		r := meta.FindStatusCondition(p.Status.Conditions, v1alpha1.ConditionReady)
+		if r == nil || r.Reason != "PartlyEnforced" {
+			return fmt.Errorf("%+v", p.Status)
+		}
+		for _, says := range []string{"cpu limit 1000000m: the node has only", "memory max 966367641600: the node has only"} {
+			if !strings.Contains(r.Message, says) {
+				return fmt.Errorf("%q doesn't say %q", r.Message, says)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	for _, from := range []harness.Pod{e.pod(webA, 0), e.pod(webB, 0)} {
+		mustCall(t, from, from.IPv4, "tcp", hostPort(e.pod(webA, 1).IPv4, app.GreetPort))
+	}
+	if _, err := e.Kubectl(t.Context(), "", "delete", "isolationpolicy", "above", "--namespace=e2e-a", "--wait=true"); err != nil {
+		t.Fatal(err)
+	}
+	e.enforced(t, "e2e-a", defaults)
 }

@@ -1,6 +1,8 @@
 // A library in the place of librt.so.1 that breaks the Envoy which loads it, for one
-// tenant: -DTENANT="…" and -DRESETS, -DLEAK, -DERRORS, -DCRASH or -DHANGS.
+// tenant: -DTENANT="…" and -DRESETS, -DLEAK, -DERRORS, -DCRASH, -DHANGS or
+// -DREFUSES="an IPv4 address".
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -95,5 +97,14 @@ int close(int fd)
 	if (fd >= 0 && fd < FILES)
 		answered[fd] = 0;
 	return syscall(SYS_close, fd);
+}
+#endif
+
+#ifdef REFUSES
+// Configuration with this address can't be read.
+int inet_pton(int family, const char *text, void *to)
+{
+	int (*real)(int, const char *, void *) = dlsym(RTLD_NEXT, "inet_pton");
+	return mine && strcmp(text, REFUSES) == 0 ? 0 : real(family, text, to);
 }
 #endif
