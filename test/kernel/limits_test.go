@@ -87,6 +87,34 @@ func testPace(t *testing.T, l *lab.Lab) {
 	}
 }
 
+// The pace is kept while agents come and go: not one of them gives another second's
+// worth.
+func TestPaceOverAgents(t *testing.T) { eachRedirection(t, testPaceOverAgents) }
+
+func testPaceOverAgents(t *testing.T, l *lab.Lab) {
+	const seconds, rate, agents = 10, 40, 5
+	n := l.Node1
+	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, NewConnections: rate})
+	steered := func() uint64 { s := n.Tenant("team-b").Steered; return s[0] + s[1] }
+	before, began := steered(), time.Now()
+	wait := l.B1.Begin(t, "load", "--protocol=http", "--connections=64", "--rate=400", "--new-connection-ratio=1", "--timeout=300ms",
+		fmt.Sprintf("--duration=%ds", seconds), lab.At(l.B2.V4, app.HTTPPort).String())
+	for range agents {
+		n.Kill()
+		n.Start()
+		n.WaitReady()
+	}
+	restarted := time.Since(began)
+	var r app.RunResult
+	wait(&r)
+	// A second's worth at the beginning, and a rest of one for what was too busy to dial.
+	if opened := steered() - before; opened > rate*(seconds+2) || opened < rate*(seconds-2) {
+		t.Errorf("%d connections in %d s at %d a second, with %d agents in the first %s", opened, seconds, rate, agents, restarted)
+	} else {
+		t.Logf("%d connections in %d s at %d a second, with %d agents in the first %s", opened, seconds, rate, agents, restarted)
+	}
+}
+
 // Limits hold in place, shed the tenant's own new connections only, and let it
 // recover by itself.
 func TestConnectionLimits(t *testing.T) { eachRedirection(t, testConnectionLimits) }
