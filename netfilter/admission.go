@@ -193,10 +193,10 @@ func makeRooms(netns int, concurrent uint32) error {
 	return send(netns, messages)
 }
 
-// sweepPeriod is how often the kernel gives back room: as often as costs a tenth of a
-// percent of a CPU, or so, whatever there are.
+// sweepPeriod is how often the kernel gives back room: until then what has ended counts,
+// and each look costs as much as there is.
 func sweepPeriod(size uint32) time.Duration {
-	return min(max(time.Duration(size)*50*time.Microsecond, 50*time.Millisecond), time.Second)
+	return min(max(time.Duration(size)*50*time.Microsecond, 10*time.Millisecond), time.Second)
 }
 
 // forgetRooms removes those of other bounds.
