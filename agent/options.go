@@ -50,6 +50,9 @@ type Options struct {
 	// nowhere else, for nodes where something else has the default's. Default: all bits
 	// with EBPF, which nobody else sees; netfilter.DefaultMark with Netfilter.
 	Mark uint32
+	// CgroupParent is the cgroup that the tenants' folder is in, with version 2 alone:
+	// one that the node's systemd has delegated. Default "", the root.
+	CgroupParent string
 	// CgroupName is the folder of all tenants in each cgroup hierarchy; agents of
 	// several nodes on one machine need one each. Default "bulkhead".
 	CgroupName string
@@ -137,7 +140,7 @@ func (o Options) withDefaults() (Options, error) {
 }
 
 func (o Options) isolation() isolation.Options {
-	return isolation.Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir, CgroupName: o.CgroupName, Log: o.Log}
+	return isolation.Options{RunDir: o.RunDir, LibDir: o.LibDir, EnvoyDir: o.EnvoyDir, CgroupParent: o.CgroupParent, CgroupName: o.CgroupName, Log: o.Log}
 }
 
 func (o Options) membershipFile() string { return filepath.Join(o.LibDir, "cni", "membership.json") }

@@ -28,18 +28,21 @@ type hierarchy struct {
 // cgroups are all tenants' cgroups. Plain files: both versions of the interface
 // are needed at once here, below a root that can be chosen.
 type cgroups struct {
+	// name is the path of the folder of all tenants in each hierarchy.
 	name        string
 	hierarchies []hierarchy
 	// quota of all tenants together, in thousandths of a CPU; 0 is none.
 	quota atomic.Int64
+	// all are the limits of all tenants together, nil before there are any.
+	all atomic.Pointer[Limits]
 }
 
 var limiting = []string{"cpu", "memory", "pids"}
 
 // openCgroups finds what is mounted at root: version 2, or a folder of version 1
-// hierarchies with version 2 beside them.
-func openCgroups(root, name string) (*cgroups, error) {
-	c := &cgroups{name: name}
+// hierarchies with version 2 beside them. The tenants' folder is in parent.
+func openCgroups(root, parent, name string) (*cgroups, error) {
+	c := &cgroups{name: filepath.Join(parent, name)}
 	var st unix.Statfs_t
 	if err := unix.Statfs(root, &st); err != nil {
 		return nil, fmt.Errorf("look at cgroups in %s: %w; mount the node's cgroups there", root, err)
@@ -52,8 +55,16 @@ func openCgroups(root, name string) (*cgroups, error) {
 	if len(c.hierarchies) == 0 {
 		return nil, fmt.Errorf("no cgroups in %s; mount the node's cgroups there", root)
 	}
+	if parent != "" {
+		if !c.hierarchies[0].v2 || len(c.hierarchies) > 1 {
+			return nil, fmt.Errorf("cgroup parent %s: %s isn't version 2 alone, where that can be; leave it out", parent, root)
+		}
+		if _, err := os.Stat(filepath.Join(root, parent)); err != nil {
+			return nil, fmt.Errorf("look for the cgroup parent %s: %w; start the unit that has it", parent, err)
+		}
+	}
 	for i := range c.hierarchies {
-		if err := c.hierarchies[i].prepare(name); err != nil {
+		if err := c.hierarchies[i].prepare(c.name); err != nil {
 			return nil, err
 		}
 	}
@@ -83,51 +94,60 @@ func (c *cgroups) findHybrid(root string) error {
 }
 
 // prepare creates the folder of all tenants and learns what limits there are.
-func (h *hierarchy) prepare(name string) error {
+func (h *hierarchy) prepare(name string) (err error) {
+	h.controllers, err = h.makeFolder(name)
+	return err
+}
+
+// makeFolder creates the folder of all tenants. It returns the controllers that limit
+// something in there.
+func (h *hierarchy) makeFolder(name string) (controllers []string, err error) {
 	dir := filepath.Join(h.mount, name)
-	if err := h.mkdir(dir); err != nil {
-		return err
+	if _, err := h.mkdir(dir); err != nil {
+		return nil, err
 	}
 	if !h.v2 {
 		for _, controller := range limiting {
 			file := map[string]string{"cpu": "cpu.shares", "memory": "memory.limit_in_bytes", "pids": "pids.max"}[controller]
 			if _, err := os.Stat(filepath.Join(dir, file)); err == nil {
-				h.controllers = append(h.controllers, controller)
+				controllers = append(controllers, controller)
 			}
 		}
-		return nil
+		return controllers, nil
 	}
 	// Controllers reach a cgroup when each of its parents hands them down.
-	for _, parent := range []string{h.mount, dir} {
+	for _, parent := range []string{filepath.Dir(dir), dir} {
 		offered, err := os.ReadFile(filepath.Join(parent, "cgroup.controllers"))
 		if err != nil {
-			return fmt.Errorf("read controllers: %w", err)
+			return nil, fmt.Errorf("read controllers: %w", err)
 		}
 		enabled, err := os.ReadFile(filepath.Join(parent, "cgroup.subtree_control"))
 		if err != nil {
-			return fmt.Errorf("read controllers: %w", err)
+			return nil, fmt.Errorf("read controllers: %w", err)
 		}
-		h.controllers = nil
+		controllers = nil
 		for _, controller := range limiting {
 			if !slices.Contains(strings.Fields(string(offered)), controller) {
 				continue
 			}
 			if !slices.Contains(strings.Fields(string(enabled)), controller) {
 				if err := writeFile(filepath.Join(parent, "cgroup.subtree_control"), "+"+controller); err != nil {
-					return fmt.Errorf("enable cgroup controller %s: %w", controller, err)
+					return nil, fmt.Errorf("enable cgroup controller %s: %w", controller, err)
 				}
 			}
-			h.controllers = append(h.controllers, controller)
+			controllers = append(controllers, controller)
 		}
 	}
-	return nil
+	return controllers, nil
 }
 
-// mkdir creates a cgroup that processes can join: version 1's cpuset begins
-// without CPUs and memory.
-func (h *hierarchy) mkdir(dir string) error {
-	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("create cgroup: %w", err)
+// mkdir creates a cgroup that processes can join, if it isn't there: version 1's cpuset
+// begins without CPUs and memory.
+func (h *hierarchy) mkdir(dir string) (made bool, err error) {
+	if err := os.Mkdir(dir, 0o755); err == nil {
+		made = true
+	} else if !errors.Is(err, fs.ErrExist) {
+		return false, fmt.Errorf("create cgroup: %w", err)
 	}
 	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
 		have, err := os.ReadFile(filepath.Join(dir, file))
@@ -136,13 +156,13 @@ func (h *hierarchy) mkdir(dir string) error {
 		}
 		parent, err := os.ReadFile(filepath.Join(filepath.Dir(dir), file))
 		if err != nil {
-			return fmt.Errorf("read cgroup: %w", err)
+			return made, fmt.Errorf("read cgroup: %w", err)
 		}
 		if err := writeFile(filepath.Join(dir, file), strings.TrimSpace(string(parent))); err != nil {
-			return fmt.Errorf("set up cgroup: %w", err)
+			return made, fmt.Errorf("set up cgroup: %w", err)
 		}
 	}
-	return nil
+	return made, nil
 }
 
 func (c *cgroups) dirs(tenant string) (dirs []string) {
@@ -172,13 +192,30 @@ func (c *cgroups) dir(tenant, controller string) (dir string, v2 bool) {
 	return "", false
 }
 
-func (c *cgroups) ensure(tenant string) error {
-	for _, h := range c.hierarchies {
-		if err := h.mkdir(filepath.Join(h.mount, c.name, tenant)); err != nil {
-			return err
+// ensure creates the tenant's cgroups that aren't there, and says whether it had to: it
+// has no limits then. systemd takes those without a process away when the unit is stopped
+// that they are in.
+func (c *cgroups) ensure(tenant string) (made bool, err error) {
+	folder := false
+	for i := range c.hierarchies {
+		h := &c.hierarchies[i]
+		dir := filepath.Join(h.mount, c.name, tenant)
+		fresh, err := h.mkdir(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			folder = true
+			if _, err = h.makeFolder(c.name); err == nil {
+				fresh, err = h.mkdir(dir)
+			}
 		}
+		if err != nil {
+			return made, err
+		}
+		made = made || fresh
 	}
-	return nil
+	if all := c.all.Load(); folder && all != nil {
+		return made, c.limit(everyone, *all)
+	}
+	return made, nil
 }
 
 // join moves a process, as the manager sees its pid.

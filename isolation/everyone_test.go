@@ -1,9 +1,12 @@
 package isolation
 
 import (
+	"errors"
 	"runtime"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -94,5 +97,55 @@ func TestLimitAll(t *testing.T) {
 	}
 	if told := m.cgroups.unenforced(tenantA.FileName(), Limits{CPUMillis: 1 << 20, MemoryMax: 1 << 50}); len(told) != 2 {
 		t.Errorf("of what is above the node's size is told: %q", told)
+	}
+}
+
+// Whoever takes cgroups without a process away, as systemd does with a unit's: the next
+// process has them again, with all limits.
+func TestCgroupsComeBack(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	all, own := Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}, Limits{CPUWeight: 300, CPUMillis: 300, MemoryMax: 200 << 20, Pids: 100}
+	if err := m.LimitAll(all); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: own, Generations: []Generation{{1, standinVersion}}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.cgroups.remove(textCgroup); err != nil {
+		t.Fatal(err)
+	}
+	p := n.waitLive(m, tenantA, 0)
+	gone := func() bool {
+		for _, of := range []string{tenantA.FileName(), everyone} {
+			for _, dir := range m.cgroups.dirs(of) {
+				if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+					return false
+				}
+			}
+		}
+		return true
+	}
+	startedAgain := func() bool {
+		s, _ := m.State(tenantA)
+		return len(s.Processes) == 1 && s.Processes[0].PID != 0 && s.Processes[0].PID != p.PID
+	}
+	// Its next start may be quicker than this.
+	for removed := false; !removed; p = n.waitLive(m, tenantA, p.PID) {
+		if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		for removed = gone(); !removed && !startedAgain(); removed = gone() {
+		}
+	}
+	if s, _ := m.State(tenantA); s.Limits != own || len(s.Unenforced) > 0 {
+		t.Errorf("limits are %+v, unenforced %q", s.Limits, s.Unenforced)
+	}
+	if have, told := m.AllLimits(); have.CPUMillis != all.CPUMillis || have.MemoryMax != all.MemoryMax || have.Pids != all.Pids || len(told) > 0 {
+		t.Errorf("limits of all are %+v, unenforced %q", have, told)
+	}
+	if !m.cgroups.has(tenantA.FileName(), p.PID) {
+		t.Error("the process isn't in all of its tenant's cgroups")
 	}
 }

@@ -125,6 +125,7 @@ func (c *cgroups) limit(tenant string, l Limits) error {
 	of := tenant
 	if tenant == everyone {
 		of = "all tenants"
+		c.all.Store(&l)
 	}
 	for _, controller := range limiting {
 		dir, v2 := c.dir(tenant, controller)

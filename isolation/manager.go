@@ -103,10 +103,12 @@ func newManager(o Options) (*Manager, error) {
 	if m.boot, err = bootID(); err != nil {
 		return nil, err
 	}
-	if m.cgroups, err = openCgroups(o.CgroupRoot, o.CgroupName); err != nil {
+	if m.cgroups, err = openCgroups(o.CgroupRoot, o.CgroupParent, o.CgroupName); err != nil {
 		return nil, err
 	}
 	m.all = m.cgroups.limits(everyone)
+	all := m.all
+	m.cgroups.all.Store(&all)
 	m.cgroups.quota.Store(m.all.CPUMillis)
 	m.versions.digest = m.neutralDigest
 	if m.indexes, err = openIndexes(o.LibDir); err != nil {

@@ -25,6 +25,10 @@ type Options struct {
 	// CgroupRoot is where cgroups are mounted: version 2 itself, or a folder of
 	// version 1 hierarchies with version 2 beside them. Default /sys/fs/cgroup.
 	CgroupRoot string
+	// CgroupParent is the cgroup that folder is in, with version 2 alone: one that is
+	// there and that the node's systemd leaves to others, such as
+	// /bulkhead.slice/bulkhead.service of config/systemd. Default "", the root.
+	CgroupParent string
 	// CgroupName is the folder of all tenants in each hierarchy. Default "bulkhead".
 	CgroupName string
 	// Launcher is the command that ends in SandboxInit. Default
@@ -73,6 +77,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if strings.ContainsAny(o.CgroupName, "/.") {
 		return o, fmt.Errorf("cgroup name %q: no slashes and dots", o.CgroupName)
+	}
+	if o.CgroupParent != "" && (!filepath.IsAbs(o.CgroupParent) || filepath.Clean(o.CgroupParent) != o.CgroupParent) {
+		return o, fmt.Errorf("cgroup parent %q: want a path as in /proc/PID/cgroup, such as /bulkhead.slice/bulkhead.service", o.CgroupParent)
 	}
 	if len(o.LinkPrefix) > 8 || strings.ContainsAny(o.LinkPrefix, "/: ") {
 		return o, fmt.Errorf("link prefix %q: at most 8 letters", o.LinkPrefix)

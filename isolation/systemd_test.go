@@ -4,8 +4,12 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -13,11 +17,84 @@ import (
 
 // Where systemd is process 1, it leaves the tenants' cgroups alone: whatever it
 // does to its own, theirs have their limits and processes.
-func TestSystemdLeavesTenantsAlone(t *testing.T) {
+func TestSystemdLeavesTenantsAlone(t *testing.T) { testSystemd(t, "") }
+
+// So it does where they are in a cgroup that it has delegated, also when the unit's own
+// process ends, and when the unit is stopped. Those without a process go then.
+func TestSystemdDelegates(t *testing.T) {
+	const unit = "bulkhead.service"
+	wantSystemd(t)
+	text, err := os.ReadFile("../config/systemd/" + unit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile("/run/systemd/system/"+unit, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		systemctl(t, "stop", unit)
+		if err := os.Remove("/run/systemd/system/" + unit); err != nil {
+			t.Error(err)
+		}
+		systemctl(t, "daemon-reload")
+	})
+	systemctl(t, "daemon-reload")
+	systemctl(t, "start", unit)
+	keeper := func() string { return systemctl(t, "show", "--property=MainPID", "--value", unit) }
+	wait(t, "the unit's process in a cgroup of its own", func() bool {
+		pids, err := procs("/sys/fs/cgroup/bulkhead.slice/" + unit + "/keeper")
+		return err == nil && len(pids) > 0
+	})
+	testSystemd(t, "/bulkhead.slice/"+unit, deed{"the unit's process was killed", func() {
+		before := keeper()
+		pid, err := strconv.Atoi(before)
+		if err != nil || pid <= 1 {
+			t.Fatalf("the unit has the process %q", before)
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, "systemd to notice", func() bool { return keeper() != before })
+	}}, deed{"the unit was stopped", func() { systemctl(t, "stop", unit) }})
+}
+
+// deed is something that systemd is made to do.
+type deed struct {
+	when string
+	do   func()
+}
+
+func wantSystemd(t *testing.T) {
+	t.Helper()
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
 		t.Skip("systemd isn't process 1 here: make soak")
 	}
+}
+
+func systemctl(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := exec.Command("systemctl", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("systemctl %s: %v: %s", args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func wait(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !f(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// testSystemd has systemd do things, those besides last, and looks at tenants below a
+// parent after each.
+func testSystemd(t *testing.T, parent string, besides ...deed) {
+	wantSystemd(t)
 	n := newNode(t)
+	n.o.CgroupParent = parent
 	m := n.open()
 	n.serveXDS(m, tenantA, 1, nil)
 	limits := Limits{CPUWeight: 300, CPUMillis: 1500, MemoryHigh: 300 << 20, MemoryMax: 400 << 20, Pids: 200}
@@ -33,6 +110,23 @@ func TestSystemdLeavesTenantsAlone(t *testing.T) {
 	empty := m.cgroups.dirs(idle.FileName())
 	if len(empty) == 0 {
 		t.Fatal("a tenant without processes has no cgroup")
+	}
+	look := func(when string) {
+		t.Helper()
+		s, _ := m.State(tenantA)
+		if s.Limits != limits || len(s.Unenforced) > 0 {
+			t.Errorf("after %s the limits are %+v, unenforced %q", when, s.Limits, s.Unenforced)
+		}
+		for _, dir := range m.cgroups.dirs(tenantA.FileName()) {
+			if pids, err := procs(dir); err != nil || !slices.Contains(pids, before.PID) {
+				t.Errorf("after %s: %s has the processes %v, %v", when, dir, pids, err)
+			}
+		}
+		for _, dir := range empty {
+			if _, err := os.Stat(dir); err != nil {
+				t.Errorf("after %s: the empty cgroup is gone: %v", when, err)
+			}
+		}
 	}
 	for _, command := range [][]string{
 		{"systemctl", "daemon-reload"},
@@ -54,20 +148,12 @@ func TestSystemdLeavesTenantsAlone(t *testing.T) {
 		}
 		// What systemd puts off until it is idle has happened after the next answer.
 		time.Sleep(200 * time.Millisecond)
-		s, _ := m.State(tenantA)
-		if s.Limits != limits || len(s.Unenforced) > 0 {
-			t.Errorf("after %s the limits are %+v, unenforced %q", command, s.Limits, s.Unenforced)
-		}
-		for _, dir := range m.cgroups.dirs(tenantA.FileName()) {
-			if pids, err := procs(dir); err != nil || !slices.Contains(pids, before.PID) {
-				t.Errorf("after %s: %s has the processes %v, %v", command, dir, pids, err)
-			}
-		}
-		for _, dir := range empty {
-			if _, err := os.Stat(dir); err != nil {
-				t.Errorf("after %s: the empty cgroup is gone: %v", command, err)
-			}
-		}
+		look(strings.Join(command, " "))
+	}
+	empty = nil // they may be gone
+	for _, d := range besides {
+		d.do()
+		look(d.when)
 	}
 	// A cgroup can still be made, with all of its limits.
 	n.serveXDS(m, tenantB, 1, nil)

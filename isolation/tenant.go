@@ -249,7 +249,7 @@ func (t *tenant) prepare(mtu int) error {
 	if err := t.persist(); err != nil {
 		return err
 	}
-	if err := t.m.cgroups.ensure(t.file); err != nil {
+	if _, err := t.m.cgroups.ensure(t.file); err != nil {
 		return err
 	}
 	if err := ensureNetns(t.netns()); err != nil {

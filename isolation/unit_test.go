@@ -169,3 +169,19 @@ func TestFeatures(t *testing.T) {
 		}
 	}
 }
+
+// A parent that isn't one, or isn't there, is refused, and nothing is made.
+func TestCgroupParent(t *testing.T) {
+	for _, bad := range []string{"bulkhead.slice", "/a/../b", "/a/", ".."} {
+		if _, err := (Options{CgroupParent: bad}).withDefaults(); err == nil || !strings.Contains(err.Error(), "cgroup parent") {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+	if _, err := (Options{CgroupParent: "/bulkhead.slice/bulkhead.service"}).withDefaults(); err != nil {
+		t.Error(err)
+	}
+	c, err := openCgroups("/sys/fs/cgroup", "/bht-nowhere", "bht")
+	if err == nil || !strings.Contains(err.Error(), "cgroup parent /bht-nowhere") {
+		t.Errorf("opened %+v, %v", c, err)
+	}
+}

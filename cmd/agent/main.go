@@ -64,6 +64,7 @@ func run(ctx context.Context, args []string) error {
 		flags.StringVar(&o.HealthAddress, "health-address", "", "probes and metrics")
 		flags.StringVar(&o.DebugAddress, "debug-address", "", "where owners look into their proxies, or off")
 		flags.StringVar(&o.PinDir, "pin-dir", "", "where the kernel keeps programs and maps")
+		flags.StringVar(&o.CgroupParent, "cgroup-parent", "", "cgroup that the tenants' folder is in, delegated by the node's systemd")
 		flags.StringVar(&o.CgroupName, "cgroup-name", "", "folder of the tenants' cgroups")
 		flags.StringVar(&o.PodCgroups, "pod-cgroups", "", "cgroup of all pods of the kubelet")
 		flags.DurationVar(&o.Linger, "linger", 0, "how long a proxy stays after its tenant's last pod")

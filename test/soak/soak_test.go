@@ -209,6 +209,6 @@ func TestUnifiedCgroups(t *testing.T) {
 func TestSystemd(t *testing.T) {
 	m := newMachine(t)
 	said := m.run(t, order{Systemd: true, Dir: filepath.Join(m.root, "isolation"), Env: m.environment(t),
-		Command: []string{m.compile(t, "./isolation"), "-test.v", "-test.timeout=5m", "-test.run=^TestSystemdLeavesTenantsAlone$"}})
-	wantPassed(t, said, "TestSystemdLeavesTenantsAlone")
+		Command: []string{m.compile(t, "./isolation"), "-test.v", "-test.timeout=8m", "-test.run=^TestSystemd(LeavesTenantsAlone|Delegates)$"}})
+	wantPassed(t, said, "TestSystemdLeavesTenantsAlone", "TestSystemdDelegates")
 }
