@@ -84,8 +84,10 @@ type Agent struct {
 	// former is another way of redirecting, until its pods have the new one.
 	former steering
 
-	mu            sync.Mutex
-	datapath      steering
+	mu       sync.Mutex
+	datapath steering
+	// redirected is closed, and replaced, when the datapath is another one.
+	redirected    chan struct{}
 	nodeAddresses []netip.Addr
 	plan          plan
 	planKnown     bool
@@ -116,7 +118,7 @@ func newAgent(o Options) (*Agent, error) {
 	}
 	return &Agent{
 		o: o, log: o.Log, started: time.Now(), roots: &uplink.Roots{}, nodeProc: "/proc/1",
-		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}),
+		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}), redirected: make(chan struct{}),
 		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, staying: map[model.Tenant]bool{}, released: map[string]time.Time{},
 		admissions: map[string]*admission{},
 	}, nil

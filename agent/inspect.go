@@ -20,9 +20,8 @@ import (
 // proxies: the output of `agent inspect`.
 type Inspection struct {
 	Node string `json:"node"`
-	// Redirection that is at work, EBPF or Netfilter, and what it can't do.
-	Redirection string   `json:"redirection"`
-	Missing     []string `json:"missing,omitempty"`
+	// Redirection that is at work, EBPF or Netfilter.
+	Redirection string `json:"redirection"`
 	// Problem is what of the plan can't be done, "" if nothing.
 	Problem string `json:"problem,omitempty"`
 	// TrustBundle is a digest of the roots that all proxies trust, and Identities says
@@ -135,9 +134,6 @@ func (a *Agent) inspect() (Inspection, error) {
 	}
 	now := a.steering()
 	i.Redirection = string(now.kind)
-	if _, ok := now.datapath.(eventSource); !ok && now.datapath != nil {
-		i.Missing = []string{"events of single connections"}
-	}
 	var counters map[uint16]steer.Counters
 	var perPod map[string]steer.PodCounters
 	if now.datapath != nil {

@@ -45,12 +45,8 @@ type datapath interface {
 	Counters() (map[uint16]steer.Counters, error)
 	PodCounters() (map[string]steer.PodCounters, error)
 	Usage() ([]steer.Usage, error)
+	Events(buffer int) (*steer.EventReader, error)
 	Close() error
-}
-
-// eventSource tells of single connections. Not every datapath can.
-type eventSource interface {
-	Events(buffer int) (*bpf.EventReader, error)
 }
 
 // steering is the datapath that is at work, and the one before it while that has
@@ -107,6 +103,8 @@ func (a *Agent) ensureRedirection(want v1alpha1.Redirection) error {
 	clear(a.taken) // the sockets are to be handed over again
 	a.mu.Lock()
 	a.datapath = steering{next, want}
+	close(a.redirected)
+	a.redirected = make(chan struct{})
 	a.mu.Unlock()
 	return nil
 }
@@ -116,6 +114,13 @@ func (a *Agent) steering() steering {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.datapath
+}
+
+// redirection is that datapath, with a channel that is closed when there is another.
+func (a *Agent) redirection() (steering, <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.datapath, a.redirected
 }
 
 func (a *Agent) openDatapath(kind v1alpha1.Redirection) (datapath, error) {

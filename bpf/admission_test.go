@@ -87,16 +87,16 @@ func TestConcurrentConnections(t *testing.T) {
 	for _, to := range []struct {
 		from *namespace
 		to   netip.AddrPort
-		way  Way
+		way  steer.Way
 	}{
-		{m.a.namespace, at(remote.v4, 80), Outbound}, {m.c.namespace, at(remote.v6, 80), Outbound},
-		{m.remote, at(m.a.v4, 8080), Inbound}, {m.remote, at(m.c.v6, 15008), Inbound},
+		{m.a.namespace, at(remote.v4, 80), steer.WayOutbound}, {m.c.namespace, at(remote.v6, 80), steer.WayOutbound},
+		{m.remote, at(m.a.v4, 8080), steer.WayInbound}, {m.remote, at(m.c.v6, 15008), steer.WayInbound},
 	} {
 		if !shed(t, to.from, to.to) {
 			t.Errorf("a connection too many, to %s", to.to)
 		}
-		r.await(t, "too many", func(e Event) bool {
-			return e.Kind == Denied && e.Reason == "TooMany" && e.Way == to.way && e.Tenant == 1
+		r.await(t, "too many", func(e steer.Event) bool {
+			return e.Kind == steer.Denied && e.Reason == "TooMany" && e.Way == to.way && e.Tenant == 1
 		})
 	}
 	if d := m.counters(1).Dropped; d.TooMany != 4 || d.TooFast != 0 {

@@ -12,6 +12,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // DefaultPinDir is where links, programs and maps are pinned by default.
@@ -47,9 +49,9 @@ type Datapath struct {
 	pods     map[string]*podEntries   // what the maps hold, by UID
 	// exclusions are those of the map, by ifindex.
 	exclusions map[uint32]map[datapathExclusion]bool
-	reading    bool             // an EventReader is open
-	suspected  map[uint16]int64 // by how much a tenant's count of connections was too high
-	kept       map[uint16]int   // connections in the map of flows by tenant, as of the last sweep and moves since
+	events     *steer.EventReader // the one that is open, or nil
+	suspected  map[uint16]int64   // by how much a tenant's count of connections was too high
+	kept       map[uint16]int     // connections in the map of flows by tenant, as of the last sweep and moves since
 }
 
 // sharedMaps are used by the programs of all tenants.
@@ -184,6 +186,7 @@ func (d *Datapath) replaceTenantPrograms(index uint16) error {
 
 // Close leaves all of it attached and at work.
 func (d *Datapath) Close() error {
+	eventsErr := d.closeEvents()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.maps {
@@ -192,7 +195,7 @@ func (d *Datapath) Close() error {
 	for _, p := range d.programs {
 		p.Close()
 	}
-	return d.lock.Close()
+	return errors.Join(eventsErr, d.lock.Close())
 }
 
 // Uninstall detaches and removes all that is pinned under pinDir (empty:

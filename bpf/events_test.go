@@ -15,19 +15,21 @@ import (
 )
 
 // events reads events until the test's end.
-func (m *mesh) events(buffer int) *EventReader {
+func (m *mesh) events(buffer int) *eventReader {
 	m.t.Helper()
 	r, err := m.d.Events(buffer)
 	check(m.t, err)
 	m.t.Cleanup(func() { r.Close() })
-	return r
+	return &eventReader{r}
 }
 
+type eventReader struct{ *steer.EventReader }
+
 // await waits for an event that fits; others are passed over.
-func (r *EventReader) await(t *testing.T, what string, fits func(Event) bool) Event {
+func (r *eventReader) await(t *testing.T, what string, fits func(steer.Event) bool) steer.Event {
 	t.Helper()
 	deadline := time.After(patience)
-	var others []Event
+	var others []steer.Event
 	for {
 		select {
 		case e := <-r.C:
@@ -37,7 +39,7 @@ func (r *EventReader) await(t *testing.T, what string, fits func(Event) bool) Ev
 			others = append(others, e)
 		case <-deadline:
 			t.Errorf("no event: %s; others: %+v", what, others)
-			return Event{}
+			return steer.Event{}
 		}
 	}
 }
@@ -57,14 +59,14 @@ func TestEventsOfTenants(t *testing.T) {
 	eachFamily(t, func(t *testing.T, family int) {
 		a, remote := m.a.of(family), remoteAddresses.of(family)
 		for _, flow := range []struct {
-			way      Way
+			way      steer.Way
 			from     *namespace
 			to, peer netip.AddrPort
 			podPort  uint16
 		}{
-			{Outbound, m.a.namespace, at(remote, 80), at(remote, 80), 0},
-			{Inbound, m.remote, at(a, 8080), at(remote, 0), 8080},
-			{Inbound, m.remote, at(a, 15008), at(remote, 0), 15008},
+			{steer.WayOutbound, m.a.namespace, at(remote, 80), at(remote, 80), 0},
+			{steer.WayInbound, m.remote, at(a, 8080), at(remote, 0), 8080},
+			{steer.WayInbound, m.remote, at(a, 15008), at(remote, 0), 15008},
 		} {
 			start := time.Now()
 			c, greeting, err := dial(t, flow.from, netip.AddrPort{}, flow.to)
@@ -73,30 +75,30 @@ func TestEventsOfTenants(t *testing.T) {
 			}
 			check(t, echo(c, 10_000))
 			port := c.LocalAddr().(*net.TCPAddr).AddrPort().Port()
-			want := Event{Kind: Opened, Way: flow.way, Tenant: 1, PodUID: "a", Pod: at(a, flow.podPort), Peer: flow.peer}
+			want := steer.Event{Kind: steer.Opened, Way: flow.way, Tenant: 1, PodUID: "a", Pod: at(a, flow.podPort), Peer: flow.peer}
 			if flow.podPort == 0 {
 				want.Pod = at(a, port)
 			} else {
 				want.Peer = at(remote, port)
 			}
-			same := func(kind EventKind) func(Event) bool {
-				return func(e Event) bool {
+			same := func(kind steer.EventKind) func(steer.Event) bool {
+				return func(e steer.Event) bool {
 					want.Kind, want.Time = kind, e.Time
 					want.BytesSent, want.BytesReceived = e.BytesSent, e.BytesReceived
 					return e == want
 				}
 			}
-			e := r.await(t, fmt.Sprintf("%v opened", flow.way), same(Opened))
+			e := r.await(t, fmt.Sprintf("%v opened", flow.way), same(steer.Opened))
 			if e.BytesSent > 1 || e.BytesReceived > 1 || e.Time.Before(start.Add(-time.Second)) || e.Time.After(time.Now().Add(time.Second)) {
 				t.Errorf("opened: %+v", e)
 			}
 			check(t, c.(*net.TCPConn).CloseWrite())
 			c.Read(make([]byte, 1))
 			c.Close()
-			e = r.await(t, fmt.Sprintf("%v closed", flow.way), same(Closed))
+			e = r.await(t, fmt.Sprintf("%v closed", flow.way), same(steer.Closed))
 			// The greeting goes one way, too; SYN and FIN count as a byte.
 			sent, received := e.BytesSent, e.BytesReceived
-			if flow.way == Inbound {
+			if flow.way == steer.WayInbound {
 				sent, received = received, sent
 			}
 			if sent < 10_000 || sent > 10_002 || received < 10_007 || received > 10_009 {
@@ -112,24 +114,24 @@ func TestEventsOfTenants(t *testing.T) {
 			for _, flow := range []struct {
 				from netip.Addr
 				to   netip.AddrPort
-				way  Way
+				way  steer.Way
 				uid  string
 			}{
-				{a, at(remote, 80), Upstream, "a"},
-				{a, at(b, 80), Upstream, "a"},
-				{a, at(b, 15008), Upstream, "a"},
-				{a, at(c, 15008), Upstream, "a"},
-				{remote, at(a, 8081), Delivered, "a"},
-				{b, at(a, 8081), Delivered, "a"},
-				{c, at(a, 8081), Delivered, "a"},
+				{a, at(remote, 80), steer.WayUpstream, "a"},
+				{a, at(b, 80), steer.WayUpstream, "a"},
+				{a, at(b, 15008), steer.WayUpstream, "a"},
+				{a, at(c, 15008), steer.WayUpstream, "a"},
+				{remote, at(a, 8081), steer.WayDelivered, "a"},
+				{b, at(a, 8081), steer.WayDelivered, "a"},
+				{c, at(a, 8081), steer.WayDelivered, "a"},
 			} {
 				_, err := fmt.Fprintf(m.proxy1.stdin, "%s %s\n", at(flow.from, 0), flow.to)
 				check(t, err)
-				r.await(t, fmt.Sprintf("%v from %s to %s", flow.way, flow.from, flow.to), func(e Event) bool {
-					if flow.way == Delivered {
-						return e.Kind == Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod == flow.to && e.Peer.Addr() == flow.from
+				r.await(t, fmt.Sprintf("%v from %s to %s", flow.way, flow.from, flow.to), func(e steer.Event) bool {
+					if flow.way == steer.WayDelivered {
+						return e.Kind == steer.Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod == flow.to && e.Peer.Addr() == flow.from
 					}
-					return e.Kind == Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod.Addr() == flow.from && e.Peer == flow.to
+					return e.Kind == steer.Opened && e.Way == flow.way && e.Tenant == 1 && e.PodUID == flow.uid && e.Pod.Addr() == flow.from && e.Peer == flow.to
 				})
 			}
 		})
@@ -140,7 +142,9 @@ func TestEventsOfTenants(t *testing.T) {
 		m.a.Tenant = 2
 		check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
 		m.endFlows(held, "a")
-		r.await(t, "closed at its former tenant", func(e Event) bool { return e.Kind == Closed && e.Tenant == 1 && e.PodUID == "a" && e.Way == Outbound })
+		r.await(t, "closed at its former tenant", func(e steer.Event) bool {
+			return e.Kind == steer.Closed && e.Tenant == 1 && e.PodUID == "a" && e.Way == steer.WayOutbound
+		})
 	})
 	check(t, r.Close())
 	check(t, r.Close())
@@ -157,26 +161,26 @@ func TestEventsInTheClear(t *testing.T) {
 	r := m.events(1000)
 	eachFamily(t, func(t *testing.T, family int) {
 		for _, flow := range []struct {
-			way  Way
+			way  steer.Way
 			from *namespace
 			to   netip.AddrPort
 		}{
-			{DirectOutbound, m.a.namespace, at(remoteAddresses.of(family), 80)},
-			{DirectInbound, m.remote, at(m.a.of(family), 8080)},
+			{steer.WayDirectOutbound, m.a.namespace, at(remoteAddresses.of(family), 80)},
+			{steer.WayDirectInbound, m.remote, at(m.a.of(family), 8080)},
 		} {
 			c, _, err := dial(t, flow.from, netip.AddrPort{}, flow.to)
 			check(t, err)
 			check(t, echo(c, 10_000))
-			fits := func(kind EventKind) func(Event) bool {
-				return func(e Event) bool {
+			fits := func(kind steer.EventKind) func(steer.Event) bool {
+				return func(e steer.Event) bool {
 					return e.Kind == kind && e.Way == flow.way && e.Tenant == 1 && e.PodUID == "a" && e.Pod.Addr() == m.a.of(family) && e.Peer.Addr() == remoteAddresses.of(family) &&
 						(e.Pod == flow.to || e.Peer == flow.to)
 				}
 			}
-			r.await(t, "opened", fits(Opened))
+			r.await(t, "opened", fits(steer.Opened))
 			check(t, c.(*net.TCPConn).CloseWrite())
 			c.Read(make([]byte, 1))
-			if e := r.await(t, "closed", fits(Closed)); e.BytesSent < 10_000 || e.BytesReceived < 10_000 || e.BytesSent > 20_000 || e.BytesReceived > 20_000 {
+			if e := r.await(t, "closed", fits(steer.Closed)); e.BytesSent < 10_000 || e.BytesReceived < 10_000 || e.BytesSent > 20_000 || e.BytesReceived > 20_000 {
 				t.Errorf("%+v", e)
 			}
 		}
@@ -186,7 +190,7 @@ func TestEventsInTheClear(t *testing.T) {
 		if err == nil {
 			t.Error("connected")
 		}
-		r.await(t, "closed", func(e Event) bool { return e.Kind == Closed && e.Peer == at(remoteAddresses.v4, 81) })
+		r.await(t, "closed", func(e steer.Event) bool { return e.Kind == steer.Closed && e.Peer == at(remoteAddresses.v4, 81) })
 	})
 }
 
@@ -202,17 +206,17 @@ func TestEventsOfDenials(t *testing.T) {
 			to     netip.AddrPort
 			drops  func() uint64
 			reason string
-			way    Way
+			way    steer.Way
 			uid    string
 			pod    netip.Addr
 		}{
-			{"spoofed", m.a.namespace, b, at(remote, 80), func() uint64 { return m.pod1("a").Dropped.Spoofed }, "Spoofed", Outbound, "a", b},
-			{"foreign", m.one.namespace, b, at(remote, 80), func() uint64 { return m.counters(1).Dropped.Foreign }, "Foreign", Upstream, "", b},
+			{"spoofed", m.a.namespace, b, at(remote, 80), func() uint64 { return m.pod1("a").Dropped.Spoofed }, "Spoofed", steer.WayOutbound, "a", b},
+			{"foreign", m.one.namespace, b, at(remote, 80), func() uint64 { return m.counters(1).Dropped.Foreign }, "Foreign", steer.WayUpstream, "", b},
 		} {
 			before := c.drops()
 			syn(t, c.from, c.addr, c.to, func() bool { return c.drops() > before })
-			e := r.await(t, c.name, func(e Event) bool {
-				return e.Kind == Denied && e.Reason == c.reason && e.Way == c.way && e.PodUID == c.uid && e.Tenant == 1 && e.Pod.Addr() == c.pod && e.Peer == c.to
+			e := r.await(t, c.name, func(e steer.Event) bool {
+				return e.Kind == steer.Denied && e.Reason == c.reason && e.Way == c.way && e.PodUID == c.uid && e.Tenant == 1 && e.Pod.Addr() == c.pod && e.Peer == c.to
 			})
 			if e.Pod.Port() == 0 {
 				t.Errorf("%+v", e)
@@ -227,8 +231,8 @@ func TestEventsOfDenials(t *testing.T) {
 			now := m.counters(1).EventsLost
 			lost, again = now, now > lost
 		}
-		r.await(t, "refused", func(e Event) bool {
-			return e.Kind == Denied && e.Reason == "Refused" && e.PodUID == "a" && e.Peer == at(remoteAddresses.v4, 80) && e.Pod.Addr() == m.a.v4
+		r.await(t, "refused", func(e steer.Event) bool {
+			return e.Kind == steer.Denied && e.Reason == "Refused" && e.PodUID == "a" && e.Peer == at(remoteAddresses.v4, 80) && e.Pod.Addr() == m.a.v4
 		})
 	})
 }

@@ -220,7 +220,7 @@ func TestStrict(t *testing.T) {
 			dial(t, m.remote, netip.AddrPort{}, at(m.a.of(family), 8080))
 			select {
 			case e := <-events.C:
-				told = e.Kind == Denied && e.PodUID == "a" && e.Reason == "PlainText" && e.Way == Inbound &&
+				told = e.Kind == steer.Denied && e.PodUID == "a" && e.Reason == "PlainText" && e.Way == steer.WayInbound &&
 					e.Pod == at(m.a.of(family), 8080) && e.Peer.Addr() == remoteAddresses.of(family)
 			case <-time.After(20 * time.Millisecond):
 			}

@@ -174,6 +174,9 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 		}
 		all[uint16(k[0])] = c
 	}
+	if err := d.addLost(all); err != nil {
+		return nil, err
+	}
 	for index, t := range d.tenants {
 		list, err := t.connections()
 		if err != nil {

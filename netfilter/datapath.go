@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/nftables"
@@ -60,6 +61,13 @@ type Datapath struct {
 	// left are addresses of pods that a tenant has been left by a moment ago: a SYN
 	// may be on its way there.
 	left map[former]time.Time
+	// events is what reads them, or nil.
+	events *eventReading
+	// lost counts events by tenant; it outlives readers.
+	lost map[uint16]uint64
+
+	// pods are whose the addresses are, as of the last snapshot.
+	pods atomic.Pointer[directory]
 }
 
 // Open makes the tables, or adopts what a former process made, also if that one
@@ -75,7 +83,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, written: map[string]string{}}
+	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, lost: map[uint16]uint64{}, written: map[string]string{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}
@@ -131,13 +139,14 @@ func (d *Datapath) install() error {
 	return nil
 }
 
-// Close leaves all of it at work.
+// Close leaves all of it at work, and ends the reader of events.
 func (d *Datapath) Close() error {
+	err := d.closeEvents()
 	if d.watched == nil {
-		return nil
+		return err
 	}
 	close(d.done)
-	return d.watched.Close()
+	return errors.Join(err, d.watched.Close())
 }
 
 // Installed reports whether there is anything that Uninstall would remove.

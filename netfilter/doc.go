@@ -1,6 +1,6 @@
 // Package netfilter steers the TCP of mesh pods through their tenants' network
 // namespaces by nftables rules, for nodes where eBPF can't be had. It does what the
-// package bpf does, with the same rules, and can't tell of single connections.
+// package bpf does, with the same rules.
 //
 //	pod A ── from_pod ──▶ netns of A's tenant ── TPROXY ──▶ Envoy
 //	                                                          │

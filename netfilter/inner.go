@@ -292,7 +292,8 @@ func preroutingRules(ifindex int, s innerState) []rule {
 		}
 	}
 	// What has a connection goes to it: Envoy's own ones, too.
-	rules = append(rules, join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0), accept()))
+	hasSocket := join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0))
+	rules = append(rules, join(isAnswer(), hasSocket, logged(prefixAnswered)), join(hasSocket, accept()))
 	for _, f := range families {
 		rules = append(rules, join(f.is(), goTo("steer"+f.version)))
 	}
@@ -383,13 +384,16 @@ func chainOf(l steer.Listener) string {
 }
 
 // count counts a connection of the pod whose address is loaded, if one is, and for
-// all.
+// all, and tells of it, if it is a pod's.
 func (f family) count(pod rule, port uint16) (rules []rule) {
 	everyone := immediate(regKey, make([]byte, f.length)...)
 	for _, whose := range []rule{pod, everyone} {
 		if whose != nil {
 			rules = append(rules, join(opens(), whose, immediate(regKey+f.words(), portKey(port)...), put(setConnections+f.version, regKey, 0, 0, counter())))
 		}
+	}
+	if pod != nil {
+		rules = append(rules, join(opens(), logged(connectionPrefix(port))))
 	}
 	return rules
 }

@@ -174,7 +174,7 @@ func (d *Datapath) deletePod(uid string) error {
 	if err := d.deleteFlowsOf(addresses); err != nil {
 		return err
 	}
-	if err := d.forgetCounted(veths, setDrops, setDirect); err != nil {
+	if err := d.forgetCounted(veths, setDrops, setDirect, setUntold); err != nil {
 		return err
 	}
 	if err := ch.commit(); err != nil {

@@ -52,8 +52,17 @@ func hostChains(pass, own uint32) []chain {
 			if out {
 				device = oif
 			}
-			chains = append(chains, chain{dropChain(reason, out), append(counted(reason, device), drop())}) // also where there is no room to count
+			rules := append(counted(reason, device), join(isTCP(nil), opens(), jump(tellChain(reason, out))), drop()) // also where there is no room to count
+			chains = append(chains, chain{dropChain(reason, out), rules},
+				chain{tellChain(reason, out), tell(device, setDeniedPace, deniedPerSecond, deniedPrefix(reasonNames[reason]))})
 		}
+	}
+	for _, way := range []struct {
+		name   string
+		device func(uint32) rule
+	}{{"out", iif}, {"in", oif}} {
+		chains = append(chains, chain{"tell_direct_" + way.name, tell(way.device, setDirectPace, directPerSecond, prefixDirectOpened)},
+			chain{"tell_direct_ends_" + way.name, tell(way.device, setDirectPace, directPerSecond, prefixDirectClosed)})
 	}
 	chains = append(chains,
 		chain{chainFromPod, byProtocol(chainFromPod, accept())},
@@ -255,7 +264,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
 		// What opens in the clear is written down.
 		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
-		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), goTo(way + "_direct" + v)}},
+		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), jump("tell_direct_" + way), goTo(way + "_direct" + v)}},
 		{way + "_steered" + v, append(steered, toTenant, goTo(dropChain(dropNoTenant, out)))},
 		{way + v, append(append([]rule{join(flow, isIn(setFlows+v, regKey), goTo(held))}, goesOn...),
 			onlyMark(0), tenant,
@@ -263,7 +272,8 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 			join(markIs(0), goTo(dropChain(dropMidstream, out))),
 			goTo(dropChain(dropNoTenant, out)),
 		)},
-		{held, append(append([]rule{onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound())},
+		{held, append(append([]rule{onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),
+			join(markIs(0), ends(), flow, isNotIn(setEnded+v, regKey), jump("tell_direct_ends_"+way))},
 			f.touch(flow, theMark(regFound))...), goTo(goes))},
 		{goes, []rule{
 			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),

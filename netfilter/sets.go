@@ -65,6 +65,9 @@ const (
 	// setDrops counts what was dropped, by interface and reason, setTenantDrops by
 	// tenant.
 	setDrops, setTenantDrops = "drops", "tenant_drops"
+	// setDeniedPace and setDirectPace hold what is told of a veth's connections to a
+	// pace; setUntold counts what was beyond it.
+	setDeniedPace, setDirectPace, setUntold = "denied_pace", "direct_pace", "untold"
 	// setSent and setReceived: a pod's veth with an address of the pod, and what the
 	// pod sent from it, or was given.
 	setSent, setReceived = "sent", "received"
@@ -130,6 +133,9 @@ func hostSets() map[string]*nftables.Set {
 	add(setDirect, nftables.Set{Dynamic: true, Counter: true, Size: maxVeths}, ifindex)
 	add(setTenantDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, tenant, nftables.TypeMark)
 	add(setDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, ifindex, nftables.TypeMark)
+	add(setDeniedPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: 2 * maxVeths}, ifindex)
+	add(setDirectPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: maxVeths}, ifindex)
+	add(setUntold, nftables.Set{Dynamic: true, Counter: true, Size: 2 * maxVeths}, ifindex)
 	for _, f := range families {
 		v, address := f.version, f.kind
 		add(setSent+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)

@@ -83,6 +83,7 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 		}
 	}
 	d.snap = s
+	d.pods.Store(directoryOf(s))
 	return s, nil
 }
 

@@ -58,6 +58,9 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		return err
 	}
 	d.tenants[t.Index] = state
+	if err := d.readTenantEvents(t.Index, t.Netns); err != nil {
+		return err
+	}
 	ch, err := d.change()
 	if err != nil {
 		return err
@@ -146,6 +149,8 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	if err != nil {
 		return err
 	}
+	d.endTenantEvents(index)
+	delete(d.lost, index)
 	var veths []uint32
 	for k, e := range ch.snap.sets[setTenantOf] {
 		if string(e.value) == string(native(uint32(index))) {
@@ -163,7 +168,7 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	if err := d.deleteFlows(func(f storedFlow) bool { return f.tenant == index }); err != nil {
 		return err
 	}
-	if err := d.forgetCounted(veths, setDrops); err != nil {
+	if err := d.forgetCounted(veths, setDrops, setUntold); err != nil {
 		return err
 	}
 	if err := d.forgetCounted([]uint32{uint32(index)}, setTenantDrops, setPassed); err != nil {
