@@ -1,5 +1,5 @@
 // Package cost measures what tenants are billed against what they had, and the memory of
-// a proxy for each tenant beside a shared one and sidecars.
+// a proxy for each tenant, and its CPU for requests, beside a shared one and sidecars.
 package cost
 
 import (

@@ -1,5 +1,5 @@
 // Package report makes the tables of `make bench`. Each part is a package below
-// test/bench with one benchmark, and has a section of docs/benchmarks.md that it
+// test/bench, and each of its benchmarks has a section of docs/benchmarks.md that it
 // alone writes.
 package report
 
