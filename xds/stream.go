@@ -111,6 +111,10 @@ type held struct {
 func (st *stream) mark(typeURL, name string, urgent bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	st.markLocked(typeURL, name, urgent)
+}
+
+func (st *stream) markLocked(typeURL, name string, urgent bool) {
 	sub := st.types[typeURL]
 	if sub == nil || !has(sub.names, name) && !(name == wildcardName && sub.wildcard) {
 		return
@@ -207,9 +211,18 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 		}
 	}
 	if hasWildcard(r.TypeUrl) && (len(r.ResourceNamesSubscribe) == 0 || slices.Contains(r.ResourceNamesSubscribe, wildcardName)) {
-		sub.wildcard, sub.confirm = true, true
+		st.markWildcard(r.TypeUrl)
 	}
 	return true
+}
+
+// markWildcard notes that a proxy asked for all of a type. It may have all of it, and
+// gets an answer in any case. st.mu is held throughout: a flush in between would take
+// the answer for an empty one, and the proxy that for all there is.
+func (st *stream) markWildcard(typeURL string) {
+	sub := st.types[typeURL]
+	sub.wildcard, sub.confirm = hasWildcard(typeURL), true
+	st.markLocked(typeURL, wildcardName, true)
 }
 
 func hasWildcard(typeURL string) bool { return typeURL == TypeCluster || typeURL == TypeListener }
@@ -248,8 +261,7 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 	for _, name := range r.ResourceNamesSubscribe {
 		if name == wildcardName {
 			st.mu.Lock()
-			sub := st.types[r.TypeUrl]
-			sub.wildcard, sub.confirm = hasWildcard(r.TypeUrl), true
+			st.markWildcard(r.TypeUrl)
 			st.mu.Unlock()
 			continue
 		}
@@ -261,12 +273,6 @@ func (st *stream) subscribe(ctx context.Context, r *discoveryv3.DeltaDiscoveryRe
 			continue
 		}
 		st.mark(r.TypeUrl, name, true)
-	}
-	st.mu.Lock()
-	all := st.types[r.TypeUrl].confirm
-	st.mu.Unlock()
-	if all {
-		st.mark(r.TypeUrl, wildcardName, true)
 	}
 	if len(never) == 0 {
 		return nil
@@ -496,12 +502,12 @@ func (st *stream) expand(typeURL string, names map[string]struct{}) error {
 }
 
 // confirm answers a wildcard to which there was nothing to send: without any
-// answer the proxy would wait.
+// answer the proxy would wait. One that came during this flush is for the next.
 func (st *stream) confirm(typeURL string) error {
 	st.mu.Lock()
 	sub := st.types[typeURL]
-	empty := sub != nil && sub.confirm
-	if sub != nil {
+	empty := sub != nil && sub.confirm && !has(st.dirty[typeURL], wildcardName)
+	if empty {
 		sub.confirm = false
 	}
 	st.mu.Unlock()
