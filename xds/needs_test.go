@@ -41,15 +41,29 @@ func (m *mesh) follow(tenant model.Tenant) *follower {
 // begin follows as a process that has so much already, and wants all that is for it.
 func (m *mesh) begin(tenant model.Tenant, generation string, has map[resourceKey]*discoveryv3.Resource) *follower {
 	m.t.Helper()
+	f := m.connect(tenant, generation, has)
+	f.resume(sendOrder...)
+	return f
+}
+
+// connect opens the stream of such a process, and resume tells what it has and wants of
+// types, listeners among them.
+func (m *mesh) connect(tenant model.Tenant, generation string, has map[resourceKey]*discoveryv3.Resource) *follower {
+	m.t.Helper()
 	f := &follower{client: m.open(tenant, generation), has: map[resourceKey]*discoveryv3.Resource{}, refuses: map[resourceKey]bool{}}
 	maps.Copy(f.has, has)
 	go f.read()
-	for _, typeURL := range sendOrder {
+	return f
+}
+
+func (f *follower) resume(types ...string) {
+	f.t.Helper()
+	for _, typeURL := range types {
 		r := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: typeURL, InitialResourceVersions: map[string]string{}}
 		if hasWildcard(typeURL) {
 			r.ResourceNamesSubscribe = []string{"*"}
 		}
-		for key, x := range has {
+		for key, x := range f.has {
 			if key.typeURL != typeURL {
 				continue
 			}
@@ -64,7 +78,6 @@ func (m *mesh) begin(tenant model.Tenant, generation string, has map[resourceKey
 	}
 	f.until("it has its listeners", func() bool { return f.has[resourceKey{TypeListener, listenerUnwrap}] != nil })
 	f.drain()
-	return f
 }
 
 func (f *follower) until(what string, ok func() bool) {

@@ -275,6 +275,7 @@ func (s *Store) resumeChains(st *stream, listeners map[string]string) {
 			}
 		}
 	}
+	st.straight.stale = true // who waits for a pod may have had it built without them
 }
 
 // A mark is of 48 bits, so that it is of one chain alone.

@@ -299,6 +299,35 @@ func TestChainsOfOneProcess(t *testing.T) {
 	replica.forgotten()
 }
 
+// The listener may be looked at before the process has told which chains it has: by who
+// waits for a pod, as soon as there is a stream.
+func TestChainsStayIfLookedAtFirst(t *testing.T) {
+	m := newMesh(t, ServerOptions{})
+	vip := m.readService(1)
+	f := m.begin(teamA, "0", nil)
+	f.dials(vip)
+	want, _ := f.chains()
+	f.cancel()
+	m.forgotten()
+
+	f = m.connect(teamA, "0", f.has)
+	eventually(t, "there is a stream", func() bool {
+		m.store.mu.Lock()
+		defer m.store.mu.Unlock()
+		return len(m.store.proxies[testProxy.Key()].streams) == 1
+	})
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := m.server.WaitServed(over, testProxy.Key(), "uid-web-0"); err == nil {
+		t.Fatal("a process serves a pod that has told of nothing")
+	}
+	f.resume(TypeListener) // what it tells of routes would have all looked at again
+	f.wantChains("once it has told", want...)
+	if f.place("lds "+listenerOutbound) >= 0 {
+		t.Errorf("it got %q for nothing", f.order)
+	}
+}
+
 // oneMore is testProxy with one more pod.
 func oneMore(name, account, addr string) model.Proxy {
 	p := testProxy
