@@ -1,9 +1,14 @@
 package relay
 
 import (
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -43,5 +48,67 @@ func TestLastGoodOfLongNames(t *testing.T) {
 		if files := must(os.ReadDir(good)); len(files) != kept {
 			t.Errorf("%d files of %d tenants", len(files), kept)
 		}
+	}
+}
+
+// An operator that answers late learns which listeners a proxy got of last good before
+// it sends any: of what it knew nothing about, it would take the chains away. A proxy that
+// refuses last good gets the operator's, too.
+func TestLateOperatorHearsOfLastGood(t *testing.T) {
+	for name, answer := range map[string]*status.Status{"taken": nil, "refused": {Code: 13, Message: "bad"}} {
+		t.Run(name, func(t *testing.T) {
+			f := setUp(t, nil)
+			p := f.proxy(teamA)
+			p.subscribe(TypeListener)
+			up := f.op.stream()
+			up.await(t, TypeListener, "")
+			up.send(t, "1", resource(TypeListener, "outbound", "chains"))
+			p.next()
+			receive(t, "ACK", up.requests)
+
+			fresh := connect(t, f.socket(Key{Tenant: teamA}))
+			fresh.subscribe(TypeListener)
+			late := f.op.stream()
+			late.await(t, TypeListener, "")
+			good := receive(t, "last good", fresh.responses)
+			wantNames(t, good, "outbound@chains")
+			fresh.subscribe(TypeCluster, "vip|a")
+			late.await(t, TypeCluster, "vip|a")
+
+			// It sends listeners, and a cluster after some of them, until it is told to end.
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for i := 0; ; i++ {
+					r := resource(TypeListener, "outbound", fmt.Sprint("late-", i))
+					if i == 50 {
+						r = resource(TypeCluster, "vip|a", "1")
+					}
+					if late.st.Send(&discovery.DeltaDiscoveryResponse{TypeUrl: r.Resource.TypeUrl, Nonce: fmt.Sprint(i), Resources: []*discovery.Resource{r}}) != nil {
+						return
+					}
+				}
+			}()
+			wantNames(t, fresh.next(), "vip|a@1") // and nothing before it
+			fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeListener, ResponseNonce: good.Nonce, ErrorDetail: answer})
+			receive(t, "end of the stream", late.gone)
+			receive(t, "end of what it sends", done)
+			again := f.op.stream()
+			var told *discovery.DeltaDiscoveryRequest
+			for told == nil {
+				if r := receive(t, "request", again.requests); r.TypeUrl == TypeListener {
+					told = r
+				}
+			}
+			if has := told.InitialResourceVersions["outbound"] == "chains"; has != (answer == nil) {
+				t.Errorf("the next stream is told of %v", told.InitialResourceVersions)
+			}
+			again.send(t, "1", resource(TypeListener, "outbound", "new"))
+			for r := fresh.next(); !slices.Equal(names(r), []string{"outbound@new"}); r = fresh.next() {
+				if r.TypeUrl == TypeListener {
+					t.Fatalf("it got %v of a stream that knew nothing of last good", names(r))
+				}
+			}
+		})
 	}
 }

@@ -44,13 +44,17 @@ type stream struct {
 	nonces  int
 
 	up      upstreamClient // nil while there is no stream to the operator
+	endUp   context.CancelFunc
 	epoch   int
 	started map[string]bool // types that the operator's stream has heard of
 
 	// fallback fires when the operator has had its time to answer.
 	fallback *time.Timer
 	armed    bool
-	secrets  *secretWatch
+	// goodListeners is the nonce of listeners of last good that the proxy hasn't
+	// answered; "" for none.
+	goodListeners string
+	secrets       *secretWatch
 	// warm tells of clusters to get ahead.
 	warm <-chan struct{}
 }
@@ -233,6 +237,10 @@ func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscripti
 		return nil
 	}
 	delete(s.unacked, r.ResponseNonce)
+	if r.ResponseNonce == s.goodListeners {
+		s.goodListeners = ""
+		defer s.tellAnew()
+	}
 	up := &discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl, ResponseNonce: p.nonce}
 	if e := r.ErrorDetail; e != nil {
 		message := printable(e.Message, 2048)
@@ -293,7 +301,7 @@ func (s *stream) replace(typeURL string, sub *subscription, refused sent) error 
 func (s *stream) event(e upstreamEvent) error {
 	switch {
 	case e.stream != nil:
-		s.up, s.epoch, s.started = e.stream, s.epoch+1, map[string]bool{}
+		s.up, s.endUp, s.epoch, s.started = e.stream, e.end, s.epoch+1, map[string]bool{}
 		for typeURL, sub := range s.subs {
 			if typeURL != TypeSecret && !sub.idle() {
 				s.resume(typeURL)
@@ -308,9 +316,23 @@ func (s *stream) event(e upstreamEvent) error {
 			s.armFallback()
 		}
 	case e.response != nil:
+		if s.up == nil || s.goodListeners != "" && e.response.TypeUrl == TypeListener {
+			return nil // the next stream brings it, as far as it still holds
+		}
 		return s.forward(e.response)
 	}
 	return nil
+}
+
+// tellAnew has another stream to the operator begin, if the proxy got listeners of last
+// good while it waited for an answer on this one. They may have chains of its own, which
+// an operator has to hear of before it sends listeners, or these would end them.
+func (s *stream) tellAnew() {
+	if s.up == nil || !s.started[TypeListener] {
+		return
+	}
+	s.up = nil
+	s.endUp()
 }
 
 // forward hands the operator's response to the proxy.
@@ -405,6 +427,9 @@ func (s *stream) serveLastGood() error {
 		sub.answered(resources, nil)
 		if err := s.send(sent{typeURL: typeURL, resources: resources}, "last-good"); err != nil {
 			return err
+		}
+		if typeURL == TypeListener {
+			s.goodListeners = strconv.Itoa(s.nonces)
 		}
 	}
 	return nil

@@ -20,9 +20,10 @@ const (
 
 type upstreamClient = discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
 
-// upstreamEvent has one field set.
+// upstreamEvent has one field set, or end besides stream.
 type upstreamEvent struct {
 	stream   upstreamClient
+	end      context.CancelFunc // ends stream, so that another one follows
 	response *discovery.DeltaDiscoveryResponse
 	err      error
 }
@@ -63,7 +64,7 @@ func upstreamLoop(ctx context.Context, client discovery.AggregatedDiscoveryServi
 			if err != nil {
 				return false, err
 			}
-			if !emit(upstreamEvent{stream: st}) {
+			if !emit(upstreamEvent{stream: st, end: cancel}) {
 				return false, ctx.Err()
 			}
 			answered := false
