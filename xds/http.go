@@ -12,6 +12,7 @@ import (
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -34,6 +35,15 @@ import (
 // below the shortest that common servers close theirs after (5 s), or now and then
 // a request would meet a connection that is just being closed.
 const backendIdle = 4 * time.Second
+
+// Requests that are sent again at a time are at most this share, in percent, of all that
+// are under way to a backend, themselves included, so as many as others: a backend that
+// fails gets twice its load at most, however often routes try. minRetries may be always,
+// for what a server takes along that goes.
+const (
+	retryShare = 50
+	minRetries = 256
+)
 
 // HTTPEndpoints are the endpoints of a service's address that is spoken to as HTTP.
 func HTTPEndpoints(vip netip.AddrPort) *endpointv3.ClusterLoadAssignment {
@@ -100,6 +110,10 @@ func applicationHTTP2() *corev3.Http2ProtocolOptions {
 func BackendCluster(b Backend, protocol model.Protocol) (*clusterv3.Cluster, error) {
 	p := &packer{}
 	c := p.endpointCluster(b.String())
+	// In the place of the bound that all clusters have.
+	c.CircuitBreakers.Thresholds[0].RetryBudget = &clusterv3.CircuitBreakers_Thresholds_RetryBudget{
+		BudgetPercent: &typev3.Percent{Value: retryShare}, MinRetryConcurrency: wrapperspb.UInt32(minRetries),
+	}
 	p.speakHTTP(c, protocol)
 	return c, p.err()
 }

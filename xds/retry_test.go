@@ -152,6 +152,42 @@ func TestLostRequestsAreSentAgain(t *testing.T) {
 	}
 }
 
+// A backend that fails isn't sent so much more as its routes would try.
+func TestRetriesAreBounded(t *testing.T) {
+	for _, version := range dist.Versions() {
+		t.Run(version, func(t *testing.T) {
+			store, e, _ := routedEnvoy(t, version)
+			route(t, store, "", prefixed("/failing", model.Action{Backends: to("web"), Retry: &model.Retry{Attempts: 1, Codes: []uint32{503}}}))
+			eventually(t, "it is routed", func() bool {
+				r, _, err := newHTTPPod(t, "10.1.0.2", true).get("http://10.96.1.1:15001/nothing")
+				return err == nil && r.StatusCode == http.StatusNotFound
+			})
+			const all = minRetries + 144 // whose half is less
+			pod := newHTTPPod(t, "10.1.0.2", true)
+			var wg sync.WaitGroup
+			for range all {
+				wg.Go(func() {
+					r, err := pod.Get("http://10.96.1.1:15001/failing?status=503&wait=1s")
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					r.Body.Close()
+					if r.StatusCode != http.StatusServiceUnavailable {
+						t.Errorf("got %d", r.StatusCode)
+					}
+				})
+			}
+			wg.Wait()
+			// Some of these first went to an application that had too many already.
+			retries, beyond := e.count("cluster.be.*upstream_rq_retry$"), e.count("cluster.be.*upstream_rq_retry_overflow$")
+			if retries < minRetries || beyond == 0 {
+				t.Errorf("%d of %d requests were sent again, %d were too many; want %d at a time", retries, all, beyond, minRetries)
+			}
+		})
+	}
+}
+
 // A peer that refuses a tunnel refuses the request: 503, and not a byte of what the
 // application would have said. It is asked twice, for that looks like a request that
 // was lost. Which it was is in the log.

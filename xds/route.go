@@ -167,10 +167,11 @@ func retryPolicy(a *model.Action) *routev3.RetryPolicy {
 // idempotent are the methods of which RFC 9110 says that a request may be sent again.
 var idempotent = []string{"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}
 
-// retryLost sends a request once more whose connection ended without a byte of an
-// answer, for routes that say nothing of retries: a backend may close a pooled
-// connection just when a request is sent, and the client would get 503 for it. Others
-// than idempotent requests may have been carried out, and are never sent twice.
+// retryLost sends a request once more that was reset, or whose connection ended, before
+// the headers of an answer were complete, for routes that say nothing of retries: a
+// backend may close a pooled connection just when a request is sent, and the client would
+// get 503 for it. Others than idempotent requests may have been carried out, and are never
+// sent twice.
 func retryLost() *routev3.RetryPolicy {
 	out := &routev3.RetryPolicy{RetryOn: "reset", NumRetries: wrapperspb.UInt32(1)}
 	for _, method := range idempotent {
