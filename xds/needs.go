@@ -32,7 +32,7 @@ func (st *stream) ready(r *resource) bool {
 		}
 		// While any cluster waits for its endpoints, Envoy acknowledges none. That it
 		// took the endpoints says that it has the cluster.
-		if need.typeURL == TypeCluster || sub != nil && sub.held[need.name] != nil && sub.held[need.name].acked != "" {
+		if need.typeURL == TypeCluster || sub != nil && sub.has(need.name) {
 			continue
 		}
 		ready = false

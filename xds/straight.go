@@ -154,10 +154,12 @@ func (s *Store) arrange(st *stream, identities []served) {
 			h.unknown[vip] = time.Now()
 		}
 	}
-	for _, vip := range slices.SortedFunc(slices.Values(st.readable()), compareAddrPorts) {
-		if _, _, routed := s.routing(vip, st.key.Tenant.Namespace); !routed || !s.servicesAt(vip) {
-			continue
-		}
+	if len(identities) == 0 || st.outOfChains() {
+		return // and no need to look at all that it has
+	}
+	candidates := slices.DeleteFunc(st.readable(), func(vip netip.AddrPort) bool { return !s.straightAt(st, vip) })
+	slices.SortFunc(candidates, compareAddrPorts)
+	for _, vip := range candidates {
 		for _, id := range identities {
 			if has(h.accounts[vip], identityPath(id.identity)) {
 				continue
@@ -168,6 +170,27 @@ func (s *Store) arrange(st *stream, identities []served) {
 			s.addChain(st, identityPath(id.identity), vip)
 		}
 	}
+}
+
+// straightAt reports whether an address may have chains: connections to it are led to
+// them.
+func (s *Store) straightAt(st *stream, vip netip.AddrPort) bool {
+	_, _, routed := s.routing(vip, st.key.Tenant.Namespace)
+	return routed && s.servicesAt(vip)
+}
+
+// outOfChains reports whether there is no place for a chain, and none that can be given back.
+func (st *stream) outOfChains() bool {
+	h := &st.straight
+	if h.chains() < st.server.opts.MaxHTTPChains {
+		return false
+	}
+	for _, since := range h.unknown {
+		if time.Since(since) >= st.server.opts.UnknownFor {
+			return false
+		}
+	}
+	return true
 }
 
 // giveBack makes places of the address that nobody has had for longest, if that is long
@@ -229,22 +252,36 @@ func (st *stream) readable() (out []netip.AddrPort) {
 	if listeners == nil || routes == nil {
 		return nil
 	}
-	for name, h := range listeners.held {
-		if vip, ok := parseHTTPName(name); ok && h.acked != "" && routes.held[name] != nil && routes.held[name].acked != "" {
+	for name := range listeners.held {
+		if vip, ok := parseHTTPName(name); ok && listeners.has(name) && routes.has(name) {
 			out = append(out, vip)
 		}
 	}
 	return out
 }
 
+// reads reports whether an address is among those.
+func (st *stream) reads(vip netip.AddrPort) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	listeners, routes, name := st.types[TypeListener], st.types[TypeRoutes], HTTPName(vip)
+	return listeners != nil && routes != nil && listeners.has(name) && routes.has(name)
+}
+
+// has reports whether the process has acknowledged a resource.
+func (sub *subscription) has(name string) bool {
+	return sub.held[name] != nil && sub.held[name].acked != ""
+}
+
 // read is called when a process has acknowledged an address's listener for HTTP or its
-// routes, or with the zero address when it has told of all the routes that it has.
+// routes, or with the zero address when it has told of all the routes that it has. It may
+// acknowledge as often as it likes: all is looked at only if there will be another chain.
 func (s *Store) read(st *stream, vip netip.AddrPort) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h := &st.straight
-	if _, has := h.accounts[vip]; has || h.chains() >= st.server.opts.MaxHTTPChains && len(h.unknown) == 0 {
-		return // and no need to look at all of it
+	if _, has := h.accounts[vip]; has || st.outOfChains() || vip.IsValid() && !(s.straightAt(st, vip) && st.reads(vip)) {
+		return
 	}
 	h.stale = true
 	st.mark(TypeListener, wildcardName, false)

@@ -328,6 +328,59 @@ func TestChainsStayIfLookedAtFirst(t *testing.T) {
 	}
 }
 
+// A process may acknowledge what it likes, as often as it likes: the listener outbound is
+// made again only for what will have another chain.
+func TestAcknowledgingMakesNoListeners(t *testing.T) {
+	m := newMesh(t, ServerOptions{MaxHTTPChains: 3, NamesPerSecond: 1e-9})
+	f := m.begin(teamA, "0", nil)
+	f.dials(m.readService(1)) // for two accounts
+	again := func(what string, types []string, name string) {
+		t.Helper()
+		f.drain()
+		st := m.stream(teamA)
+		before, tokens := m.builds(), st.limiter.Tokens()
+		for range 3 {
+			for _, typeURL := range types {
+				f.order = nil
+				f.subscribe(typeURL, name)
+				f.until("it is sent again", func() bool { return f.place(shortType(typeURL)+" "+name) >= 0 })
+			}
+		}
+		used := tokens - st.limiter.Tokens()
+		f.drain()
+		if n := m.builds() - before; n > 3 { // drain's own
+			t.Errorf("%s: %d resources were made", what, n)
+		}
+		if all := 3 * len(types); used < float64(all)-0.5 {
+			t.Errorf("%s: %v of %d names were counted", what, used, all)
+		}
+	}
+	listener, both := []string{TypeListener}, []string{TypeListener, TypeRoutes}
+	for _, name := range []string{"l7|10.1.0.3:80", "l7|10.96.9.9:80"} {
+		f.subscribe(TypeListener, name)
+		f.until("it has the listener", func() bool { return f.has[resourceKey{TypeListener, name}] != nil })
+		again("nobody's", listener, name)
+	}
+	api := HTTPName(netip.MustParseAddrPort("10.96.0.10:80"))
+	f.subscribe(TypeListener, api)
+	f.until("it has the routes", func() bool { return f.has[resourceKey{TypeRoutes, api}] != nil })
+	again("an address that isn't HTTP", both, api)
+
+	lacking := HTTPName(m.readService(4))
+	f.refuses[resourceKey{TypeRoutes, lacking}] = true
+	f.subscribe(TypeListener, lacking)
+	f.until("it refuses the routes", func() bool { return f.place("!rds "+lacking) >= 0 })
+	again("an address without routes", listener, lacking)
+
+	// All places are taken, and one of them isn't to be given back yet.
+	f.dials(m.readService(2), m.readService(3))
+	m.store.DeleteService("team-a", "read-1")
+	again("what has no place", both, HTTPName(netip.MustParseAddrPort("10.96.3.3:80")))
+	if all, _ := f.chains(); len(all) != 3 {
+		t.Errorf("it has the chains %q; want 3", all)
+	}
+}
+
 // oneMore is testProxy with one more pod.
 func oneMore(name, account, addr string) model.Proxy {
 	p := testProxy

@@ -307,6 +307,7 @@ func (st *stream) want(ctx context.Context, typeURL, name string) bool {
 			h.sent = "" // asked for again: to be sent again
 		}
 		st.mu.Unlock()
+		st.pace(ctx, st.limiter, 1)
 		return true
 	}
 	full := len(name) > maxName || len(sub.names) >= st.server.opts.MaxNames
