@@ -221,18 +221,19 @@ func (s share) judge(places []compared, minSample, limit int32) *finding {
 	if s.of == nil {
 		return nil
 	}
-	var newBad, newAll, oldBad, oldAll int64
+	var newBad, newAll, newCarriers, oldBad, oldAll, oldCarriers int64
 	var failed, expected, variance, excess, worst float64
 	node := ""
 	for i := range places {
 		p := &places[i]
 		nb, na := s.of(&p.new)
 		ob, oa := s.of(&p.old)
-		newEach, newEnough := s.carried(&p.new, na)
-		oldEach, oldEnough := s.carried(&p.old, oa)
-		if na <= 0 || oa <= 0 || !newEnough || !oldEnough {
+		if na <= 0 || oa <= 0 {
 			continue // there is nothing to compare with
 		}
+		newEach, nc := s.carried(&p.new, na)
+		oldEach, oc := s.carried(&p.old, oa)
+		newCarriers, oldCarriers = newCarriers+nc, oldCarriers+oc
 		// A connection can be counted in the time before the one in which it fails.
 		nb, ob = min(nb, na), min(ob, oa)
 		newBad, newAll, oldBad, oldAll = newBad+nb, newAll+na, oldBad+ob, oldAll+oa
@@ -250,6 +251,9 @@ func (s share) judge(places []compared, minSample, limit int32) *finding {
 			node, worst = p.node, more
 		}
 	}
+	if s.carriers != nil && min(newCarriers, oldCarriers) < fewestConnections {
+		return nil
+	}
 	if newAll < int64(minSample) || oldAll < int64(minSample) || newBad < fewestFailures {
 		return nil
 	}
@@ -261,13 +265,13 @@ func (s share) judge(places []compared, minSample, limit int32) *finding {
 }
 
 // carried is how many tries each carrier of a process has had on average, 1 where each
-// is its own, and whether there are enough carriers to say anything.
-func (s share) carried(f *v1alpha1.GenerationFigures, tries int64) (each float64, enough bool) {
+// is its own, and how many carriers there were.
+func (s share) carried(f *v1alpha1.GenerationFigures, tries int64) (each float64, carriers int64) {
 	if s.carriers == nil {
-		return 1, true
+		return 1, tries
 	}
-	n := s.carriers(f)
-	return max(1, float64(tries)/float64(max(n, 1))), n >= fewestConnections
+	carriers = s.carriers(f)
+	return max(1, float64(tries)/float64(max(carriers, 1))), carriers
 }
 
 // slow has histograms compared as shares: of what took more than twice as long as

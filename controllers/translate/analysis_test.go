@@ -18,6 +18,14 @@ func at(node string, old, new fig) compared {
 	return compared{tenant: "a", node: node, old: old, new: new}
 }
 
+// everywhere is the same on n nodes.
+func everywhere(n int, old, new fig) (places []compared) {
+	for i := range n {
+		places = append(places, at(fmt.Sprint("n", i), old, new))
+	}
+	return places
+}
+
 func TestJudge(t *testing.T) {
 	spread := func(counts ...int64) []int64 { return counts }
 	const mib = 1 << 20
@@ -59,9 +67,12 @@ func TestJudge(t *testing.T) {
 		"upstreams":     {places: []compared{at("n", fig{Upstreams: 100}, fig{Upstreams: 100, UpstreamFailures: 50})}, want: v1alpha1.FigureConnectFailures, says: "upstreams"},
 		"tunnels":       {places: []compared{at("n", fig{Tunnelled: 100, TunnelConnections: 100}, fig{Tunnelled: 100, TunnelErrors: 50, TunnelConnections: 90})}, want: v1alpha1.FigureConnectFailures, says: "tunnelled"},
 		// A peer that dials a closed port over and over has one tunnel for it.
-		"one peer's tunnel":   {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 32}, fig{Tunnelled: 200, TunnelErrors: 25, TunnelConnections: 8})}},
-		"too few tunnels":     {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 800}, fig{Tunnelled: 200, TunnelErrors: 200, TunnelConnections: 4})}},
-		"nobody counted them": {places: []compared{at("n", fig{Tunnelled: 800}, fig{Tunnelled: 200, TunnelErrors: 200})}},
+		"one peer's tunnel": {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 32}, fig{Tunnelled: 200, TunnelErrors: 25, TunnelConnections: 8})}},
+		"too few tunnels":   {places: []compared{at("n", fig{Tunnelled: 800, TunnelConnections: 800}, fig{Tunnelled: 200, TunnelErrors: 200, TunnelConnections: 4})}},
+		// Each node has few of them, all nodes together have enough.
+		"few tunnels on each node": {places: everywhere(100, fig{Tunnelled: 16, TunnelConnections: 16}, fig{Tunnelled: 4, TunnelErrors: 4, TunnelConnections: 4}), want: v1alpha1.FigureConnectFailures, says: "400 of 400 tunnelled"},
+		"few of the old one's":     {places: everywhere(4, fig{Tunnelled: 200, TunnelConnections: 1}, fig{Tunnelled: 50, TunnelErrors: 50, TunnelConnections: 50})},
+		"nobody counted them":      {places: []compared{at("n", fig{Tunnelled: 800}, fig{Tunnelled: 200, TunnelErrors: 200})}},
 		// A failed handshake counts as none that succeeded.
 		"handshakes": {places: []compared{at("n", fig{Handshakes: 100}, fig{HandshakeFailures: 50})}, want: v1alpha1.FigureHandshakeFailures, says: "50 of 50"},
 		"ignored": {places: []compared{at("n", fig{Handshakes: 100}, fig{HandshakeFailures: 50})},
