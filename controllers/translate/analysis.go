@@ -324,6 +324,9 @@ func judgeCPU(places []compared, l v1alpha1.RolloutAnalysis) *finding {
 	node, worst := "", 0.0
 	for i := range places {
 		p := &places[i]
+		if p.new.Unread != "" {
+			continue // of before: Work and Bytes
+		}
 		n.CPUMilliseconds, n.Work, n.Bytes = n.CPUMilliseconds+p.new.CPUMilliseconds, n.Work+p.new.Work, n.Bytes+p.new.Bytes
 		o.CPUMilliseconds, o.Work, o.Bytes = o.CPUMilliseconds+p.old.CPUMilliseconds, o.Work+p.old.Work, o.Bytes+p.old.Bytes
 		if each := ratio(p.new.CPUMilliseconds, p.new.Work); node == "" || each > worst {
@@ -347,8 +350,8 @@ func judgeCPU(places []compared, l v1alpha1.RolloutAnalysis) *finding {
 func judgeMemory(places []compared, l v1alpha1.RolloutAnalysis) *finding {
 	for i := range places {
 		p := &places[i]
-		if p.new.PrivateBytes == 0 || p.old.PrivateBytes == 0 {
-			continue
+		if p.new.Unread != "" || p.new.PrivateBytes == 0 || p.old.PrivateBytes == 0 {
+			continue // nobody says for how many connections
 		}
 		onTop := float64(mostMemoryOnTop)
 		if p.memoryBound > 0 {

@@ -98,7 +98,10 @@ func TestJudge(t *testing.T) {
 		"its memory":       {places: []compared{at("n", fig{PrivateBytes: 20 * mib}, fig{PrivateBytes: 103 * mib})}},
 		"a bound":          {places: []compared{{node: "n", memoryBound: 64 * mib, old: fig{PrivateBytes: 15 * mib}, new: fig{PrivateBytes: 47 * mib}}}, want: v1alpha1.FigureMemory, says: "limit: 46 MiB"},
 		"more connections": {places: []compared{at("n", fig{PrivateBytes: 20 * mib, OpenConnections: 100}, fig{PrivateBytes: 300 * mib, OpenConnections: 1000})}},
-		"memory unknown":   {places: []compared{at("n", fig{}, fig{PrivateBytes: 1000 * mib})}},
+		// What it is for is what Envoy said before.
+		"memory of a silent one": {places: []compared{at("n", fig{Unread: "no answer", PrivateBytes: 20 * mib}, fig{Unread: "no answer", PrivateBytes: 300 * mib})}},
+		"CPU of a silent one":    {places: []compared{at("n", fig{Unread: "no answer", CPUMilliseconds: 4000, Work: 4000, Bytes: 40 * mib}, fig{Unread: "no answer", CPUMilliseconds: 4000, Work: 1000, Bytes: 10 * mib})}},
+		"memory unknown":         {places: []compared{at("n", fig{}, fig{PrivateBytes: 1000 * mib})}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := judge(c.places, AnalysisLimits(&c.limits))
