@@ -3,6 +3,7 @@ package controllers
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -172,6 +173,30 @@ func TestUnavailableVersionIsTold(t *testing.T) {
 	}
 	if !strings.Contains(told[0], "n1 (DiskFull: 511 MiB are free)") {
 		t.Errorf("%q", told[0])
+	}
+}
+
+// A node that refuses what a rollout wants of it holds up nothing that is due, and is
+// tried again.
+func TestNodeThatRefusesRollout(t *testing.T) {
+	r := newRolling(t)
+	refuse := true
+	r.w.Client = interceptor.NewClient(r.WithWatch, interceptor.Funcs{Apply: func(ctx context.Context, c client.WithWatch, o runtime.ApplyConfiguration, options ...client.ApplyOption) error {
+		if refuse && slices.Contains(options, client.ApplyOption(client.FieldOwner(RolloutManager))) {
+			return errors.New("conflict")
+		}
+		return r.withVersions(ctx, c, o, options...)
+	}})
+	after, err := r.w.writeRollouts(t.Context(), struct{}{})
+	if err != nil || after <= 0 || after > rolloutRetry || r.canary() != nil {
+		t.Errorf("again after %s, %v, canary %+v", after, err, r.canary())
+	}
+	refuse = false
+	if r.decide(); r.canary() == nil {
+		t.Error("no canary when it doesn't refuse any more")
+	}
+	if after, err := r.w.writeRollouts(t.Context(), struct{}{}); err != nil || after != 0 {
+		t.Errorf("again after %s, %v, though nothing is due", after, err)
 	}
 }
 

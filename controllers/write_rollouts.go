@@ -5,10 +5,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -27,8 +27,12 @@ import (
 // RolloutManager is the name under which rollouts own canaries and images.
 const RolloutManager = "bulkhead-rollout"
 
-// rolloutWrites is how many nodes are written to at a time.
-const rolloutWrites = 16
+const (
+	// rolloutWrites is how many nodes are written to at a time.
+	rolloutWrites = 16
+	// rolloutRetry is how long after it failed a node is written to again.
+	rolloutRetry = 10 * time.Second
+)
 
 // Reasons of events about rollouts.
 const (
@@ -59,7 +63,8 @@ func (w *writer) rolloutChanged(context.Context, string) error {
 
 // writeRollouts decides what all rollouts do next. Statuses are read from the API
 // server itself, and written before nodes are: a verdict must be on record before its
-// cause is taken away.
+// cause is taken away. It returns when to decide again, 0 if only what changes asks for
+// it; nodes that can't be written to are logged.
 func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, error) {
 	rollouts, err := w.rollouts(ctx, w.keeper.live)
 	if err != nil {
@@ -125,19 +130,30 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 	}
 	var writing errgroup.Group
 	writing.SetLimit(rolloutWrites)
-	errs := make([]error, len(nodes.Items))
+	var failed atomic.Bool
 	for i := range nodes.Items {
 		n := &nodes.Items[i]
 		if sameRollout(n, want[n.Name]) {
 			continue
 		}
 		writing.Go(func() error {
-			errs[i] = w.applyRollout(ctx, n.Name, want[n.Name])
-			return nil // one node doesn't hold up the others
+			// One node doesn't hold up the others, nor what is due at a time, as an error
+			// would: it puts the next decision off, longer each time.
+			if err := w.applyRollout(ctx, n.Name, want[n.Name]); err != nil {
+				failed.Store(true)
+				w.mesh.log.Error("a node doesn't follow its rollout", "node", n.Name, "error", err)
+			}
+			return nil
 		})
 	}
-	writing.Wait()
-	return after, errors.Join(errs...)
+	_ = writing.Wait()
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	if failed.Load() && (after == 0 || after > rolloutRetry) {
+		after = rolloutRetry
+	}
+	return after, nil
 }
 
 // topologyVersions are those that MeshTopologies ask for.
