@@ -91,21 +91,24 @@ func ReadEnvoy(body string, c *Counts, l *Levels) {
 	}
 }
 
-// tunnelledTo is the cluster that delivers what comes in tunnels.
-const tunnelledTo = "deliver-http"
+// delivers reports whether a cluster leads to the tenant's own pods.
+func delivers(cluster string) bool {
+	return cluster == "deliver" || cluster == "deliver-node" || cluster == "deliver-http"
+}
 
 // readConnections reads a line of a listener or of a cluster.
 func readConnections(kind, name string, n uint64, c *Counts, l *Levels) {
 	if strings.HasPrefix(name, "admin.") || strings.HasPrefix(name, "xds.") {
 		return
 	}
-	switch stat := name[strings.LastIndexByte(name, '.')+1:]; {
+	stat := name[strings.LastIndexByte(name, '.')+1:]
+	switch {
 	case stat == "handshake":
 		c.Handshakes += n
 	case stat == "connection_error", strings.HasPrefix(stat, "fail_verify_"):
 		c.HandshakeFailures += n
-	case name == tunnelledTo+"."+stat:
-		// Who asked for it in a tunnel chose it: that is what Tunnelled counts.
+	case kind == "cluster" && delivers(strings.TrimSuffix(name, "."+stat)):
+		// Who sent the connection chose the port, and the pod whether it listens.
 	case kind == "cluster" && stat == "upstream_cx_total":
 		c.Upstreams += n
 	case kind == "cluster" && stat == "upstream_cx_connect_fail":

@@ -36,7 +36,7 @@ type GenerationFigures struct {
 	FirstByte []int64 `json:"firstByte,omitempty"`
 
 	// Upstreams are connections that it opened, and UpstreamFailures those that failed
-	// before they were there; without those that peers asked for in tunnels.
+	// before they were there; without those to the tenant's pods, whose ports peers chose.
 	// +optional
 	Upstreams int64 `json:"upstreams,omitempty"`
 	// +optional
