@@ -289,36 +289,80 @@ func TestNodesAway(t *testing.T) {
 }
 
 // The owner of a namespace is told that an upgrade of its proxies goes on, and that it
-// is done.
+// is done: once, if it is, and where it isn't.
 func TestOwnersAreToldTheEnd(t *testing.T) {
-	r := newRolling(t)
-	r.report(func(s *v1alpha1.NodeProxyStatus) {
-		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
-			generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
-	})
-	r.decide()
-	r.must(r.syncReport(t.Context(), "n1"))
-	r.must(r.w.writeTenant(t.Context(), "a"))
-	if last := r.told[len(r.told)-1]; !strings.HasPrefix(last, "TenantProxy Normal UpgradeHealthy ") {
-		t.Fatalf("told is %q", r.told)
+	const done = "the upgrade from Envoy 1.40.0 to 1.41.0 by ProxyRollout r is done: all new connections go to the new one"
+	succeeded := func(s *v1alpha1.ProxyRolloutStatus) { s.Phase = v1alpha1.RolloutSucceeded }
+	for name, tc := range map[string]struct {
+		first string // the version that the node has in the end
+		end   func(*v1alpha1.ProxyRolloutStatus)
+		after func(*rolling)
+		want  []string
+	}{
+		"it succeeded":            {"1.41.0", succeeded, nil, []string{done}},
+		"a node is behind":        {"1.40.0", succeeded, nil, []string{done + ", but on nodes that haven't said so yet: n1"}},
+		"another takes its place": {"1.41.0", succeeded, func(r *rolling) { r.begun("s", "1.42.0") }, []string{done}},
+		// What was taken back is asked for by the mesh itself, later.
+		"it was taken back": {"1.41.0", func(s *v1alpha1.ProxyRolloutStatus) { s.Phase = v1alpha1.RolloutRolledBack }, func(r *rolling) {
+			r.must(r.w.writeTenant(r.t.Context(), "a"))
+			var topology v1alpha1.MeshTopology
+			r.must(r.Get(r.t.Context(), client.ObjectKey{Name: "t"}, &topology))
+			topology.Spec.Proxy.Version = "1.41.0"
+			r.must(r.Update(r.t.Context(), &topology))
+			r.must(r.syncTopologies(r.t.Context()))
+			r.must(r.syncNamespace(r.t.Context(), "a"))
+			r.must(r.Delete(r.t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}}))
+		}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRolling(t)
+			r.report(func(s *v1alpha1.NodeProxyStatus) {
+				s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
+					generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
+			})
+			r.decide()
+			r.must(r.syncReport(t.Context(), "n1"))
+			r.must(r.w.writeTenant(t.Context(), "a"))
+			if last := r.told[len(r.told)-1]; !strings.HasPrefix(last, "TenantProxy Normal UpgradeHealthy ") {
+				t.Fatalf("told is %q", r.told)
+			}
+			r.report(func(s *v1alpha1.NodeProxyStatus) {
+				s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Generations: []v1alpha1.GenerationStatus{generation(v1alpha1.RoleFirst, tc.first, 0)}}}
+			})
+			r.must(r.syncReport(t.Context(), "n1"))
+			var rollout v1alpha1.ProxyRollout
+			r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &rollout))
+			at := metav1.NewTime(r.clock)
+			rollout.Status.FinishedAt = &at
+			tc.end(&rollout.Status)
+			r.must(r.Status().Update(t.Context(), &rollout))
+			if tc.after != nil {
+				tc.after(r)
+			}
+			for range 2 {
+				r.must(r.w.writeTenant(t.Context(), "a"))
+			}
+			var got []string
+			for _, line := range r.told {
+				if _, note, ok := strings.Cut(line, "TenantProxy Normal UpgradeSucceeded Finish: "); ok {
+					got = append(got, note)
+				}
+			}
+			if !slices.Equal(got, tc.want) {
+				t.Errorf("told is %q, want %q, of %q", got, tc.want, r.told)
+			}
+		})
 	}
-	var done v1alpha1.ProxyRollout
-	r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &done))
-	at := metav1.NewTime(r.clock)
-	done.Status.Phase, done.Status.FinishedAt = v1alpha1.RolloutSucceeded, &at
-	r.must(r.Status().Update(t.Context(), &done))
-	for range 2 {
-		r.must(r.w.writeTenant(t.Context(), "a"))
-	}
-	ends := 0
-	for _, line := range r.told {
-		if strings.HasPrefix(line, "TenantProxy Normal UpgradeSucceeded ") && strings.Contains(line, "from Envoy 1.40.0 to 1.41.0") {
-			ends++
-		}
-	}
-	if ends != 1 {
-		t.Errorf("told is %q", r.told)
-	}
+}
+
+// begun makes a younger rollout that is at work.
+func (r *rolling) begun(name, version string) {
+	r.t.Helper()
+	next := &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: name, CreationTimestamp: metav1.NewTime(r.clock.Add(time.Hour))}, Spec: v1alpha1.ProxyRolloutSpec{
+		Target: v1alpha1.RolloutTarget{Version: version}, Steps: []v1alpha1.RolloutStep{{Weight: 100}}}}
+	r.must(r.Create(r.t.Context(), next))
+	next.Status = v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: version, From: []string{"1.41.0"}, Step: 1}
+	r.must(r.Status().Update(r.t.Context(), next))
 }
 
 // Rollouts are decided anew by what they depend on, not whenever a node says anything.

@@ -235,14 +235,18 @@ func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade)
 	w.upgrade(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
 }
 
-// tellUpgraded tells the owner of a tenant that an upgrade has come to its end.
-func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+// tellUpgraded tells the owner of a tenant that an upgrade has come to its end, and on
+// which nodes it hasn't: a rollout may leave out so many that are away.
+func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade, behind string) {
 	if w.upgrade == nil {
 		return
 	}
+	if behind != "" {
+		behind = ", but on nodes that haven't said so yet: " + behind
+	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
 	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
-		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one", u.From, u.To, u.Rollout))
+		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one%s", u.From, u.To, u.Rollout, behind))
 }
 
 // forRollouts is a digest of what rollouts decide by: agents report more than that, and

@@ -128,7 +128,8 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 		name := translate.TenantProxyName(tenant)
 		m.Version = translate.RolledOutVersion(asked, tenant.String(), rollouts)
 		upgrade := translate.Upgrade(translate.UpgradeInput{Version: m.Version, Nodes: nodes, Rollouts: rollouts, Policies: policies, Now: w.now()})
-		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade))
+		ended := translate.EndedUpgrade(have[name], m.Version, upgrade, rollouts)
+		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade, ended))
 		delete(have, name)
 	}
 	for _, t := range have {
@@ -139,7 +140,7 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	return errors.Join(errs...)
 }
 
-func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, upgrade *v1alpha1.TenantUpgrade) error {
+func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, upgrade, ended *v1alpha1.TenantUpgrade) error {
 	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: translate.TenantProxyName(tenant)}}
 	if have == nil {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
@@ -171,10 +172,11 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 			w.tell(have, "TenantProxy", now.Reason, now.Message)
 		}
 	}
+	if ended != nil {
+		w.tellUpgraded(have, ended, translate.Behind(views, ended.To))
+	}
 	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && (had == nil || had.Verdict != u.Verdict || had.Weight != u.Weight || had.Rollout != u.Rollout) {
 		w.tellUpgrade(have, u)
-	} else if u == nil && had != nil && want.Status.Version == had.To {
-		w.tellUpgraded(have, had)
 	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {

@@ -146,6 +146,40 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 	return u
 }
 
+// EndedUpgrade is the upgrade that a tenant's owner was told of last, if it has
+// succeeded there: the tenant has its version now, and the owner is told of none any
+// more, or of the next. It is nil otherwise.
+func EndedUpgrade(t *v1alpha1.TenantProxy, version string, now *v1alpha1.TenantUpgrade, rollouts []v1alpha1.ProxyRollout) *v1alpha1.TenantUpgrade {
+	if t == nil || t.Status.Upgrade == nil {
+		return nil
+	}
+	had := t.Status.Upgrade
+	if had.To != version || had.Verdict == UpgradeHeldBack || now != nil && now.Rollout == had.Rollout {
+		return nil
+	}
+	if !slices.ContainsFunc(rollouts, func(r v1alpha1.ProxyRollout) bool {
+		return r.Name == had.Rollout && r.Status.Phase == v1alpha1.RolloutSucceeded && r.Status.Version == had.To
+	}) {
+		return nil
+	}
+	return had
+}
+
+// Behind lists the nodes whose agents don't say that all new connections of the tenant
+// go to a version; "" if all do.
+func Behind(nodes []NodeView, version string) string {
+	var names []string
+	for _, n := range nodes {
+		if !slices.ContainsFunc(n.Status.Generations, func(g v1alpha1.GenerationStatus) bool {
+			return g.Version == version && g.Role == v1alpha1.RoleFirst && g.Serving
+		}) {
+			names = append(names, n.Node)
+		}
+	}
+	slices.Sort(names)
+	return listed(names)
+}
+
 // nextMove says what comes next of a rollout, and when.
 func nextMove(r *v1alpha1.ProxyRollout) string {
 	s, next := r.Status, ""
