@@ -458,7 +458,9 @@ func TestUpgradeIsDoneHere(t *testing.T) {
 // An owner reads when it is over.
 func TestUpgradeEnds(t *testing.T) {
 	reached := metav1.NewTime(time.Unix(1e9, 0))
-	paused, asks, last := v1alpha1.RolloutStep{Weight: 10, Pause: "30m"}, v1alpha1.RolloutStep{Weight: 50, Approval: true}, v1alpha1.RolloutStep{Weight: 100, Pause: "1h"}
+	now := reached.Add(time.Hour)
+	paused, longer := v1alpha1.RolloutStep{Weight: 10, Pause: "30m"}, v1alpha1.RolloutStep{Weight: 20, Pause: "2h"}
+	asks, last := v1alpha1.RolloutStep{Weight: 50, Approval: true}, v1alpha1.RolloutStep{Weight: 100, Pause: "1h"}
 	for name, tc := range map[string]struct {
 		steps    []v1alpha1.RolloutStep
 		approved int32
@@ -469,10 +471,16 @@ func TestUpgradeEnds(t *testing.T) {
 		"a pause that is to be": {[]v1alpha1.RolloutStep{paused, paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends 1h0m0s after this step is reached"},
 		"an approval":           {[]v1alpha1.RolloutStep{paused, asks, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends with step 3; approvals that it still needs: 1"},
 		"approved":              {[]v1alpha1.RolloutStep{asks, last}, 1, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1}, "it ends when all tenants have followed"},
-		"a pause of people":     {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutPaused, Step: 1}, "it is paused"},
+		// A node that joined holds up a step whose pause is over.
+		"held up in a pause":          {[]v1alpha1.RolloutStep{longer, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1, ReachedAt: &reached}, "it ends at 2001-09-09T03:46:40Z at the earliest"},
+		"held up after a pause":       {[]v1alpha1.RolloutStep{paused, longer, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1, ReachedAt: &reached}, "it ends 2h0m0s after this step is reached again at the earliest"},
+		"held up after the last one":  {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Step: 1, ReachedAt: &reached}, "it ends when all tenants have followed"},
+		"nobody is left to try it":    {[]v1alpha1.RolloutStep{paused, asks, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutWaiting, Step: 1}, "approvals that it still needs: 2"},
+		"nobody is left of what asks": {[]v1alpha1.RolloutStep{asks, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutWaiting, Step: 1}, "approvals that it still needs: 1"},
+		"a pause of people":           {[]v1alpha1.RolloutStep{paused, last}, 0, v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutPaused, Step: 1}, "it is paused"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := nextMove(&v1alpha1.ProxyRollout{Spec: v1alpha1.ProxyRolloutSpec{Steps: tc.steps, ApprovedSteps: tc.approved}, Status: tc.s})
+			got := nextMove(&v1alpha1.ProxyRollout{Spec: v1alpha1.ProxyRolloutSpec{Steps: tc.steps, ApprovedSteps: tc.approved}, Status: tc.s}, now)
 			if !strings.Contains(got, tc.says) || tc.s.Phase == v1alpha1.RolloutPaused && strings.Contains(got, "ends") {
 				t.Errorf("%q, want %q", got, tc.says)
 			}

@@ -135,7 +135,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		if u.Verdict == UpgradeHealthy && u.Weight == 100 {
 			u.Message += "; here it is done, and goes on elsewhere"
 		}
-		u.Message += nextMove(r)
+		u.Message += nextMove(r, in.Now)
 		if waits != "" {
 			u.Message += "; " + waits
 		}
@@ -181,7 +181,7 @@ func Behind(nodes []NodeView, version string) string {
 }
 
 // nextMove says what comes next of a rollout, and when.
-func nextMove(r *v1alpha1.ProxyRollout) string {
+func nextMove(r *v1alpha1.ProxyRollout, now time.Time) string {
 	s, next := r.Status, ""
 	switch {
 	case s.Phase == v1alpha1.RolloutPaused:
@@ -194,7 +194,7 @@ func nextMove(r *v1alpha1.ProxyRollout) string {
 		next = "; the next step begins at " + s.ReachedAt.Add(parseDuration(r.Spec.Steps[s.Step-1].Pause, 0)).UTC().Format(time.RFC3339)
 	}
 	if s.Phase != v1alpha1.RolloutPaused {
-		next += ending(r)
+		next += ending(r, now)
 	}
 	if deadline := parseDuration(r.Spec.Deadline, 0); deadline > 0 && s.StartedAt != nil {
 		next += "; what isn't done by " + s.StartedAt.Add(deadline).UTC().Format(time.RFC3339) + " is taken back"
@@ -203,7 +203,7 @@ func nextMove(r *v1alpha1.ProxyRollout) string {
 }
 
 // ending says when a rollout is over at the earliest.
-func ending(r *v1alpha1.ProxyRollout) string {
+func ending(r *v1alpha1.ProxyRollout, now time.Time) string {
 	s, steps := r.Status, r.Spec.Steps
 	if s.Step < 1 || int(s.Step) > len(steps) {
 		return ""
@@ -211,20 +211,27 @@ func ending(r *v1alpha1.ProxyRollout) string {
 	var pauses time.Duration
 	approvals := 0
 	for i := int(s.Step) - 1; i < len(steps)-1; i++ { // the last one is its end
+		untried := i == int(s.Step)-1 && s.Phase == v1alpha1.RolloutWaiting && s.ReachedAt == nil
 		pauses += parseDuration(steps[i].Pause, 0)
-		if steps[i].Approval && int(r.Spec.ApprovedSteps) <= i {
+		if (steps[i].Approval || untried) && int(r.Spec.ApprovedSteps) <= i {
 			approvals++
 		}
 	}
+	own := parseDuration(steps[s.Step-1].Pause, 0)
 	switch {
 	case approvals > 0:
 		return fmt.Sprintf("; it ends with step %d; approvals that it still needs: %d", len(steps), approvals)
 	case pauses == 0:
 		return "; it ends when all tenants have followed"
-	case s.ReachedAt != nil:
+	case s.ReachedAt == nil:
+		return fmt.Sprintf("; it ends %s after this step is reached at the earliest", pauses)
+	case s.Phase == v1alpha1.RolloutWaiting || s.ReachedAt.Add(own).After(now):
 		return "; it ends at " + s.ReachedAt.Add(pauses).UTC().Format(time.RFC3339) + " at the earliest"
+	// The step was reached, its pause is over, and something holds it up since.
+	case pauses == own:
+		return "; it ends when all tenants have followed"
 	}
-	return fmt.Sprintf("; it ends %s after this step is reached at the earliest", pauses)
+	return fmt.Sprintf("; it ends %s after this step is reached again at the earliest", pauses-own)
 }
 
 // holders are the policies that say when upgrades may begin.
