@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -46,6 +47,8 @@ type mesh struct {
 	loaded chan struct{}
 
 	triggers triggers
+	// rollingOut says that there are rollouts, and that this replica decides on them.
+	rollingOut atomic.Bool
 
 	mu            sync.Mutex
 	authorityName string // trust domain of the authority; "" before there is one
@@ -110,7 +113,8 @@ type nodeReport struct {
 	notRedirected string
 	tenants       map[string]v1alpha1.NodeTenantStatus // without what they cost
 	costs         map[string]tenantCost
-	// forRollouts is a digest of what rollouts decide by.
+	// forRollouts is a digest of what rollouts decide by; zero while nobody decides and
+	// the node has nothing of a rollout: it takes a while to make.
 	forRollouts [sha256.Size]byte
 }
 
@@ -464,9 +468,12 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		return err
 	}
 	had := m.reports[node]
-	now := nodeReport{forRollouts: forRollouts(&np), versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
+	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRedirected = c.Message
+	}
+	if m.rollingOut.Load() || hasRollout(np) {
+		now.forRollouts = forRollouts(&np)
 	}
 	now.agent, now.trustBundle = np.Status.AgentVersion != "", np.Status.TrustBundle
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionIdentityReady); c != nil && c.Status == metav1.ConditionFalse {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -370,6 +371,7 @@ func TestReportsThatRolloutsReadAlone(t *testing.T) {
 	r := newRolling(t)
 	r.triggers.rollouts.delay = 0
 	decisions := start(t, &r.triggers.rollouts)
+	r.rollingOut.Store(true)
 	tenant := v1alpha1.NodeTenantStatus{Name: "a", Generations: []v1alpha1.GenerationStatus{generation(v1alpha1.RoleCanary, "1.41.0", 0)}}
 	minute := 0
 	want := func(what string, decided bool, change func()) {
@@ -399,4 +401,39 @@ func TestReportsThatRolloutsReadAlone(t *testing.T) {
 	// A plan that is another is another place for tenants.
 	r.must(r.setCanary("n1", "a"))
 	want("the plan", true, func() {})
+}
+
+// While there is no rollout reports have nothing decided, but for a node that has
+// something of one.
+func TestReportsWithoutRollouts(t *testing.T) {
+	r := newRolling(t)
+	r.triggers.rollouts.delay = 0
+	decisions := start(t, &r.triggers.rollouts)
+	versions := []string{"1.40.0"}
+	report := func(what string, decided bool) {
+		t.Helper()
+		versions = append(versions, fmt.Sprint("1.42.", len(versions)))
+		r.report(func(s *v1alpha1.NodeProxyStatus) { s.ProxyVersions = versions })
+		r.must(r.syncReport(t.Context(), "n1"))
+		if got := decisions.Len() > 0; got != decided {
+			t.Errorf("%s: decided anew is %v", what, got)
+		}
+		for decisions.Len() > 0 {
+			key, _ := decisions.Get()
+			decisions.Done(key)
+		}
+	}
+	report("at a replica that doesn't decide", false)
+	r.report(func(s *v1alpha1.NodeProxyStatus) { s.ProxyVersions = versions })
+	r.decide()
+	versions = append(versions, "1.41.0")
+	report("with a rollout whose version it hasn't", true)
+	r.decide()
+	r.must(r.Delete(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}}))
+	r.rollingOut.Store(false) // another operator
+	report("with a canary that is left of it", true)
+	_, err := r.w.writeRollouts(t.Context(), struct{}{})
+	r.must(err)
+	report("when it is gone", true)
+	report("without", false)
 }

@@ -70,6 +70,8 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 	if err != nil {
 		return 0, err
 	}
+	// Before nodes are read: what they report later has this decided anew.
+	w.mesh.rollingOut.Store(len(rollouts) > 0)
 	var nodes v1alpha1.NodeProxyList
 	if err := w.List(ctx, &nodes); err != nil {
 		return 0, fmt.Errorf("list NodeProxies: %w", err)
