@@ -115,20 +115,29 @@ func (r *rollout) compared(p placed) (c compared, ok bool) {
 	return compared{node: p.node.Name, old: *old, new: *new, memoryBound: r.memoryBound(p)}, true
 }
 
-// unread says whose Envoys keep silent about how they fare, "" if none does.
-func (r *rollout) unread() string {
-	silent := map[string]string{}
+// unread says whose Envoys keep silent about how they fare, and what is left to compare
+// them by; "" if none does.
+func (r *rollout) unread() (message string) {
+	silent, unseen := map[string]string{}, map[string]string{}
 	for name, placed := range r.tenants {
 		for _, p := range placed {
-			if c, ok := r.compared(p); ok && c.new.Unread != "" {
-				silent[name+" on "+c.node] = c.new.Unread
+			c, ok := r.compared(p)
+			switch where := name + " on " + c.node; {
+			case !ok || c.new.Unread == "":
+			case p.node.Status.Redirection == v1alpha1.RedirectionNetfilter:
+				unseen[where] = c.new.Unread
+			default:
+				silent[where] = c.new.Unread
 			}
 		}
 	}
-	if len(silent) == 0 {
-		return ""
+	if len(silent) > 0 {
+		message = "; compared by the kernel's figures alone: " + describe(silent)
 	}
-	return "; compared by the kernel's figures alone: " + describe(silent)
+	if len(unseen) > 0 {
+		message += "; compared by nothing, as Netfilter counts no connections: " + describe(unseen)
+	}
+	return message
 }
 
 func (r *rollout) memoryBound(p placed) int64 {

@@ -203,6 +203,15 @@ func TestAnalysisWithoutEnvoy(t *testing.T) {
 	if s := f.step(); s.Verdict != nil || !strings.Contains(s.Message, "the kernel's figures alone: a on n1 (no answer)") {
 		t.Errorf("%+v, %s", s.Verdict, s.Message)
 	}
+	for i := range f.nodes {
+		if f.nodes[i].Name == "n1" {
+			f.nodes[i].Status.Redirection = v1alpha1.RedirectionNetfilter
+		}
+	}
+	f.figures("n1", "a", &fig{At: now, Unread: "no answer"}, &fig{At: now, Unread: "no answer"})
+	if s := f.step(); !strings.Contains(s.Message, "; compared by nothing, as Netfilter counts no connections: a on n1 (no answer)") || strings.Contains(s.Message, "the kernel's") {
+		t.Error(s.Message)
+	}
 	f.figures("n1", "a", &fig{At: now, Unread: "no answer", Connections: 80}, &fig{At: now, Unread: "no answer", Connections: 20, Unanswered: 20})
 	if s := f.step(); s.Verdict == nil {
 		t.Errorf("%+v", s)
