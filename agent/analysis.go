@@ -30,6 +30,11 @@ const (
 	tellWell    = 10 * time.Second
 	// growth of memory that counts as trouble.
 	growth = 4 << 20
+	// tellSilence is after how long the status says that an Envoy doesn't answer, and
+	// silence what it says: a busy one answers late now and then, and everybody who
+	// follows the status would do so at each turn.
+	tellSilence = 30 * time.Second
+	silence     = "its administration doesn't answer"
 )
 
 // generationWatcher counts connections by how they fare. Not every datapath can.
@@ -54,7 +59,23 @@ type comparison struct {
 	// nextAsk is when Envoys are asked again, and unread why not before.
 	nextAsk time.Time
 	unread  string
-	told    figures.Figures
+	// silentSince is when they first didn't answer, if they are unread.
+	silentSince time.Time
+	told        figures.Figures
+}
+
+// figures are those for the status: of silence it says nothing before it has lasted, and
+// nothing that an Envoy may have put there.
+func (c *comparison) figures() (figures.Figures, bool) {
+	f, ok := c.series.Figures()
+	switch {
+	case f.Unread == "":
+	case f.At.Sub(c.silentSince) < tellSilence:
+		f.Unread = ""
+	default:
+		f.Unread = silence
+	}
+	return f, ok
 }
 
 // toldFigures are what the status says of processes.
@@ -157,6 +178,7 @@ func (a *Agent) readPair(ctx context.Context, t model.Tenant, c *comparison) (fi
 			c.unread = ""
 		} else {
 			if c.unread == "" {
+				c.silentSince = began
 				a.log.Warn("a canary is compared by the kernel's figures alone", "tenant", t.String(), "error", err)
 			}
 			c.unread = err.Error()
@@ -201,7 +223,7 @@ func (a *Agent) askPair(ctx context.Context, t model.Tenant, p pair, r *figures.
 // All is told at once; changed says that some are no more.
 func (a *Agent) tellFigures(comparisons map[model.Tenant]*comparison, changed bool) bool {
 	for _, c := range comparisons {
-		f, ok := c.series.Figures()
+		f, ok := c.figures()
 		if !ok {
 			continue
 		}
@@ -214,7 +236,7 @@ func (a *Agent) tellFigures(comparisons map[model.Tenant]*comparison, changed bo
 	}
 	told := toldFigures{}
 	for _, c := range comparisons {
-		f, ok := c.series.Figures()
+		f, ok := c.figures()
 		if !ok {
 			continue
 		}
@@ -234,7 +256,7 @@ func figuresStatus(f figures.Figures, i int) *v1alpha1.GenerationFigures {
 	c, l := &f.Counts[i], &f.Levels[i]
 	return &v1alpha1.GenerationFigures{
 		At: metav1.NewTime(f.At.UTC().Truncate(time.Second)), Seconds: int64(f.Over.Round(time.Second) / time.Second),
-		Unread:      shorten(f.Unread, 256),
+		Unread:      f.Unread,
 		Connections: int64(c.Connections), Unanswered: int64(c.Unanswered), Resets: int64(c.Resets), FirstByte: histogram(c.FirstByte[:]),
 		Upstreams: int64(c.Upstreams), UpstreamFailures: int64(c.UpstreamFailures),
 		Handshakes: int64(c.Handshakes), HandshakeFailures: int64(c.HandshakeFailures),

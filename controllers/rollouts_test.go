@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 )
@@ -401,6 +402,37 @@ func TestReportsThatRolloutsReadAlone(t *testing.T) {
 	// A plan that is another is another place for tenants.
 	r.must(r.setCanary("n1", "a"))
 	want("the plan", true, func() {})
+}
+
+// Plans and owners follow what a rollout does, not each word of it.
+func TestRolloutsThatAreFollowed(t *testing.T) {
+	at := metav1.NewTime(born)
+	for name, tc := range map[string]struct {
+		change func(*v1alpha1.ProxyRollout)
+		want   bool
+	}{
+		"the same":         {func(*v1alpha1.ProxyRollout) {}, false},
+		"its message":      {func(r *v1alpha1.ProxyRollout) { r.Status.Message = "waiting for a on n1" }, false},
+		"how many reached": {func(r *v1alpha1.ProxyRollout) { r.Status.Tenants, r.Status.ReachedTenants = 2, 1 }, false},
+		"who lacks it":     {func(r *v1alpha1.ProxyRollout) { r.Status.Conditions = []metav1.Condition{{Type: "VersionAvailable"}} }, false},
+		"its spec":         {func(r *v1alpha1.ProxyRollout) { r.Generation++ }, true},
+		"its phase":        {func(r *v1alpha1.ProxyRollout) { r.Status.Phase = v1alpha1.RolloutWaiting }, true},
+		"its step":         {func(r *v1alpha1.ProxyRollout) { r.Status.Step++ }, true},
+		"its step's end":   {func(r *v1alpha1.ProxyRollout) { r.Status.ReachedAt = &at }, true},
+		"a tenant is left": {func(r *v1alpha1.ProxyRollout) { r.Status.HeldBack = []v1alpha1.HeldBackTenant{{Tenant: "a"}} }, true},
+		"a verdict":        {func(r *v1alpha1.ProxyRollout) { r.Status.Verdict = &v1alpha1.RolloutVerdict{Reason: "Crashed"} }, true},
+		"its end":          {func(r *v1alpha1.ProxyRollout) { r.Status.FinishedAt = &at }, true},
+	} {
+		had := &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Status: v1alpha1.ProxyRolloutStatus{Message: "step 1", Tenants: 2}}
+		now := had.DeepCopy()
+		tc.change(now)
+		if got := changedRollout.Update(event.TypedUpdateEvent[*v1alpha1.ProxyRollout]{ObjectOld: had, ObjectNew: now}); got != tc.want {
+			t.Errorf("%s: followed is %v", name, got)
+		}
+		if had.Status.Message != "step 1" || had.Status.Tenants != 2 {
+			t.Errorf("%s: the cache's object is another: %+v", name, had.Status)
+		}
+	}
 }
 
 // While there is no rollout reports have nothing decided, but for a node that has

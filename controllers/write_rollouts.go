@@ -19,6 +19,8 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
@@ -52,6 +54,16 @@ func (w *writer) rollouts(ctx context.Context, from client.Reader) ([]v1alpha1.P
 	})
 	return list.Items, nil
 }
+
+// changedRollout leaves out updates that tell only people more: how far a step is, and
+// what it waits for.
+var changedRollout = predicate.TypedFuncs[*v1alpha1.ProxyRollout]{UpdateFunc: func(e event.TypedUpdateEvent[*v1alpha1.ProxyRollout]) bool {
+	had, now := e.ObjectOld.Status, e.ObjectNew.Status
+	for _, s := range []*v1alpha1.ProxyRolloutStatus{&had, &now} {
+		s.Message, s.Conditions, s.Tenants, s.ReachedTenants = "", nil, 0, 0
+	}
+	return e.ObjectOld.Generation != e.ObjectNew.Generation || !equality.Semantic.DeepEqual(had, now)
+}}
 
 // rolloutChanged has made anew what depends on rollouts' status.
 func (w *writer) rolloutChanged(context.Context, string) error {

@@ -57,7 +57,7 @@ func startWriters(mgr manager.Manager, w *writer, late *lateKinds) error {
 		},
 		func() error {
 			return reconciles[string]{name: "rolledout", leader: true, do: once(w.rolloutChanged)}.start(mgr, w.mesh,
-				watch(mgr, &v1alpha1.ProxyRollout{}, byName))
+				watch(mgr, &v1alpha1.ProxyRollout{}, byName, changedRollout))
 		},
 		func() error {
 			return reconciles[string]{name: "tenants", leader: true, workers: 4, do: once(w.writeTenant)}.start(mgr, w.mesh,

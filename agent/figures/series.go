@@ -20,8 +20,7 @@ const (
 // canary.
 type Reading struct {
 	At time.Time
-	// Unread says why Envoy's counts aren't in it, "" if they are. The kernel's are, and
-	// what the processes take.
+	// Unread says why Envoy's counts aren't in it, "" if they are. The kernel's are.
 	Unread string
 	Counts [2]Counts
 	Levels [2]Levels
@@ -30,7 +29,7 @@ type Reading struct {
 // Figures are what two processes added in the same time, and their levels at its end.
 type Figures struct {
 	At time.Time
-	// Unread says why Envoy's counts end before At, for both.
+	// Unread says why Envoy's counts, CPU and levels end before At, for both.
 	Unread string
 	Over   time.Duration
 	Counts [2]Counts
@@ -61,10 +60,8 @@ func (s *Series) Add(r Reading) {
 	case r.Unread != "":
 		for g := range r.Counts {
 			r.Counts[g].takeEnvoy(&s.last.Counts[g])
-			private := r.Levels[g].PrivateBytes
-			r.Levels[g] = s.last.Levels[g]
-			r.Levels[g].PrivateBytes = private
 		}
+		r.Levels = s.last.Levels
 	case !s.envoy:
 		s.envoy = true
 		for g := range r.Counts {
@@ -122,11 +119,12 @@ func (c *Counts) activity() uint64 {
 	return c.Connections + c.Tunnelled + c.Requests + c.Upstreams
 }
 
-// takeEnvoy takes over what is Envoy's word.
+// takeEnvoy takes over what is Envoy's word, and CPU, which nothing could be set against
+// without it.
 func (c *Counts) takeEnvoy(from *Counts) {
 	own := *c
 	*c = *from
-	c.Connections, c.Unanswered, c.Resets, c.FirstByte, c.CPU = own.Connections, own.Unanswered, own.Resets, own.FirstByte, own.CPU
+	c.Connections, c.Unanswered, c.Resets, c.FirstByte = own.Connections, own.Unanswered, own.Resets, own.FirstByte
 }
 
 // add adds what rose from one reading to the next. What fell has lost a part, as when

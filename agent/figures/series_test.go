@@ -105,7 +105,7 @@ func TestSeriesWithoutEnvoy(t *testing.T) {
 		return f
 	}
 	read(0, "no answer", Counts{Connections: 10})
-	if f := read(time.Second, "no answer", Counts{Connections: 12, Resets: 1}); f.Counts[1] != (Counts{Connections: 2, Resets: 1}) || f.Levels[1].PrivateBytes != int64(time.Second) {
+	if f := read(time.Second, "no answer", Counts{Connections: 12, Resets: 1}); f.Counts[1] != (Counts{Connections: 2, Resets: 1}) || f.Levels[1].PrivateBytes != 0 {
 		t.Errorf("%+v", f)
 	}
 	// What Envoy counted before isn't of this time.
@@ -117,6 +117,14 @@ func TestSeriesWithoutEnvoy(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	if f := read(5*time.Second, "", Counts{Connections: 15, Resets: 1, Requests: 507}); f.Counts[1] != (Counts{Connections: 5, Resets: 1, Requests: 7}) {
+		t.Errorf("%+v", f)
+	}
+	// CPU and memory are of the time of what they are set against.
+	read(settling+time.Second, "", Counts{Requests: 507, CPU: 50})
+	if f := read(settling+2*time.Second, "no answer", Counts{CPU: 58}); f.Counts[1].CPU != 0 || f.Levels[1].PrivateBytes != int64(settling+time.Second) {
+		t.Errorf("%+v", f)
+	}
+	if f := read(settling+3*time.Second, "", Counts{Requests: 510, CPU: 60}); f.Counts[1].CPU != 10 || f.Counts[1].Requests != 10 || f.Levels[1].PrivateBytes != int64(settling+3*time.Second) {
 		t.Errorf("%+v", f)
 	}
 }

@@ -11,7 +11,7 @@ type GenerationFigures struct {
 	At metav1.Time `json:"at"`
 	// +optional
 	Seconds int64 `json:"seconds,omitempty"`
-	// Unread says why what Envoy counts isn't in it to the end, of either process: one of
+	// Unread says why what Envoy counts, CPU and memory end before At, of either: one of
 	// them doesn't answer. What the kernel counts is.
 	// +kubebuilder:validation:MaxLength=300
 	// +optional
