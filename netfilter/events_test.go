@@ -1,10 +1,17 @@
 package netfilter
 
 import (
+	"errors"
 	"net"
+	"os"
+	"runtime"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // The kernel tells of connections that end, and what they carried.
@@ -47,5 +54,112 @@ func TestEnded(t *testing.T) {
 				}
 			}
 		}
+	})
+}
+
+// connectIn opens connections from an address to itself in a network namespace, and
+// closes them.
+func connectIn(t *testing.T, path, address string, connections int) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- func() error {
+			ns, err := os.Open(path)
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			lo, err := netlink.LinkByName("lo")
+			if err != nil {
+				return err
+			}
+			if err := netlink.LinkSetUp(lo); err != nil {
+				return err
+			}
+			l, err := net.Listen("tcp", address+":0")
+			if err != nil {
+				return err
+			}
+			defer l.Close()
+			for range connections {
+				c, err := net.DialTCP("tcp", &net.TCPAddr{IP: net.ParseIP(address)}, l.Addr().(*net.TCPAddr))
+				if err != nil {
+					return err
+				}
+				in, err := l.Accept()
+				if err != nil {
+					return err
+				}
+				if err := errors.Join(c.Close(), in.Close()); err != nil {
+					return err
+				}
+			}
+			return nil
+		}()
+	}()
+	check(t, <-done)
+}
+
+// Nobody takes events: those of the tenant that has too many are lost and counted, of
+// no other one, and who reads late is told of the other's.
+func TestEventsLost(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one, two := tenant(t, 1), tenant(t, 2)
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two)))
+		check(t, errors.Join(d.UpdatePod(pod(t, "a", 1, "127.0.0.2")), d.UpdatePod(pod(t, "b", 2, "127.0.0.3"))))
+		r, err := d.Events(1)
+		check(t, err)
+		defer r.Close()
+		if _, err := d.Events(1); err == nil {
+			t.Error("a second reader is accepted")
+		}
+		connectIn(t, one.Netns, "127.0.0.2", 3000)
+		connectIn(t, two.Netns, "127.0.0.3", 1)
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			all, err := d.Counters()
+			check(t, err)
+			if all[2].EventsLost != 0 {
+				t.Fatalf("%d events of another tenant are lost", all[2].EventsLost)
+			}
+			// The other tenant's waits, too.
+			waits := !d.events.tenants[2].mu.TryLock()
+			if !waits {
+				d.events.tenants[2].mu.Unlock()
+			}
+			if all[1].EventsLost > 0 && r.Lost() == all[1].EventsLost && waits {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d events are counted as lost, %d by the reader", all[1].EventsLost, r.Lost())
+			}
+		}
+		// It waits behind at most one of the other tenant's.
+		for n := 1; ; n++ {
+			select {
+			case e := <-r.C:
+				if e.Tenant != 2 {
+					continue
+				}
+				if n > 8 || e.Kind != steer.Closed || e.PodUID != "b" {
+					t.Errorf("after %d events: %+v", n, e)
+				}
+			case <-time.After(30 * time.Second):
+				t.Error("the other tenant's event didn't come")
+			}
+			break
+		}
+		check(t, d.DeleteTenant(1))
+		check(t, d.Close())
+		for range r.C {
+		}
+		again, err := d.Events(1)
+		check(t, err)
+		check(t, again.Close())
 	})
 }
