@@ -25,6 +25,8 @@ import (
 // sockets, makes it long again where there still is one.
 const (
 	roomForAll, roomForPods = "room_", "room_pods_"
+	// setsEnded are connections of which one end has said that it ends.
+	setsEnded = "ended_by_"
 	// handshake is for how long a SYN has room. A connection that takes longer has to
 	// find it again.
 	handshake = 3 * time.Second
@@ -58,6 +60,22 @@ func roomsOf(concurrent uint32) (forAll *nftables.Set, forPods []*nftables.Set) 
 	return room(roomForAll, concurrent-concurrent/4), forPods
 }
 
+// endedOf are the sets of connections of which one end has said that it ends: by who
+// opened it, and by the tenant; none without a bound. The kernel takes memory for a set's
+// whole size at once. A peer that doesn't answer a FIN loses its room after a minute, and
+// is remembered for halfClosed: there is space for more than have room. Where even that is
+// full, CheckConnections gives room back.
+func endedOf(concurrent uint32) (sets []*nftables.Set) {
+	const each, least = 16, 1024
+	if concurrent > 0 {
+		size := uint32(min(max(each*uint64(concurrent), least), maxFlows))
+		for _, by := range []string{"peer_", "tenant_"} {
+			sets = append(sets, connectionSet(setsEnded+by+strconv.Itoa(int(size)), size))
+		}
+	}
+	return sets
+}
+
 // connectionSet has connections of either family for keys: address and port of who
 // opened one, and then of whom to. IPv4 is written as IPv6 does it.
 func connectionSet(name string, size uint32) *nftables.Set {
@@ -89,19 +107,19 @@ func (f family) rooms(concurrent uint32) []chain {
 	chains := []chain{{name: roomOut + f.version}, {name: roomIn + f.version}, {name: chainEndsIn + f.version}, {name: chainEndsOut + f.version}}
 	if concurrent > 0 {
 		forAll, forPods := roomsOf(concurrent)
-		all := append(forPods, forAll)
-		chains[0].rules, chains[1].rules = f.takeRoom(forAll, forPods), f.takeRoom(forAll, nil)
-		chains[2].rules, chains[3].rules = f.leaveRoom(all, true), f.leaveRoom(all, false)
+		all, ended := append(forPods, forAll), endedOf(concurrent)
+		chains[0].rules, chains[1].rules = f.takeRoom(forAll, forPods, ended), f.takeRoom(forAll, nil, ended)
+		chains[2].rules, chains[3].rules = f.leaveRoom(all, ended, true), f.leaveRoom(all, ended, false)
 	}
 	return chains
 }
 
 // takeRoom marks a connection that finds no room.
-func (f family) takeRoom(forAll *nftables.Set, forPods []*nftables.Set) []rule {
+func (f family) takeRoom(forAll *nftables.Set, forPods, ended []*nftables.Set) []rule {
 	is, done := f.connection(true), verdict(expr.VerdictReturn, "")
 	rules := []rule{join(ends(), done)} // opens nothing
-	for _, set := range []string{setEndedByPeer, setEndedByTenant} {
-		rules = append(rules, join(opens(), is, isIn(set, regKey), put(set, regKey, 0, released)))
+	for _, s := range ended {
+		rules = append(rules, join(opens(), is, isIn(s.Name, regKey), put(s.Name, regKey, 0, released)))
 	}
 	for _, step := range []struct {
 		when  rule
@@ -120,10 +138,10 @@ func (f family) takeRoom(forAll *nftables.Set, forPods []*nftables.Set) []rule {
 }
 
 // leaveRoom is for packets with FIN or RST.
-func (f family) leaveRoom(rooms []*nftables.Set, toTenant bool) (rules []rule) {
+func (f family) leaveRoom(rooms, ended []*nftables.Set, toTenant bool) (rules []rule) {
 	is, done := f.connection(toTenant), verdict(expr.VerdictReturn, "")
 	reset := join(flags(0x04), differs(regTemp, 0))
-	sent, other := setEndedByPeer, setEndedByTenant
+	sent, other := ended[0].Name, ended[1].Name
 	if !toTenant {
 		sent, other = other, sent
 	}
@@ -132,11 +150,15 @@ func (f family) leaveRoom(rooms []*nftables.Set, toTenant bool) (rules []rule) {
 		has := join(is, isIn(s.Name, regKey))
 		rules = append(rules, join(has, isIn(other, regKey), release))
 		if toTenant {
-			rules = append(rules, join(reset, has, put(s.Name, regKey, 0, resetLinger), done))
+			// What is remembered doesn't outlast who can hold room for it, or peers could fill
+			// the set: a FIN without a connection isn't.
+			rules = append(rules,
+				join(reset, has, isIn(sent, regKey), put(sent, regKey, 0, resetLinger)),
+				join(reset, has, put(s.Name, regKey, 0, resetLinger), done),
+				join(has, hasSocket(), put(sent, regKey, 0, halfClosed), done))
 		} else {
-			rules = append(rules, join(reset, has, release))
+			rules = append(rules, join(reset, has, release), join(has, put(sent, regKey, 0, halfClosed), done))
 		}
-		rules = append(rules, join(has, put(sent, regKey, 0, halfClosed), done))
 	}
 	return rules
 }
@@ -199,7 +221,7 @@ func sweepPeriod(size uint32) time.Duration {
 	return min(max(time.Duration(size)*50*time.Microsecond, 10*time.Millisecond), time.Second)
 }
 
-// forgetRooms removes those of other bounds.
+// forgetRooms removes those of other bounds, with what has ended there.
 func forgetRooms(c *nftables.Conn, concurrent uint32) error {
 	all, err := c.GetSets(inner)
 	if err != nil {
@@ -208,10 +230,10 @@ func forgetRooms(c *nftables.Conn, concurrent uint32) error {
 	var wanted []*nftables.Set
 	if concurrent > 0 {
 		forAll, forPods := roomsOf(concurrent)
-		wanted = append(forPods, forAll)
+		wanted = append(append(forPods, forAll), endedOf(concurrent)...)
 	}
 	for _, s := range all {
-		if strings.HasPrefix(s.Name, roomForAll) && !slices.ContainsFunc(wanted, func(w *nftables.Set) bool { return w.Name == s.Name }) {
+		if (strings.HasPrefix(s.Name, roomForAll) || strings.HasPrefix(s.Name, setsEnded)) && !slices.ContainsFunc(wanted, func(w *nftables.Set) bool { return w.Name == s.Name }) {
 			c.DelSet(s)
 		}
 	}

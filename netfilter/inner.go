@@ -27,9 +27,6 @@ const (
 	// setConnections counts new connections, by the pod's address and the listener's
 	// port or one of the ports below, and with the unspecified address those of all.
 	setConnections = "connections"
-	// setEndedBy* are connections of which one end has said that it ends: who opened it,
-	// or the tenant.
-	setEndedByPeer, setEndedByTenant = "ended_by_peer", "ended_by_tenant"
 	// setState keeps what the chains were made from: stateWeight and so on.
 	setState = "state"
 )
@@ -97,9 +94,6 @@ func innerSets() map[string]*nftables.Set {
 		sets[setConnections+f.version] = &nftables.Set{Table: inner, Name: setConnections + f.version, Dynamic: true, Counter: true, Concatenation: true,
 			KeyType: nftables.MustConcatSetType(f.kind, nftables.TypeInetService), Size: maxDrops}
 	}
-	for _, name := range []string{setEndedByPeer, setEndedByTenant} {
-		sets[name] = connectionSet(name, maxFlows)
-	}
 	return sets
 }
 
@@ -159,7 +153,7 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	}
 	c.AddTable(inner)
 	sets := innerSets()
-	for _, s := range sets {
+	for _, s := range slices.AppendSeq(endedOf(want.concurrent), maps.Values(sets)) {
 		if err := c.AddSet(s, nil); err != nil {
 			return fmt.Errorf("write set %s: %w", s.Name, err)
 		}
@@ -292,12 +286,16 @@ func preroutingRules(ifindex int, s innerState) []rule {
 		}
 	}
 	// What has a connection goes to it: Envoy's own ones, too.
-	hasSocket := join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0))
-	rules = append(rules, join(isAnswer(), hasSocket, logged(prefixAnswered)), join(hasSocket, accept()))
+	rules = append(rules, join(isAnswer(), hasSocket(), logged(prefixAnswered)), join(hasSocket(), accept()))
 	for _, f := range families {
 		rules = append(rules, join(f.is(), goTo("steer"+f.version)))
 	}
 	return append(rules, drop())
+}
+
+// hasSocket matches packets of a connection that has a socket, when its handshake is over.
+func hasSocket() rule {
+	return join(rule{&expr.Socket{Key: expr.SocketKeyWildcard, Register: regTemp}}, equal(regTemp, 0))
 }
 
 // outputRules are for what the tenant sends; none where nothing is to be done.

@@ -24,7 +24,8 @@ func inside(t *testing.T, of steer.Tenant, f func(c *nftables.Conn)) {
 	}))
 }
 
-// rooms are the sets that connections have room in, and how many have some.
+// rooms are the sets that connections have room in, or have ended in, and how many are
+// in each.
 func rooms(t *testing.T, of steer.Tenant) map[string]int {
 	t.Helper()
 	all := map[string]int{}
@@ -32,7 +33,7 @@ func rooms(t *testing.T, of steer.Tenant) map[string]int {
 		sets, err := c.GetSets(inner)
 		check(t, err)
 		for _, s := range sets {
-			if strings.HasPrefix(s.Name, roomForAll) {
+			if strings.HasPrefix(s.Name, roomForAll) || strings.HasPrefix(s.Name, setsEnded) {
 				elements, err := c.GetSetElements(s)
 				check(t, err)
 				all[s.Name] = len(elements)
@@ -54,11 +55,18 @@ func TestRoomChanges(t *testing.T) {
 			egress     bool
 			want       []string
 		}{
-			{8, false, []string{"room_6", "room_pods_2"}}, {20, true, []string{"room_15", "room_pods_5"}},
-			{1, true, []string{"room_1"}}, {0, true, nil}, {0, false, nil},
+			{8, false, []string{"ended_by_peer_1024", "ended_by_tenant_1024", "room_6", "room_pods_2"}},
+			{100, true, []string{"ended_by_peer_1600", "ended_by_tenant_1600", "room_75", "room_pods_25"}},
+			{1_000_000, true, []string{"ended_by_peer_262144", "ended_by_tenant_262144", "room_750000", "room_pods_250000"}},
+			{1, true, []string{"ended_by_peer_1024", "ended_by_tenant_1024", "room_1"}}, {0, true, nil}, {0, false, nil},
 		} {
 			one.Connections.Concurrent, one.BoundEgress = step.concurrent, step.egress
 			check(t, d.UpdateTenant(one))
+			// As a former version did.
+			inside(t, one, func(c *nftables.Conn) {
+				check(t, c.AddSet(connectionSet("ended_by_peer", maxFlows), nil))
+				check(t, c.Flush())
+			})
 			check(t, d.Close())
 			if d, err = Open(Options{OwnPriority: 1 << 16}); err != nil {
 				t.Fatal(err)

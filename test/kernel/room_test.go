@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -137,23 +138,37 @@ func TestForgedEnds(t *testing.T) {
 	const most = 4
 	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
 	limit(t, l.Node1, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
+	const fin, syn, rst, ack = 1, 2, 4, 16
+	const rooms, podRooms, ended = "room_3", "room_pods_1", "ended_by_peer_1024"
+	for _, flags := range []byte{syn, fin} {
+		forge(t, l.B1, lab.At(l.B1.V4, 999), lab.At(l.Outside.V4, app.GreetPort), flags)
+	}
+	if _, taken := elements(t, l, rooms); taken != 1 {
+		t.Fatalf("%d connections have room for a handshake, want 1", taken)
+	}
+	if _, all := elements(t, l, ended); all != 0 {
+		t.Error("the end of what isn't connected is remembered")
+	}
 	var held []net.Conn
 	for range most {
 		held = append(held, mustOpen(t, l.B1, l.Outside, 4))
 	}
-	const fin, syn, rst, ack = 1, 2, 4, 16
-	for _, flags := range []byte{fin | ack, rst, rst | ack, syn | rst, fin} {
+	for i, flags := range []byte{fin | ack, rst, rst | ack, syn | rst, fin} {
 		for _, c := range held {
-			forge(t, l.B1, c, flags)
+			forge(t, l.B1, c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort(), flags)
+		}
+		// Not for longer than there is room, which others will have.
+		if short, all := elements(t, l, ended); all != most || i == 1 && short != most {
+			t.Errorf("with forged flags %#x the ends of %d connections are remembered, of %d shortly, want %d", flags, all, short, most)
 		}
 		mustBeShed(t, l, l.B1, fmt.Sprintf("with forged flags %#x", flags))
 	}
 	// A RST makes an end likely, and what is there all the same stays.
-	if short, all := room(t, l); short != most || all != most {
+	if short, all := elements(t, l, rooms, podRooms); short != most || all != most {
 		t.Fatalf("room of %d of %d connections has been shortened, want %d", short, all, most)
 	}
 	lab.Eventually(t, "room for as long as there are connections", func() error {
-		short, all := room(t, l)
+		short, all := elements(t, l, rooms, podRooms)
 		if all != most {
 			t.Fatalf("%d connections have room, want %d", all, most)
 		}
@@ -172,9 +187,8 @@ func TestForgedEnds(t *testing.T) {
 }
 
 // forge sends a packet of a connection that its peer takes for no part of it.
-func forge(t *testing.T, h *lab.Host, c net.Conn, flags byte) {
+func forge(t *testing.T, h *lab.Host, from, to netip.AddrPort, flags byte) {
 	t.Helper()
-	from, to := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
 	tcp := make([]byte, 20) // without a checksum
 	binary.BigEndian.PutUint16(tcp, from.Port())
 	binary.BigEndian.PutUint16(tcp[2:], to.Port())
@@ -187,13 +201,13 @@ func forge(t *testing.T, h *lab.Host, c net.Conn, flags byte) {
 	})
 }
 
-// room returns how many connections of team-b have room, and how many of them for less
-// than a minute.
-func room(t *testing.T, l *lab.Lab) (short, all int) {
+// elements returns how many connections of team-b are in sets of its proxy's namespace,
+// and how many of them for less than a minute.
+func elements(t *testing.T, l *lab.Lab, sets ...string) (short, all int) {
 	t.Helper()
 	l.Node1.Proxy("team-b").Do(t, func() {
 		c := &nftables.Conn{}
-		for _, name := range []string{"room_3", "room_pods_1"} {
+		for _, name := range sets {
 			set, err := c.GetSetByName(&nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyINet}, name)
 			lab.Check(t, err)
 			elements, err := c.GetSetElements(set)
