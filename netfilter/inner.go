@@ -77,7 +77,7 @@ type innerState struct {
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.made == o.made && s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
 }
 
 // addresses are what the sets of addresses have.

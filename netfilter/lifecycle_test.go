@@ -101,6 +101,45 @@ func want(t *testing.T, d *Datapath, pods []string, tenants []uint16) {
 	}
 }
 
+// A process makes a tenant's rules anew that another made: that may have been another
+// version.
+func TestRulesAreMadeAnew(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.Concurrent = 8
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(pod(t, "a", 1, "10.0.0.1"))))
+		strict := &nftables.Chain{Name: "strict4", Table: inner}
+		rules := func() (handles []uint64) {
+			inside(t, one, func(c *nftables.Conn) {
+				have, err := c.GetRules(inner, strict)
+				check(t, err)
+				for _, r := range have {
+					handles = append(handles, r.Handle)
+				}
+			})
+			return handles
+		}
+		before := rules()
+		check(t, d.UpdateTenant(one)) // by this process they needn't be
+		if have := rules(); !slices.Equal(have, before) {
+			t.Errorf("rules %v are made anew, were %v", have, before)
+		}
+		inside(t, one, func(c *nftables.Conn) {
+			c.FlushChain(strict)
+			check(t, c.Flush())
+		})
+		check(t, d.Close())
+		d, err = Open(Options{})
+		check(t, err)
+		check(t, d.UpdateTenant(one))
+		if have := rules(); len(have) != len(before) {
+			t.Errorf("another process leaves %d rules of a chain, want %d", len(have), len(before))
+		}
+	})
+}
+
 // A process adopts what another made, follows a pod from veth to veth and from
 // tenant to tenant, and leaves nothing.
 func TestLifecycle(t *testing.T) {

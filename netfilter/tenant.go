@@ -275,7 +275,7 @@ func (d *Datapath) writeTenant(index uint16, t *tenantState, f func(*innerState)
 		}
 		want := t.have
 		want.pods, want.nodes, want.strict = pods, nodes, strict
-		if f(&want); want.equal(t.have) {
+		if f(&want); t.have.made && want.equal(t.have) {
 			return nil
 		}
 		return t.write(c, want)
