@@ -73,11 +73,15 @@ func isAnswer() rule { return join(flags(0x17), equal(regTemp, 0x12)) }
 // tell are the rules of a chain that tells of the packet as often as its veth may, and
 // otherwise counts that it doesn't.
 func tell(device func(uint32) rule, pace string, perSecond uint32, prefix string) []rule {
-	limit := &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(perSecond), Unit: expr.LimitTimeSecond, Burst: perSecond}
 	return []rule{
-		join(device(regKey), put(pace, regKey, 0, paceKept, limit), logged(prefix), verdict(expr.VerdictReturn, "")),
+		join(device(regKey), keepsPace(pace, perSecond), logged(prefix), verdict(expr.VerdictReturn, "")),
 		join(device(regKey), put(setUntold, regKey, 0, 0, counter())),
 	}
+}
+
+// keepsPace matches so many packets a second of each key.
+func keepsPace(set string, perSecond uint32) rule {
+	return put(set, regKey, 0, paceKept, &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(perSecond), Unit: expr.LimitTimeSecond, Burst: perSecond})
 }
 
 func tellChain(reason int, out bool) string { return "tell_" + dropChain(reason, out) }

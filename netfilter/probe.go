@@ -33,12 +33,14 @@ func features() []steer.Feature {
 		return hook(inet, nftables.ChainHookPrerouting, "", join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, unix.NFPROTO_IPV4),
 			meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_TCP), r))
 	}
-	dynamic := func(c *nftables.Conn) error {
-		s := &nftables.Set{Table: netdev, Name: "s", KeyType: nftables.TypeIFIndex, Dynamic: true, HasTimeout: true, Counter: true, Size: 16}
-		if err := c.AddSet(s, nil); err != nil {
-			return err
+	dynamic := func(counted bool, with func(set string) rule) func(*nftables.Conn) error {
+		return func(c *nftables.Conn) error {
+			s := &nftables.Set{Table: netdev, Name: "s", KeyType: nftables.TypeIFIndex, Dynamic: true, HasTimeout: true, Counter: counted, Size: 16}
+			if err := c.AddSet(s, nil); err != nil {
+				return err
+			}
+			return ingress(join(iif(regKey), with(s.Name)))(c)
 		}
-		return ingress(join(iif(regKey), remove(s.Name, regKey, 0)))(c)
 	}
 	ranges := func(c *nftables.Conn) error {
 		s := &nftables.Set{Table: netdev, Name: "s", Interval: true, Concatenation: true, Size: 16,
@@ -52,7 +54,10 @@ func features() []steer.Feature {
 		{Name: "nftables that forward between devices (CONFIG_NFT_FWD_NETDEV and CONFIG_NFT_DUP_NETDEV)", Since: "4.10", Probe: try(netdev,
 			ingress(join(immediate(regTemp, native(1)...), rule{&expr.Dup{RegDev: regTemp, IsRegDevSet: true}})))},
 		{Name: "nftables of devices that refuse (CONFIG_NFT_REJECT_NETDEV)", Since: "5.11", Probe: try(netdev, ingress(refuseTCP()))},
-		{Name: "nftables' sets that rules write, with counters", Since: "5.7", Probe: try(netdev, dynamic)},
+		{Name: "nftables' sets that rules write, with counters", Since: "5.7", Probe: try(netdev,
+			dynamic(true, func(set string) rule { return remove(set, regKey, 0) }))},
+		{Name: "nftables that hold a pace (CONFIG_NFT_LIMIT)", Since: "4.3", Probe: try(netdev,
+			dynamic(false, func(set string) rule { return keepsPace(set, 1) }))},
 		{Name: "nftables' sets of ranges with several parts", Since: "5.6", Probe: try(netdev, ranges)},
 		{Name: "nftables of IPv4 and IPv6 together (CONFIG_NF_TABLES_INET)", Since: "3.14", Probe: try(inet, prerouting(nil))},
 		{Name: "nftables' transparent proxies (CONFIG_NFT_TPROXY)", Since: "4.19", Probe: try(inet, prerouting(join(immediate(regTemp, big16(1)...),

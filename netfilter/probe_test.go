@@ -2,11 +2,14 @@ package netfilter
 
 import (
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-mesh/bulkhead/steer"
 	"github.com/bulkhead-mesh/bulkhead/test/oldkernel"
 )
 
@@ -38,5 +41,58 @@ func TestProbe(t *testing.T) {
 				t.Errorf("it says %q, want %q", got, c.says)
 			}
 		})
+	}
+}
+
+// What a kernel may be built without, and rules need, is asked for.
+func TestProbeCoversRules(t *testing.T) {
+	option := func(e expr.Any) string {
+		switch e := e.(type) {
+		case *expr.Limit:
+			return "CONFIG_NFT_LIMIT"
+		case *expr.Log:
+			return "CONFIG_NFT_LOG"
+		case *expr.Reject:
+			return "CONFIG_NFT_REJECT_NETDEV"
+		case *expr.TProxy:
+			return "CONFIG_NFT_TPROXY"
+		case *expr.Socket:
+			return "CONFIG_NFT_SOCKET"
+		case *expr.Hash:
+			return "CONFIG_NFT_HASH"
+		case raw:
+			if e.name == "fwd" {
+				return "CONFIG_NFT_FWD_NETDEV"
+			}
+		case *expr.Bitwise, *expr.Byteorder, *expr.Cmp, *expr.Counter, *expr.Dynset, *expr.Exthdr, *expr.Immediate, *expr.Lookup, *expr.Meta, *expr.Payload, *expr.Verdict:
+		default:
+			t.Errorf("which option of the kernel has %T?", e)
+		}
+		return "" // all of nftables have it
+	}
+	bounded := innerState{active: [steer.Generations]bool{true, true}, weight: 50, pace: 1, concurrent: 4, own: 1}
+	chains := slices.Concat(hostChains(DefaultMark, 1), whose(1, "tenant_1"), innerChains(bounded),
+		[]chain{{"prerouting", preroutingRules(1, bounded)}, {"output", outputRules(bounded)}})
+	needed := map[string]bool{}
+	for _, c := range chains {
+		for _, r := range c.rules {
+			for _, e := range r {
+				needed[option(e)] = true
+				if d, ok := e.(*expr.Dynset); ok {
+					for _, each := range d.Exprs {
+						needed[option(each)] = true
+					}
+				}
+			}
+		}
+	}
+	delete(needed, "")
+	if len(needed) != 7 {
+		t.Errorf("rules need %v", needed)
+	}
+	for o := range needed {
+		if !slices.ContainsFunc(features(), func(f steer.Feature) bool { return strings.Contains(f.Name, o) }) {
+			t.Errorf("nothing asks for %s", o)
+		}
 	}
 }
