@@ -72,7 +72,7 @@ func hostChains(pass, own uint32) []chain {
 		chain{chainBack, []rule{
 			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(setPriority(own), forward()), goTo(dropChain(dropNoTenant, false)),
 		}},
-		chain{chainRefuse, append(counted(dropUnsteered, iif), refuseTCP())},
+		chain{chainRefuse, append(counted(dropUnsteered, iif), jump(tellChain(dropUnsteered, false)), refuseTCP())},
 	)
 	for _, f := range families {
 		chains = append(chains, f.fromPod(own)...)

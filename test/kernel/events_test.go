@@ -204,6 +204,14 @@ func testEvents(t *testing.T, l *lab.Lab) {
 						e.Pod.Addr() == as && e.Pod.Port() != 0 && e.Peer == to
 				})
 			}
+			// Refused at the pod's veth.
+			tunnel := lab.At(outside, 15008)
+			if err := connectAs(t, l.A1.Namespace, l.A1.Of(family), tunnel); err == nil {
+				t.Error("connected to the tunnels' port")
+			}
+			log.await(t, "Unsteered", func(e agent.ConnectionEvent) bool {
+				return e.Event == "denied" && e.Reason == "Unsteered" && e.Way == "outbound" && e.PodUID == "a1" && e.Pod.Addr() == l.A1.Of(family) && e.Peer == tunnel
+			})
 		})
 	})
 	t.Run("a tunnel", func(t *testing.T) {
