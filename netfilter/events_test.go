@@ -163,3 +163,32 @@ func TestEventsLost(t *testing.T) {
 		check(t, again.Close())
 	})
 }
+
+// A tenant whose events can't be read is served all the same, and is read when it can be.
+func TestEventsUnread(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		r, err := d.Events(1)
+		check(t, err)
+		defer r.Close()
+		one := tenant(t, 1)
+		var other *eventSocket
+		check(t, inTenant(one.Netns, func(ns int) (err error) {
+			other, err = openLog(ns)
+			return err
+		}))
+		check(t, d.UpdateTenant(one))
+		want(t, d, nil, []uint16{1})
+		all, err := d.Counters()
+		check(t, err)
+		if all[1].EventsLost != 1 || r.Lost() != 1 || d.events.tenants[1] != nil {
+			t.Errorf("%d events are counted as lost, %d by the reader, read by %v", all[1].EventsLost, r.Lost(), d.events.tenants[1])
+		}
+		check(t, other.conn.Close())
+		check(t, d.UpdateTenant(one))
+		if d.events.tenants[1] == nil || r.Lost() != 1 {
+			t.Errorf("events are read by %v, %d are lost", d.events.tenants[1], r.Lost())
+		}
+	})
+}
