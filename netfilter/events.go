@@ -176,6 +176,25 @@ func (d *Datapath) addLost(all map[uint16]steer.Counters) error {
 	return nil
 }
 
+// keepUntold counts what wasn't told of pods' veths as lost by the tenants of the snapshot.
+// Call it before they are another tenant's, or nobody's.
+func (d *Datapath) keepUntold(s *snapshot, veths []uint32) error {
+	if len(veths) == 0 {
+		return nil
+	}
+	untold, err := d.counted(setUntold)
+	if err != nil {
+		return err
+	}
+	if err := d.forgetCounted(veths, setUntold); err != nil {
+		return err
+	}
+	for _, veth := range veths {
+		d.lost[s.tenantOf(veth)] += untold[[2]uint32{veth}]
+	}
+	return nil
+}
+
 // eventSource reads what a network namespace tells.
 type eventSource struct {
 	of     *eventReading

@@ -1,10 +1,13 @@
 package netfilter
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -190,5 +193,67 @@ func TestEventsUnread(t *testing.T) {
 		if d.events.tenants[1] == nil || r.Lost() != 1 {
 			t.Errorf("events are read by %v, %d are lost", d.events.tenants[1], r.Lost())
 		}
+	})
+}
+
+// What a veth has too much to tell stays counted for the tenant that its pod had.
+func TestUntoldStays(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		check(t, errors.Join(d.UpdateTenant(tenant(t, 1)), d.UpdateTenant(tenant(t, 2))))
+		a := pod(t, "a", 1, "10.0.0.1")
+		check(t, d.UpdatePod(a))
+		host, err := netlink.LinkByIndex(a.Ifindex)
+		check(t, err)
+		inside, err := netlink.LinkByIndex(host.Attrs().ParentIndex)
+		check(t, err)
+		check(t, errors.Join(netlink.LinkSetUp(host), netlink.LinkSetUp(inside)))
+		// SYNs from another one's address.
+		ip := slices.Concat([]byte{0x45, 3: 40, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, []byte{10, 0, 0, 9}, []byte{10, 0, 0, 10})
+		syn := []byte{0: 1, 2: 1, 12: 5 << 4, 13: 2, 19: 0}
+		frame := slices.Concat(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, 1}, binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP), ip, syn)
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+		check(t, err)
+		defer unix.Close(fd)
+		var sent, before uint64
+		flood := func() {
+			t.Helper()
+			for range 3 * deniedPerSecond {
+				check(t, unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: inside.Attrs().Index}))
+				sent++
+			}
+			for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+				all, err := d.Counters()
+				check(t, err)
+				if all[1].Dropped.Spoofed == sent {
+					if all[1].EventsLost <= before {
+						t.Fatalf("%d events are lost, %d before", all[1].EventsLost, before)
+					}
+					before = all[1].EventsLost
+					return
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("%d packets are dropped, want %d", all[1].Dropped.Spoofed, sent)
+				}
+			}
+		}
+		stays := func(what string) {
+			t.Helper()
+			all, err := d.Counters()
+			check(t, err)
+			if all[0].EventsLost != 0 || all[1].EventsLost != before || all[2].EventsLost != 0 {
+				t.Errorf("%s: %d, %d and %d events are lost, want %d of the first tenant", what, all[0].EventsLost, all[1].EventsLost, all[2].EventsLost, before)
+			}
+		}
+		flood()
+		a.Tenant = 2
+		check(t, d.UpdatePod(a))
+		stays("at another tenant")
+		a.Tenant = 1
+		check(t, d.UpdatePod(a))
+		flood()
+		check(t, d.DeletePod("a"))
+		stays("without its pod")
 	})
 }

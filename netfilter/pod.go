@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -47,7 +48,11 @@ func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 		wanted[a.Unmap()] = true
 	}
 	var lost []netip.Addr
+	var moved []uint32
 	for _, former := range ch.snap.podVeths(p.UID) {
+		if former != veth || ch.snap.tenantOf(former) != p.Tenant {
+			moved = append(moved, former)
+		}
 		for _, a := range ch.snap.podAddresses([]uint32{former}) {
 			ch.forgetAddress(former, a)
 			if !wanted[a] {
@@ -68,7 +73,7 @@ func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 			}
 		}
 	}
-	if err := d.deleteFlowsOf(lost); err != nil {
+	if err := errors.Join(d.deleteFlowsOf(lost), d.keepUntold(ch.snap, moved)); err != nil {
 		return err
 	}
 	for a := range wanted {
@@ -174,7 +179,10 @@ func (d *Datapath) deletePod(uid string) error {
 	if err := d.deleteFlowsOf(addresses); err != nil {
 		return err
 	}
-	if err := d.forgetCounted(veths, setDrops, setDirect, setUntold); err != nil {
+	if err := d.forgetCounted(veths, setDrops, setDirect); err != nil {
+		return err
+	}
+	if err := d.keepUntold(ch.snap, veths); err != nil {
 		return err
 	}
 	if err := ch.commit(); err != nil {
