@@ -76,8 +76,6 @@ type Agent struct {
 	// hits of tenants' limits, as of hitsAt.
 	hits   map[model.Tenant]tenantHits
 	hitsAt time.Time
-	// checkDue is when counts of connections are to be compared with sockets again.
-	checkDue time.Time
 	// capacityProblem is what will be full soon, as of capacityAt.
 	capacityProblem string
 	capacityAt      time.Time
@@ -188,6 +186,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 		{"Workload API", a.workloads.Serve},
 		{"meter", a.meter},
 		{"analysis", a.analyse},
+		{"count of connections", a.checkConnections},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {
 		wg.Go(func() {

@@ -1,7 +1,10 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"time"
 
@@ -86,25 +89,40 @@ func threads(tp tenantPlan, state isolation.State) (have int64, unenforced []str
 }
 
 // checkConnections compares what is counted of the connections of tenants that have a
-// bound with the kernel's sockets, and returns when it is due again. Of the loop alone.
-func (a *Agent) checkConnections(p plan) time.Duration {
-	if left := time.Until(a.checkDue); left > 0 {
-		return left
+// bound with the kernel's sockets, until ctx ends. It has a pace of its own: a tenant that
+// is near its bound is looked at every second, and nothing else for it.
+func (a *Agent) checkConnections(ctx context.Context) error {
+	for {
+		next := time.Second
+		if p, known := a.currentPlan(); known {
+			next = a.compareConnections(p)
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
 	}
+}
+
+// compareConnections does it once, and returns when it is due again.
+func (a *Agent) compareConnections(p plan) time.Duration {
 	next := resync
 	steering := a.steering()
 	for _, tp := range p.tenants {
 		s, ok := a.bulkheads.State(tp.tenant)
-		if !ok || tp.connections.Concurrent == 0 || steering.kind == v1alpha1.RedirectionEBPF && s.CgroupV2 == "" {
+		if !ok || steering.datapath == nil || tp.connections.Concurrent == 0 || steering.kind == v1alpha1.RedirectionEBPF && s.CgroupV2 == "" {
 			continue
 		}
 		again, err := steering.datapath.CheckConnections(s.Index, s.Netns)
-		if err != nil {
+		// The loop may be about to make the tenant, or to remove it.
+		if err != nil && !errors.Is(err, steer.ErrUnknownTenant) && !errors.Is(err, fs.ErrNotExist) {
 			a.log.Error("count of connections isn't checked", "tenant", tp.tenant.String(), "error", err)
 		}
 		next = min(next, again)
 	}
-	a.checkDue = time.Now().Add(next)
 	return next
 }
 

@@ -133,7 +133,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	r.capacityProblem = a.checkCapacity()
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(ctx, places, indexes, held, &r))
-	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r), a.checkConnections(p))
+	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r))
 	r.hits = a.readHits(p)
 	a.finishRound(r)
 	return next
