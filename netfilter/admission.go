@@ -34,9 +34,9 @@ const (
 	halfClosed = 10 * time.Minute
 	// resetLinger is after a peer's RST: longer than from one CheckConnections to the next.
 	resetLinger = checkSeldom + 5*time.Second
-	// released is how long an element lasts that isn't needed any more. It expires and
-	// isn't deleted, because some kernels before 6.5 never get back the room of what
-	// rules delete.
+	// released is how long an element lasts that isn't needed any more; it takes room until
+	// the kernel sweeps it. It expires and isn't deleted, because some kernels before 6.5
+	// never get back the room of what rules delete.
 	released = 10 * time.Millisecond
 )
 
@@ -215,8 +215,8 @@ func makeRooms(netns int, concurrent uint32) error {
 	return send(netns, messages)
 }
 
-// sweepPeriod is how often the kernel gives back room: until then what has ended counts,
-// and each look costs as much as there is.
+// sweepPeriod is how often the kernel is asked to give back room: until it does, what has
+// ended counts. Each look costs as much as there is.
 func sweepPeriod(size uint32) time.Duration {
 	return min(max(time.Duration(size)*50*time.Microsecond, 10*time.Millisecond), time.Second)
 }
