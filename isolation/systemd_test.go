@@ -45,6 +45,9 @@ func TestSystemdDelegates(t *testing.T) {
 		pids, err := procs("/sys/fs/cgroup/bulkhead.slice/" + unit + "/keeper")
 		return err == nil && len(pids) > 0
 	})
+	if most := systemctl(t, "show", "--property=TasksMax", "--value", unit); most != "infinity" {
+		t.Errorf("systemd lets all proxies together have %s threads", most)
+	}
 	testSystemd(t, "/bulkhead.slice/"+unit, deed{"the unit's process was killed", func() {
 		before := keeper()
 		pid, err := strconv.Atoi(before)
