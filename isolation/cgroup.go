@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,8 +34,11 @@ type cgroups struct {
 	hierarchies []hierarchy
 	// quota of all tenants together, in thousandths of a CPU; 0 is none.
 	quota atomic.Int64
-	// all are the limits of all tenants together, nil before there are any.
-	all atomic.Pointer[Limits]
+
+	// limitingAll orders writes of the limits of all tenants together.
+	limitingAll sync.Mutex
+	// all are these limits, nil before there are any.
+	all *Limits
 }
 
 var limiting = []string{"cpu", "memory", "pids"}
@@ -103,7 +107,7 @@ func (h *hierarchy) prepare(name string) (err error) {
 // something in there.
 func (h *hierarchy) makeFolder(name string) (controllers []string, err error) {
 	dir := filepath.Join(h.mount, name)
-	if _, err := h.mkdir(dir); err != nil {
+	if err := h.mkdir(dir); err != nil {
 		return nil, err
 	}
 	if !h.v2 {
@@ -143,11 +147,9 @@ func (h *hierarchy) makeFolder(name string) (controllers []string, err error) {
 
 // mkdir creates a cgroup that processes can join, if it isn't there: version 1's cpuset
 // begins without CPUs and memory.
-func (h *hierarchy) mkdir(dir string) (made bool, err error) {
-	if err := os.Mkdir(dir, 0o755); err == nil {
-		made = true
-	} else if !errors.Is(err, fs.ErrExist) {
-		return false, fmt.Errorf("create cgroup: %w", err)
+func (h *hierarchy) mkdir(dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("create cgroup: %w", err)
 	}
 	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
 		have, err := os.ReadFile(filepath.Join(dir, file))
@@ -156,13 +158,13 @@ func (h *hierarchy) mkdir(dir string) (made bool, err error) {
 		}
 		parent, err := os.ReadFile(filepath.Join(filepath.Dir(dir), file))
 		if err != nil {
-			return made, fmt.Errorf("read cgroup: %w", err)
+			return fmt.Errorf("read cgroup: %w", err)
 		}
 		if err := writeFile(filepath.Join(dir, file), strings.TrimSpace(string(parent))); err != nil {
-			return made, fmt.Errorf("set up cgroup: %w", err)
+			return fmt.Errorf("set up cgroup: %w", err)
 		}
 	}
-	return made, nil
+	return nil
 }
 
 func (c *cgroups) dirs(tenant string) (dirs []string) {
@@ -192,30 +194,31 @@ func (c *cgroups) dir(tenant, controller string) (dir string, v2 bool) {
 	return "", false
 }
 
-// ensure creates the tenant's cgroups that aren't there, and says whether it had to: it
-// has no limits then. systemd takes those without a process away when the unit is stopped
-// that they are in.
-func (c *cgroups) ensure(tenant string) (made bool, err error) {
-	folder := false
+// ensure creates the tenant's cgroups that aren't there, without limits of its own, and
+// has those of all tenants together in force. systemd takes cgroups without a process
+// away when the unit is stopped that they are in.
+func (c *cgroups) ensure(tenant string) error {
 	for i := range c.hierarchies {
 		h := &c.hierarchies[i]
 		dir := filepath.Join(h.mount, c.name, tenant)
-		fresh, err := h.mkdir(dir)
+		err := h.mkdir(dir)
 		if errors.Is(err, fs.ErrNotExist) {
-			folder = true
 			if _, err = h.makeFolder(c.name); err == nil {
-				fresh, err = h.mkdir(dir)
+				err = h.mkdir(dir)
 			}
 		}
 		if err != nil {
-			return made, err
+			return err
 		}
-		made = made || fresh
 	}
-	if all := c.all.Load(); folder && all != nil {
-		return made, c.limit(everyone, *all)
+	c.limitingAll.Lock()
+	defer c.limitingAll.Unlock()
+	if c.all == nil {
+		return nil
 	}
-	return made, nil
+	// Each time: whoever made the folder may have failed then.
+	_, err := c.write(everyone, *c.all)
+	return err
 }
 
 // join moves a process, as the manager sees its pid.

@@ -21,7 +21,7 @@ func (m *Manager) LimitAll(l Limits) error {
 	if l.CPUMillis > 0 && (before == 0 || l.CPUMillis < before) {
 		errs = append(errs, m.limitEach())
 	}
-	errs = append(errs, m.cgroups.limit(everyone, l))
+	errs = append(errs, m.cgroups.limitAll(l))
 	if before > 0 && (l.CPUMillis == 0 || l.CPUMillis > before) {
 		errs = append(errs, m.limitEach())
 	}
@@ -41,7 +41,7 @@ func (m *Manager) limitEach() error {
 			errs = append(errs, err)
 			continue
 		}
-		errs = append(errs, m.cgroups.limit(t.file, t.wantedLimits()))
+		errs = append(errs, t.limit())
 		t.op.Unlock()
 	}
 	return errors.Join(errs...)

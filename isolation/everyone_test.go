@@ -149,3 +149,52 @@ func TestCgroupsComeBack(t *testing.T) {
 		t.Error("the process isn't in all of its tenant's cgroups")
 	}
 }
+
+// A proxy starts with its limits, whatever has become of them since they were set: one
+// start may have made the cgroup and failed before it had any.
+func TestEachStartIsLimited(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	all, own := Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}, Limits{CPUWeight: 300, CPUMillis: 300, MemoryMax: 200 << 20, Pids: 100}
+	if err := m.LimitAll(all); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: own, Generations: []Generation{{1, standinVersion}}}); err != nil {
+		t.Fatal(err)
+	}
+	p := n.waitLive(m, tenantA, 0)
+	for _, of := range []string{tenantA.FileName(), everyone} {
+		if refused, failed := m.cgroups.write(of, Limits{}); refused != nil || failed != nil {
+			t.Fatal(refused, failed)
+		}
+	}
+	if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	n.waitLive(m, tenantA, p.PID)
+	if s, _ := m.State(tenantA); s.Limits != own {
+		t.Errorf("limits are %+v", s.Limits)
+	}
+	if have, _ := m.AllLimits(); have.CPUMillis != all.CPUMillis || have.MemoryMax != all.MemoryMax || have.Pids != all.Pids {
+		t.Errorf("limits of all are %+v", have)
+	}
+}
+
+// A limit that can't be written isn't one that the kernel refuses.
+func TestLimitsRefusedAndFailed(t *testing.T) {
+	m := newNode(t).open()
+	const tenant = "bhi-limits"
+	if err := m.cgroups.ensure(tenant); err != nil {
+		t.Fatal(err)
+	}
+	if refused, failed := m.cgroups.write(tenant, Limits{Pids: 1 << 40}); refused == nil || failed != nil {
+		t.Errorf("of too many threads: refused %v, failed %v", refused, failed)
+	}
+	if err := m.cgroups.remove(tenant); err != nil {
+		t.Fatal(err)
+	}
+	if refused, failed := m.cgroups.write(tenant, Limits{}); refused != nil || failed == nil {
+		t.Errorf("without a cgroup: refused %v, failed %v", refused, failed)
+	}
+}

@@ -122,17 +122,36 @@ func (l Limits) wants(controller string) bool {
 // limit applies all that it can, and says what it couldn't.
 func (c *cgroups) limit(tenant string, l Limits) error {
 	var errs []error
-	of := tenant
-	if tenant == everyone {
-		of = "all tenants"
-		c.all.Store(&l)
+	for _, controller := range limiting {
+		if dir, _ := c.dir(tenant, controller); dir == "" && l.wants(controller) {
+			errs = append(errs, fmt.Errorf("limit %s of %s: the node has no cgroup controller for it", controller, whose(tenant)))
+		}
 	}
+	refused, failed := c.write(tenant, l)
+	return errors.Join(append(errs, refused, failed)...)
+}
+
+// limitAll does so for all tenants together, and ensure from then on.
+func (c *cgroups) limitAll(l Limits) error {
+	c.limitingAll.Lock()
+	defer c.limitingAll.Unlock()
+	c.all = &l
+	return c.limit(everyone, l)
+}
+
+func whose(tenant string) string {
+	if tenant == everyone {
+		return "all tenants"
+	}
+	return tenant
+}
+
+// write applies all that the node has a controller for. It tells values that the kernel
+// refuses, which keeps those that it had, from what else failed.
+func (c *cgroups) write(tenant string, l Limits) (refused, failed error) {
 	for _, controller := range limiting {
 		dir, v2 := c.dir(tenant, controller)
 		if dir == "" {
-			if l.wants(controller) {
-				errs = append(errs, fmt.Errorf("limit %s of %s: the node has no cgroup controller for it", controller, of))
-			}
 			continue
 		}
 		own := l
@@ -145,12 +164,18 @@ func (c *cgroups) limit(tenant string, l Limits) error {
 		}
 		for _, s := range own.settings(controller, tenant, v2) {
 			err := writeFile(filepath.Join(dir, s.file), s.value)
-			if err != nil && !(s.optional && notThere(err)) {
-				errs = append(errs, fmt.Errorf("limit %s of %s to %s: %w", controller, of, s.value, err))
+			if err == nil || s.optional && notThere(err) {
+				continue
+			}
+			told := fmt.Errorf("limit %s of %s to %s: %w", controller, whose(tenant), s.value, err)
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ERANGE) || errors.Is(err, unix.EBUSY) {
+				refused = errors.Join(refused, told)
+			} else {
+				failed = errors.Join(failed, told)
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return refused, failed
 }
 
 // notThere reports whether a kernel says with err that it lacks a control file.

@@ -108,7 +108,7 @@ func newManager(o Options) (*Manager, error) {
 	}
 	m.all = m.cgroups.limits(everyone)
 	all := m.all
-	m.cgroups.all.Store(&all)
+	m.cgroups.all = &all
 	m.cgroups.quota.Store(m.all.CPUMillis)
 	m.versions.digest = m.neutralDigest
 	if m.indexes, err = openIndexes(o.LibDir); err != nil {

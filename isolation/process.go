@@ -282,14 +282,11 @@ func (p *process) start() (*running, error) {
 	if err := m.o.makeXDSDir(t.name, s.Generation, t.uid()); err != nil {
 		return nil, err
 	}
-	made, err := m.cgroups.ensure(t.file)
-	if err != nil {
+	if err := m.cgroups.ensure(t.file); err != nil {
 		return nil, err
 	}
-	if made {
-		if err := m.cgroups.limit(t.file, t.wantedLimits()); err != nil {
-			m.log.Warn("tenant has no limits in a cgroup that was gone", "tenant", t.name.String(), "error", err)
-		}
+	if err := t.limitAgain(); err != nil {
+		return nil, err
 	}
 	log, err := m.o.openLog(t.name, s.Generation, t.uid())
 	if err != nil {

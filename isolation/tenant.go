@@ -82,6 +82,8 @@ type tenant struct {
 
 	// saving orders writes of the state file.
 	saving sync.Mutex
+	// limiting orders writes of limits, so that the last are those that are wanted.
+	limiting sync.Mutex
 
 	mu        sync.Mutex
 	index     uint16
@@ -114,6 +116,22 @@ func (t *tenant) wantedLimits() Limits {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.limits
+}
+
+// limit has the kernel enforce the wanted limits, all that it can.
+func (t *tenant) limit() error {
+	t.limiting.Lock()
+	defer t.limiting.Unlock()
+	return t.m.cgroups.limit(t.file, t.wantedLimits())
+}
+
+// limitAgain does so before a start, in whatever cgroup there is then. It passes over
+// what limit tells at each update: that the node can't hold a limit, or refuses a value.
+func (t *tenant) limitAgain() error {
+	t.limiting.Lock()
+	defer t.limiting.Unlock()
+	_, err := t.m.cgroups.write(t.file, t.wantedLimits())
+	return err
 }
 
 func (t *tenant) wantedWorkers() int {
@@ -249,7 +267,7 @@ func (t *tenant) prepare(mtu int) error {
 	if err := t.persist(); err != nil {
 		return err
 	}
-	if _, err := t.m.cgroups.ensure(t.file); err != nil {
+	if err := t.m.cgroups.ensure(t.file); err != nil {
 		return err
 	}
 	if err := ensureNetns(t.netns()); err != nil {
@@ -271,7 +289,7 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	t.limits, t.workers = s.Limits, s.Workers
 	t.mu.Unlock()
 	// A limit that the kernel refuses is a problem and no reason to have no proxy.
-	errs := []error{t.m.cgroups.limit(t.file, s.Limits), t.setBandwidth(s.Bandwidth)}
+	errs := []error{t.limit(), t.setBandwidth(s.Bandwidth)}
 	generations, err := t.possible(s.Generations)
 	errs = append(errs, err)
 	t.removeUnwanted(generations, s.Drain)

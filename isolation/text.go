@@ -27,7 +27,7 @@ func (m *Manager) neutralDigest(tree string) (string, error) {
 	if _, err := os.Stat(tree); err != nil {
 		return "", err
 	}
-	if _, err := m.cgroups.ensure(textCgroup); err != nil {
+	if err := m.cgroups.ensure(textCgroup); err != nil {
 		return "", err
 	}
 	config, err := json.Marshal(initConfig{ReadTree: tree})
