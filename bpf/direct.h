@@ -12,7 +12,8 @@
 struct other_flow {
 	struct addr pod, peer;
 	__u32 ifindex;
-	// 0 of what has none. The echo's identifier is the pod's.
+	// What conntrack tells flows apart by. Of ICMP the pod's is the identifier, and the
+	// peer's type and code; of GRE version 1 the peer's is the call. 0 of what has none.
 	__be16 pod_port, peer_port;
 	__u8 protocol;
 	__u8 pad[3];
@@ -52,6 +53,18 @@ static __always_inline int has_ports(__u8 protocol)
 	return protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE || protocol == IPPROTO_SCTP || protocol == IPPROTO_DCCP;
 }
 
+// gre_call is 0 but for version 1, PPTP's.
+static __always_inline __be16 gre_call(struct __sk_buff *skb, __u32 offset)
+{
+	struct {
+		__u8 flags, version;
+		__be16 protocol, length, call;
+	} gre;
+	if (bpf_skb_load_bytes(skb, offset, &gre, sizeof(gre)) || (gre.version & 7) != 1)
+		return 0;
+	return gre.call;
+}
+
 static __always_inline __u32 direct_rate(__u32 tenant)
 {
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
@@ -84,7 +97,10 @@ static __noinline int may_begin_other(struct __sk_buff *skb, const struct packet
 		__u8 type = 0;
 		if (bpf_skb_load_bytes(skb, p->offset, &type, sizeof(type)) || !is_request(f.protocol, type))
 			return 1;
-		bpf_skb_load_bytes(skb, p->offset + 4, ports, sizeof(ports[0]));
+		bpf_skb_load_bytes(skb, p->offset + 4, &ports[0], sizeof(ports[0]));
+		bpf_skb_load_bytes(skb, p->offset, &ports[1], sizeof(ports[1]));
+	} else if (f.protocol == IPPROTO_GRE) {
+		ports[1] = gre_call(skb, p->offset);
 	} else if (has_ports(f.protocol)) {
 		bpf_skb_load_bytes(skb, p->offset, ports, sizeof(ports));
 	}

@@ -155,6 +155,12 @@ func TestDirectPace(t *testing.T) {
 		for name, send := range map[string]func(i int){
 			"SYNs to the node": func(int) { synTo(t, m.a.namespace, at(node.of(family), 5302)) },
 			"echo requests":    func(i int) { echoRequest(t, m.a.namespace, to.Addr(), uint16(i)) },
+			"codes of an echo request": func(i int) {
+				raw(t, m.a.namespace, icmp(to.Addr()), to.Addr(), []byte{echoType(to.Addr()), byte(i), 0, 0, 1, 1, 0, 0})
+			},
+			"calls of GRE": func(i int) {
+				raw(t, m.a.namespace, syscall.IPPROTO_GRE, to.Addr(), []byte{0x20, 1, 0x88, 0x0b, 0, 0, 1, byte(i)})
+			},
 			"another protocol": func(i int) { raw(t, m.a.namespace, 253, destination(to.Addr(), i), []byte("0123456789")) },
 		} {
 			was := dropped()
@@ -199,11 +205,21 @@ func destination(a netip.Addr, i int) netip.Addr {
 
 func echoRequest(t *testing.T, n *namespace, to netip.Addr, id uint16) {
 	t.Helper()
-	protocol, kind := syscall.IPPROTO_ICMP, byte(8)
-	if to.Is6() {
-		protocol, kind = syscall.IPPROTO_ICMPV6, 128
+	raw(t, n, icmp(to), to, []byte{echoType(to), 0, 0, 0, byte(id >> 8), byte(id), 0, 0})
+}
+
+func icmp(a netip.Addr) (protocol int) {
+	if a.Is6() {
+		return syscall.IPPROTO_ICMPV6
 	}
-	raw(t, n, protocol, to, []byte{kind, 0, 0, 0, byte(id >> 8), byte(id), 0, 0})
+	return syscall.IPPROTO_ICMP
+}
+
+func echoType(a netip.Addr) byte {
+	if a.Is6() {
+		return 128
+	}
+	return 8
 }
 
 // raw sends a packet behind an IP header of the kernel's.
