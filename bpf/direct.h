@@ -50,7 +50,7 @@ static __always_inline int is_request(__u8 protocol, __u8 type)
 
 static __always_inline int has_ports(__u8 protocol)
 {
-	return protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE || protocol == IPPROTO_SCTP || protocol == IPPROTO_DCCP;
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE || protocol == IPPROTO_SCTP || protocol == IPPROTO_DCCP;
 }
 
 // gre_call is 0 but for version 1, PPTP's.
@@ -81,7 +81,8 @@ static __noinline int may_begin(__u32 tenant)
 	return l && in_time(l, &l->direct_due, rate);
 }
 
-// may_begin_other is the same for a packet that isn't TCP, and may go on with a flow. Of
+// may_begin_other is the same for a packet that may go on with a flow: one that isn't TCP,
+// or TCP to the node itself, of which conntrack takes more than SYNs for a beginning. Of
 // a packet in fragments the first has the ports; without it nothing is put together.
 static __noinline int may_begin_other(struct __sk_buff *skb, const struct packet *p, __u32 tenant)
 {
@@ -106,7 +107,8 @@ static __noinline int may_begin_other(struct __sk_buff *skb, const struct packet
 	}
 	f.pod_port = ports[0];
 	f.peer_port = ports[1];
-	if (bpf_map_lookup_elem(&begun, &f) || bpf_map_lookup_elem(&answered, &f))
+	// A SYN begins another one in any case.
+	if (!opens(p) && (bpf_map_lookup_elem(&begun, &f) || bpf_map_lookup_elem(&answered, &f)))
 		return 1;
 	if (!may_begin(tenant))
 		return 0;

@@ -13,6 +13,34 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
+// Connections that are excluded are paced before they are written down: what follows a
+// dropped SYN doesn't pass in the clear, and nobody is told that it was opened.
+func TestExcludedPace(t *testing.T) {
+	const rate, flood = 30, 300
+	m := newMesh(t)
+	m.one.Connections = steer.ConnectionLimits{DirectPerSecond: rate}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 5304}}))
+	eachFamily(t, func(t *testing.T, family int) {
+		before, counted, written, begun := m.counters(1), m.pod1("a").Direct, size(t, m.d.maps[datapathMapFlows]), time.Now()
+		sent, passed, dropped := 0, 0, 0
+		for ; sent < flood || passed == 0 && time.Since(begun) < patience; sent++ {
+			raw(t, m.a.namespace, syscall.IPPROTO_TCP, remoteAddresses.of(family), segment(uint16(20000+sent), 5304, tcpSYN))
+			now := m.counters(1)
+			passed, dropped = int(now.Excluded-before.Excluded), int(now.Dropped.DirectTooFast-before.Dropped.DirectTooFast)
+		}
+		if most := int(rate*(1+time.Since(begun).Seconds())) + 1; passed+dropped != sent || passed == 0 || passed > most {
+			t.Errorf("of %d connections %d passed, at most %d at %d a second, and %d were dropped", sent, passed, most, rate, dropped)
+		}
+		if n := int(m.pod1("a").Direct - counted); n != passed {
+			t.Errorf("%d are counted as opened, %d passed", n, passed)
+		}
+		if n := size(t, m.d.maps[datapathMapFlows]) - written; n != passed {
+			t.Errorf("%d are written down, %d passed", n, passed)
+		}
+	})
+}
+
 // receiving counts the datagrams on a UDP port of a namespace, and answers them or not.
 func receiving(t *testing.T, n *namespace, port int, answers bool) *atomic.Int64 {
 	t.Helper()
@@ -83,6 +111,7 @@ func TestDirectPace(t *testing.T) {
 	unanswered := receiving(t, m.remote, 5303, false)
 	node := nodeAddresses
 	serve(t, nil, 5302)
+	serve(t, m.a.namespace, 5305)
 	eachFamily(t, func(t *testing.T, family int) {
 		to := at(remoteAddresses.of(family), 5300)
 		direct(0)
@@ -151,6 +180,21 @@ func TestDirectPace(t *testing.T) {
 			t.Errorf("%d packets of flows that had begun were dropped", n)
 		}
 
+		// Connections with the node: what has begun, and what the node begins.
+		held, _, err := dial(t, m.a.namespace, netip.AddrPort{}, at(node.of(family), 5302))
+		check(t, err)
+		was = dropped()
+		for range 3 * rate {
+			check(t, echo(held, 1))
+			c, _, err := dial(t, nil, netip.AddrPort{}, at(m.a.of(family), 5305))
+			check(t, err)
+			check(t, echo(c, 1))
+			check(t, c.Close())
+		}
+		if n := dropped() - was; n != 0 {
+			t.Errorf("of connections with the node %d packets were dropped", n)
+		}
+
 		// Connections to the node itself, echo requests, and protocols without ports.
 		for name, send := range map[string]func(i int){
 			"SYNs to the node": func(int) { synTo(t, m.a.namespace, at(node.of(family), 5302)) },
@@ -161,9 +205,20 @@ func TestDirectPace(t *testing.T) {
 			"calls of GRE": func(i int) {
 				raw(t, m.a.namespace, syscall.IPPROTO_GRE, to.Addr(), []byte{0x20, 1, 0x88, 0x0b, 0, 0, 1, byte(i)})
 			},
+			"SYNs from one port": func(int) {
+				raw(t, m.a.namespace, syscall.IPPROTO_TCP, node.of(family), segment(30000, 5302, tcpSYN))
+			},
+			"packets to the node without a SYN": func(i int) {
+				raw(t, m.a.namespace, syscall.IPPROTO_TCP, node.of(family), segment(uint16(20000+i), 5302, tcpACK))
+			},
 			"another protocol": func(i int) { raw(t, m.a.namespace, 253, destination(to.Addr(), i), []byte("0123456789")) },
 		} {
-			was := dropped()
+			// Once one has begun, the others count by themselves.
+			was := dropped() - 1
+			for deadline := time.Now().Add(patience); dropped() > was && time.Now().Before(deadline); {
+				was = dropped()
+				send(4 * rate)
+			}
 			for i := range 4 * rate {
 				send(i)
 			}
@@ -193,6 +248,16 @@ func synTo(t *testing.T, n *namespace, to netip.AddrPort) {
 			c.Close()
 		}
 	})
+}
+
+const (
+	tcpSYN = 2
+	tcpACK = 16
+)
+
+// segment is a TCP header, whose checksum is wrong: nobody answers.
+func segment(from, to uint16, flags byte) []byte {
+	return []byte{byte(from >> 8), byte(from), byte(to >> 8), byte(to), 0, 0, 0, 1, 0, 0, 0, 1, 5 << 4, flags, 255, 255, 0, 0, 0, 0}
 }
 
 // destination is another address of the same /24 or /64 for each i.

@@ -106,6 +106,7 @@ static __noinline int is_former(__u32 tenant, const struct addr *pod)
 // What becomes of a packet, if it isn't a tenant's index or DIRECT.
 #define IS_MIDSTREAM (-1)
 #define FLOWS_FULL (-2)
+#define DIRECT_TOO_FAST (-3)
 
 static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound)
 {
@@ -205,7 +206,7 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 }
 
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
-// IS_MIDSTREAM or FLOWS_FULL. by is the tenant that sent it, if one did.
+// IS_MIDSTREAM, FLOWS_FULL or DIRECT_TOO_FAST. by is the tenant that sent it, if one did.
 static __always_inline int belongs_to(const struct packet *p, const struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
 {
 	__u32 tenant = pod->tenant;
@@ -237,11 +238,15 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	int direct = tenant == DIRECT;
 	// Tunnels end at the tenant in any case: the pod doesn't speak it.
 	int may = !direct && (from_pod || f->pod_port != HBONE_PORT);
-	if (may && excluded(f, pod->ifindex, from_pod)) {
+	int leaves = may && excluded(f, pod->ifindex, from_pod), bypassed = may && !leaves && pod->bypass;
+	// Before it is written down, or what follows would pass in the clear.
+	if ((leaves || bypassed) && from_pod && !may_begin(tenant))
+		return DIRECT_TOO_FAST;
+	if (leaves) {
 		direct = 1;
 		if (c)
 			c->excluded++;
-	} else if (may && pod->bypass) {
+	} else if (bypassed) {
 		direct = 1;
 		if (c)
 			c->bypassed++;

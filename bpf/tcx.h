@@ -174,7 +174,7 @@ int from_pod(struct __sk_buff *skb)
 	if (count)
 		count->bytes_sent += bytes;
 	if (is_node_address(&p.destination)) {
-		if (opens(&p) && !may_begin(tenant))
+		if (!may_begin_other(skb, &p, tenant))
 			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
 		return NEXT;
 	}
@@ -185,11 +185,10 @@ int from_pod(struct __sk_buff *skb)
 	if (to_self)
 		f.peer = p.source; // as its tenant sees it
 	int owner = belongs_to(&p, &f, pod, 1, 0, bytes);
-	if (owner == DIRECT) {
-		if (opens(&p) && !may_begin(tenant))
-			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
+	if (owner == DIRECT)
 		return NEXT;
-	}
+	if (owner == DIRECT_TOO_FAST)
+		return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
 	if (owner == IS_MIDSTREAM)
 		return drop(&p, tenant, ifindex, midstream, WAY_OUTBOUND);
 	if (owner == FLOWS_FULL)
@@ -250,6 +249,8 @@ int to_pod(struct __sk_buff *skb)
 	if (parsed == NOT_IP)
 		return NEXT;
 	if (p.protocol == IPPROTO_TCP) {
+		if (is_node_address(&p.source))
+			remember_other(skb, &p, tenant);
 		if (made_here)
 			return received(skb, ifindex);
 		tcp = 1;
