@@ -39,6 +39,18 @@ func TestExcludedPace(t *testing.T) {
 			t.Errorf("%d are written down, %d passed", n, passed)
 		}
 	})
+
+	// The emergency bypass is for everything that a proxy would have.
+	m.a.Bypass = true
+	check(t, m.d.UpdatePod(m.a.Pod))
+	before := m.counters(1)
+	for i := range flood {
+		raw(t, m.a.namespace, syscall.IPPROTO_TCP, remoteAddresses.v4, segment(uint16(20000+i), 5306, tcpSYN))
+	}
+	now := m.counters(1)
+	if passed, dropped := now.Bypassed-before.Bypassed, now.Dropped.DirectTooFast-before.Dropped.DirectTooFast; passed != flood || dropped != 0 {
+		t.Errorf("of %d connections %d pass by the proxy, and %d were dropped", flood, passed, dropped)
+	}
 }
 
 // receiving counts the datagrams on a UDP port of a namespace, and answers them or not.

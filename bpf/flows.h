@@ -238,15 +238,15 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	int direct = tenant == DIRECT;
 	// Tunnels end at the tenant in any case: the pod doesn't speak it.
 	int may = !direct && (from_pod || f->pod_port != HBONE_PORT);
-	int leaves = may && excluded(f, pod->ifindex, from_pod), bypassed = may && !leaves && pod->bypass;
-	// Before it is written down, or what follows would pass in the clear.
-	if ((leaves || bypassed) && from_pod && !may_begin(tenant))
-		return DIRECT_TOO_FAST;
-	if (leaves) {
+	if (may && excluded(f, pod->ifindex, from_pod)) {
+		// Before it is written down, or what follows would pass in the clear.
+		if (from_pod && !may_begin(tenant))
+			return DIRECT_TOO_FAST;
 		direct = 1;
 		if (c)
 			c->excluded++;
-	} else if (bypassed) {
+	} else if (may && pod->bypass) {
+		// At no pace: the bound is for what passes beside a proxy that works.
 		direct = 1;
 		if (c)
 			c->bypassed++;
