@@ -303,6 +303,9 @@ func (s *stream) event(e upstreamEvent) error {
 	case e.stream != nil:
 		s.up, s.endUp, s.epoch, s.started = e.stream, e.end, s.epoch+1, map[string]bool{}
 		for typeURL, sub := range s.subs {
+			if s.up == nil {
+				break // it ended while it was told
+			}
 			if typeURL != TypeSecret && !sub.idle() {
 				s.resume(typeURL)
 			}
