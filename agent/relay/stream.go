@@ -302,11 +302,8 @@ func (s *stream) event(e upstreamEvent) error {
 	switch {
 	case e.stream != nil:
 		s.up, s.endUp, s.epoch, s.started = e.stream, e.end, s.epoch+1, map[string]bool{}
-		for typeURL, sub := range s.subs {
-			if s.up == nil {
-				break // it ended while it was told
-			}
-			if typeURL != TypeSecret && !sub.idle() {
+		for typeURL := range s.subs {
+			if typeURL != TypeSecret {
 				s.resume(typeURL)
 			}
 		}
@@ -366,9 +363,11 @@ func (s *stream) send(p sent, version string) error {
 	})
 }
 
+// resume tells the operator's stream of a type, unless there is nothing to tell or that
+// stream has ended, maybe while it was told of another.
 func (s *stream) resume(typeURL string) {
 	sub := s.subs[typeURL]
-	if sub.idle() {
+	if s.up == nil || sub.idle() {
 		return
 	}
 	r := sub.resume(typeURL)
