@@ -140,7 +140,7 @@ func (f family) takeRoom(forAll *nftables.Set, forPods, ended []*nftables.Set) [
 // leaveRoom is for packets with FIN or RST.
 func (f family) leaveRoom(rooms, ended []*nftables.Set, toTenant bool) (rules []rule) {
 	is, done := f.connection(toTenant), verdict(expr.VerdictReturn, "")
-	reset := join(flags(0x04), differs(regTemp, 0))
+	reset := resets()
 	sent, other := ended[0].Name, ended[1].Name
 	if !toTenant {
 		sent, other = other, sent

@@ -65,10 +65,7 @@ func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 		d.mu.Lock()
 		r.closing = true
 		cancel()
-		errs := []error{r.node.close(d.lost)}
-		for _, s := range r.tenants {
-			errs = append(errs, s.close(d.lost))
-		}
+		err := r.closeSources(d.lost)
 		d.mu.Unlock()
 		r.ending.Wait()
 		close(r.c)
@@ -77,7 +74,7 @@ func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 		if d.events == r {
 			d.events = nil
 		}
-		return errors.Join(errs...)
+		return err
 	})
 	err := r.open(0, 0)
 	if err == nil {
@@ -89,13 +86,23 @@ func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 	if err != nil {
 		cancel()
 		d.events = nil
-		for _, s := range append(slices.Collect(maps.Values(r.tenants)), r.node) {
-			err = errors.Join(err, s.close(d.lost))
-		}
+		err = errors.Join(err, r.closeSources(d.lost))
 		r.ending.Wait()
 		return nil, fmt.Errorf("read events: %w", err)
 	}
 	return r.reader, nil
+}
+
+// sources are all that read; the node's is nil if it couldn't be opened.
+func (r *eventReading) sources() []*eventSource {
+	return append(slices.Collect(maps.Values(r.tenants)), r.node)
+}
+
+func (r *eventReading) closeSources(lost map[uint16]uint64) (err error) {
+	for _, s := range r.sources() {
+		err = errors.Join(err, s.close(lost))
+	}
+	return err
 }
 
 // closeEvents ends the reader that there may be.
@@ -157,16 +164,15 @@ func (d *Datapath) addLost(all map[uint16]steer.Counters) error {
 			all[index] = c
 		}
 	}
-	s, err := d.snapshotNow()
-	if err != nil {
+	if _, err := d.snapshotNow(); err != nil {
 		return err
 	}
-	pods := directoryOf(s)
+	pods := d.pods.Load()
 	for k, n := range untold {
 		add(pods.at(k[0]).tenant, n)
 	}
 	if r := d.events; r != nil && !r.closing {
-		for _, s := range append(slices.Collect(maps.Values(r.tenants)), r.node) {
+		for _, s := range r.sources() {
 			s.count(d.lost)
 		}
 	}
