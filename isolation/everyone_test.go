@@ -100,19 +100,26 @@ func TestLimitAll(t *testing.T) {
 	}
 }
 
-// Whoever takes cgroups without a process away, as systemd does with a unit's: the next
-// process has them again, with all limits.
-func TestCgroupsComeBack(t *testing.T) {
-	n := newNode(t)
+// limitedTenant has a tenant with limits of its own, on a node with limits of all.
+func limitedTenant(t *testing.T) (n *node, m *Manager, all, own Limits) {
+	t.Helper()
+	n = newNode(t)
 	n.useStandin(nil, standinTargets{})
-	m := n.open()
-	all, own := Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}, Limits{CPUWeight: 300, CPUMillis: 300, MemoryMax: 200 << 20, Pids: 100}
+	m = n.open()
+	all, own = Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}, Limits{CPUWeight: 300, CPUMillis: 300, MemoryMax: 200 << 20, Pids: 100}
 	if err := m.LimitAll(all); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: own, Generations: []Generation{{1, standinVersion}}}); err != nil {
 		t.Fatal(err)
 	}
+	return n, m, all, own
+}
+
+// Whoever takes cgroups without a process away, as systemd does with a unit's: the next
+// process has them again, with all limits.
+func TestCgroupsComeBack(t *testing.T) {
+	n, m, all, own := limitedTenant(t)
 	if err := m.cgroups.remove(textCgroup); err != nil {
 		t.Fatal(err)
 	}
@@ -153,16 +160,7 @@ func TestCgroupsComeBack(t *testing.T) {
 // A proxy starts with its limits, whatever has become of them since they were set: one
 // start may have made the cgroup and failed before it had any.
 func TestEachStartIsLimited(t *testing.T) {
-	n := newNode(t)
-	n.useStandin(nil, standinTargets{})
-	m := n.open()
-	all, own := Limits{CPUMillis: 400, MemoryMax: 512 << 20, Pids: 200}, Limits{CPUWeight: 300, CPUMillis: 300, MemoryMax: 200 << 20, Pids: 100}
-	if err := m.LimitAll(all); err != nil {
-		t.Fatal(err)
-	}
-	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: own, Generations: []Generation{{1, standinVersion}}}); err != nil {
-		t.Fatal(err)
-	}
+	n, m, all, own := limitedTenant(t)
 	p := n.waitLive(m, tenantA, 0)
 	for _, of := range []string{tenantA.FileName(), everyone} {
 		if refused, failed := m.cgroups.write(of, Limits{}); refused != nil || failed != nil {
