@@ -55,15 +55,8 @@ func smallImage(t *testing.T, version string) v1.Image {
 // TestBadImages asks for images that no node can have: the rollout's condition and an
 // event have the reason, and nothing changes on any node.
 func TestBadImages(t *testing.T) {
-	for _, tenant := range tenants {
-		onlyVersion(t, tenant, newEnvoy)
-	}
-	e.goesOn(t)
-	registry, err := newRegistry(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer registry.Close()
+	allServe(t)
+	registry := startRegistry(t)
 	const version = "1.40.9"
 	push := func(t *testing.T, version string) string {
 		t.Helper()

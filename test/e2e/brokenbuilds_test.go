@@ -120,15 +120,8 @@ func serveRequests(t *testing.T, from harness.Pod) string {
 // everywhere before more than its share of the connections has seen it, and
 // everybody is told why.
 func TestBrokenBuilds(t *testing.T) {
-	for _, tenant := range tenants {
-		onlyVersion(t, tenant, newEnvoy)
-	}
-	e.goesOn(t)
-	registry, err := newRegistry(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer registry.Close()
+	allServe(t)
+	registry := startRegistry(t)
 	e.removeIn(t, "e2e-b", "isolationpolicy", "e2e-analysis")
 	if err := e.Apply(t.Context(), "apiVersion: mesh.bulkhead.dev/v1alpha1\nkind: IsolationPolicy\nmetadata: {name: e2e-analysis, namespace: e2e-b}\nspec: {memory: {max: 240Mi}}\n"); err != nil {
 		t.Fatal(err)

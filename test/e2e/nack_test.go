@@ -45,11 +45,7 @@ func TestEnvoyRefuses(t *testing.T) {
 	for _, tenant := range tenants {
 		onlyVersion(t, tenant, newEnvoy)
 	}
-	registry, err := newRegistry(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer registry.Close()
+	registry := startRegistry(t)
 	image := brokenEnvoy(t, registry, "1.40.5", "e2e-b", fmt.Sprintf("REFUSES=%q", bad))
 	rollOut(t, "e2e-refuses", fmt.Sprintf("version: 1.40.5, image: %q", image), "{weight: 100}")
 	phase(t, "e2e-refuses", v1alpha1.RolloutSucceeded)
@@ -119,7 +115,7 @@ func TestEnvoyRefuses(t *testing.T) {
 		}
 		return kinds, nil
 	}
-	err = harness.Wait(t.Context(), duration, 100*time.Millisecond, "the Service and its tenant to be told", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), duration, 100*time.Millisecond, "the Service and its tenant to be told", func(ctx context.Context) error {
 		c, err := served(ctx)
 		if err != nil {
 			return err

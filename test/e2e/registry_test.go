@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"path"
 	"sync/atomic"
+	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -92,4 +93,25 @@ func (r *registryHere) Push(img v1.Image) (string, error) {
 		return "", err
 	}
 	return ref.String(), remote.Write(ref, img)
+}
+
+// startRegistry is newRegistry for as long as the test.
+func startRegistry(t *testing.T) *registryHere {
+	t.Helper()
+	r, err := newRegistry(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+// allServe waits for all tenants to have the version that there is without a rollout:
+// deleted ones of the test before, the later first, have proxies follow.
+func allServe(t *testing.T) {
+	t.Helper()
+	for _, tenant := range tenants {
+		onlyVersion(t, tenant, newEnvoy)
+	}
+	e.goesOn(t)
 }

@@ -22,11 +22,7 @@ import (
 // protocols: no request fails and no connection is reset. Connections that were there
 // before go on until the deadline that their namespace sets, and not beyond.
 func TestProxyRollout(t *testing.T) {
-	registry, err := newRegistry(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer registry.Close()
+	registry := startRegistry(t)
 	thereImage, there := pushEnvoy(t, registry, olderEnvoy)
 	backImage, back := pushEnvoy(t, registry, newEnvoy)
 	c, d, f := newTeam(t, "e2e-c"), newTeam(t, "e2e-d"), newTeam(t, "e2e-f")
@@ -61,7 +57,7 @@ func TestProxyRollout(t *testing.T) {
 	phase(t, "e2e-there", v1alpha1.RolloutWaiting, "step 1 of 3", "20 %", "approvedSteps")
 	servingVersions(t, "e2e-a", newEnvoy, there)
 	servingVersions(t, "e2e-b", newEnvoy)
-	err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "owners to be told", func(context.Context) error {
+	err := harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "owners to be told", func(context.Context) error {
 		a, b := upgradeOf(t, "e2e-a"), upgradeOf(t, "e2e-b")
 		if a == nil || a.Weight != 20 || a.Verdict != "Healthy" || a.From != newEnvoy || a.To != there || b == nil || b.Verdict != "NotYet" {
 			return fmt.Errorf("e2e-a %+v, e2e-b %+v", a, b)

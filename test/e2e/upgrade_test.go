@@ -139,17 +139,8 @@ func pushEnvoy(t *testing.T, r *registryHere, version string) (image, named stri
 
 // TestRolloutTakenBack: rollouts that can't go well change nothing, or are taken back.
 func TestRolloutTakenBack(t *testing.T) {
-	// Rollouts of the test before this one that are deleted, the later first, have
-	// proxies follow.
-	for _, tenant := range tenants {
-		onlyVersion(t, tenant, newEnvoy)
-	}
-	e.goesOn(t)
-	registry, err := newRegistry(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer registry.Close()
+	allServe(t)
+	registry := startRegistry(t)
 	everything := "{weight: 50, pause: 1h}, {weight: 100}"
 
 	t.Run("no program", func(t *testing.T) {
