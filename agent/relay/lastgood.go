@@ -162,7 +162,9 @@ func (s *goodSet) onDemand(typeURL, name string) bool {
 	return ok && !g.wildcard
 }
 
-// lookup returns what is known of the names that nobody answered.
+// lookup returns what is known of the names that nobody answered, and that the proxy
+// has no version of: one that has kept its own through an agent's end may have a newer
+// one than was written out, and chains that another process hasn't.
 func (s *goodSet) lookup(typeURL string, sub *subscription) []*discovery.Resource {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,8 +174,8 @@ func (s *goodSet) lookup(typeURL string, sub *subscription) []*discovery.Resourc
 	for _, name := range slices.Sorted(maps.Keys(m)) {
 		g := m[name]
 		if _, waiting := sub.waiting[name]; waiting || (wild && g.wildcard) {
-			if sub.held[name] == g.resource.Version {
-				continue // the proxy reconnected and has it
+			if _, has := sub.held[name]; has {
+				continue
 			}
 			out = append(out, g.resource)
 		}

@@ -112,3 +112,66 @@ func TestLateOperatorHearsOfLastGood(t *testing.T) {
 		})
 	}
 }
+
+// A proxy that has run on while the agent was killed keeps what it has, if that is newer
+// than what was written out or another generation's: an older listener would end the
+// connections in its chains. It gets what it lacks.
+func TestLastGoodReplacesNothing(t *testing.T) {
+	good := t.TempDir()
+	f := setUp(t, func(o *Options) { o.LastGoodDir = good })
+	p := f.proxy(teamA)
+	p.subscribe(TypeListener)
+	up := f.op.stream()
+	up.await(t, TypeListener, "")
+	up.send(t, "1", resource(TypeListener, "outbound", "old"), resource(TypeListener, "inbound", "1"))
+	p.next()
+	p.subscribe(TypeRoute, "l7|a", "l7|b")
+	up.await(t, TypeRoute, "l7|b")
+	up.send(t, "2", resource(TypeRoute, "l7|a", "old"), resource(TypeRoute, "l7|b", "1"))
+	p.next()
+	eventually(t, "it is acknowledged", func() bool {
+		return f.relay.good.set(teamA, "1.40.0").get(TypeRoute, "l7|b") != nil
+	})
+	f.op.server.Stop()
+	f.relay.Shutdown()
+
+	f.relay = f.start(func(o *Options) { o.LastGoodDir = good })
+	p = f.proxy(teamA)
+	p.send(&discovery.DeltaDiscoveryRequest{Node: envoyNode, TypeUrl: TypeListener, InitialResourceVersions: map[string]string{"outbound": "new"}})
+	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeRoute, ResourceNamesSubscribe: []string{"l7|a", "l7|b"}, InitialResourceVersions: map[string]string{"l7|a": "new"}})
+	wantNames(t, p.next(), "inbound@1")
+	wantNames(t, p.next(), "l7|b@1")
+}
+
+// A proxy that refuses an operator's listener and takes last good instead may have
+// another process's chains then. The operator hears of it before it sends another.
+func TestOperatorHearsOfReplacedListeners(t *testing.T) {
+	f := setUp(t, nil)
+	p := f.proxy(teamA)
+	p.subscribe(TypeListener)
+	up := f.op.stream()
+	up.await(t, TypeListener, "")
+	up.send(t, "1", resource(TypeListener, "outbound", "chains"))
+	p.next()
+	receive(t, "ACK", up.requests)
+
+	fresh := connect(t, f.socket(Key{Tenant: teamA}))
+	fresh.subscribe(TypeListener)
+	up = f.op.stream()
+	up.await(t, TypeListener, "")
+	up.send(t, "1", resource(TypeListener, "outbound", "bad"))
+	refused := receive(t, "response", fresh.responses)
+	fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeListener, ResponseNonce: refused.Nonce, ErrorDetail: &status.Status{Code: 13, Message: "bad"}})
+	good := receive(t, "last good", fresh.responses)
+	wantNames(t, good, "outbound@chains")
+	up.send(t, "2", resource(TypeListener, "outbound", "without chains"))
+	fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeListener, ResponseNonce: good.Nonce})
+	receive(t, "end of the stream", up.gone)
+	up = f.op.stream()
+	told := receive(t, "request", up.requests)
+	if told.InitialResourceVersions["outbound"] != "chains" {
+		t.Errorf("the next stream is told of %v", told.InitialResourceVersions)
+	}
+	up.send(t, "1", resource(TypeListener, "outbound", "with chains"))
+	wantNames(t, fresh.next(), "outbound@with chains")
+}

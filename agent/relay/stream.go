@@ -290,7 +290,7 @@ func (s *stream) replace(typeURL string, sub *subscription, refused sent) error 
 			continue
 		}
 		s.log.Info("serving last good configuration instead of what was refused", "type", kinds[typeURL].short, "resource", r.Name)
-		if err := s.send(sent{typeURL: typeURL, resources: []*discovery.Resource{g}}, "last-good"); err != nil {
+		if err := s.sendLastGood(typeURL, []*discovery.Resource{g}); err != nil {
 			return err
 		}
 	}
@@ -427,14 +427,19 @@ func (s *stream) serveLastGood() error {
 		}
 		s.log.Info("serving last good configuration", "type", kinds[typeURL].short, "resources", len(resources))
 		sub.answered(resources, nil)
-		if err := s.send(sent{typeURL: typeURL, resources: resources}, "last-good"); err != nil {
+		if err := s.sendLastGood(typeURL, resources); err != nil {
 			return err
-		}
-		if typeURL == TypeListener {
-			s.goodListeners = strconv.Itoa(s.nonces)
 		}
 	}
 	return nil
+}
+
+func (s *stream) sendLastGood(typeURL string, resources []*discovery.Resource) error {
+	err := s.send(sent{typeURL: typeURL, resources: resources}, "last-good")
+	if typeURL == TypeListener {
+		s.goodListeners = strconv.Itoa(s.nonces)
+	}
+	return err
 }
 
 func (s *stream) pushSecrets() error {
