@@ -50,6 +50,7 @@ func TestBadRoutes(t *testing.T) {
 		"a cycle":                           {newHTTPRoute("bad", "web", "back"), "Accepted", "ResolvedRefs", []model.ServicePortKey{to("back")}},
 		"what an older route matches":       {at(newHTTPRoute("bad", "web", "web"), "/good"), "Accepted", "ResolvedRefs", nil},
 		"an expression that is none":        {matching("/("), "UnsupportedValue", "ResolvedRefs", nil},
+		"an expression of nothing":          {matching(""), "UnsupportedValue", "ResolvedRefs", nil},
 		"a class that Envoy doesn't know":   {matching(`/\p{Letter}`), "UnsupportedValue", "ResolvedRefs", nil},
 	} {
 		t.Run(name, func(t *testing.T) {

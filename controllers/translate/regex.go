@@ -12,8 +12,17 @@ import (
 // RE2's memory, some ten times as much.
 const maxRegex = 4096
 
-// regex checks an expression. Go's syntax is RE2's, but for the names of classes.
+// regex checks an expression. Go's syntax is RE2's, but for the names of classes. Once
+// something is wrong with the route it does nothing: a route may have hundreds of the
+// worst, and the mesh waits while it is read.
 func (r *routeReader) regex(field, expression string) {
+	if !r.refused.isZero() {
+		return
+	}
+	if expression == "" {
+		r.unsupported("%s: the expression is empty", field)
+		return
+	}
 	size, err := regexSize(expression)
 	if err == nil {
 		err = regexClasses(expression)
@@ -21,7 +30,7 @@ func (r *routeReader) regex(field, expression string) {
 	if err != nil {
 		r.unsupported("%s: %v", field, err)
 	} else if size > maxRegex {
-		r.unsupported("%s: the expression is too large (%d steps, at most %d)", field, size, maxRegex)
+		r.unsupported("%s: the expression is too large (more than %d steps)", field, maxRegex)
 	}
 }
 
@@ -55,20 +64,38 @@ func regexClasses(expression string) error {
 	return nil
 }
 
-// regexSize estimates the steps of RE2's program: it works on bytes, so that a
-// range of runes takes several.
+// regexSize estimates the steps of RE2's program: it works on bytes, so that a range of
+// runes takes several. Nothing is compiled for it: what repetitions make of a line takes
+// hundreds of megabytes.
 func regexSize(expression string) (int, error) {
 	parsed, err := syntax.Parse(expression, syntax.Perl)
 	if err != nil {
 		return 0, err
 	}
-	program, err := syntax.Compile(parsed.Simplify())
-	if err != nil {
-		return 0, err
+	return stepsOf(parsed), nil
+}
+
+// stepsOf an expression, up to a few more than maxRegex.
+func stepsOf(e *syntax.Regexp) int {
+	n := 1
+	switch e.Op {
+	case syntax.OpLiteral:
+		n = 3 * len(e.Rune)
+		if e.Flags&syntax.FoldCase != 0 {
+			n *= 2
+		}
+	case syntax.OpCharClass:
+		n += 2 * len(e.Rune)
+	case syntax.OpAnyChar, syntax.OpAnyCharNotNL:
+		n = 9
 	}
-	size := 0
-	for _, i := range program.Inst {
-		size += 1 + 2*len(i.Rune)
+	for _, sub := range e.Sub {
+		if n += stepsOf(sub); n > maxRegex {
+			return maxRegex + 1
+		}
 	}
-	return size, nil
+	if e.Op == syntax.OpRepeat {
+		n *= max(e.Min, e.Max, 1) // at most 1000
+	}
+	return min(n, maxRegex+1)
 }

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -238,11 +239,40 @@ func TestRegex(t *testing.T) {
 		// What Go knows and RE2 doesn't.
 		`\p{Lu}\P{^Greek}\pN\p{Any}`: true, `\p{Letter}`: false, `\p{greek}`: false, `[^\p{ LU }]`: false, `\P{^LC}`: false, `\p{Cn}`: false, `\p{ASCII}`: false,
 		`\\p{Letter}`: true, `\Q\p{Letter}\E`: true, `\Qa\E\p{Letter}`: false,
+		// About the largest that there may be.
+		`(a|b){250}`: true, `(a|b){600}`: false, `a{450}(b{450}c?)*`: true, `(?i:k{500})`: true, `(?i:k{1000})`: false, `[^\pL]{10}`: false, "": false,
 	} {
 		r := &routeReader{}
 		r.regex("field", expression)
 		if r.refused.isZero() != ok {
 			t.Errorf("%q: %+v", expression, r.refused)
 		}
+	}
+}
+
+// A route can have hundreds of expressions of some kilobytes, each of which would be
+// hundreds of megabytes as a program. It is refused without much ado.
+func TestManyRegexes(t *testing.T) {
+	h := &gatewayv1.HTTPRoute{Spec: gatewayv1.HTTPRouteSpec{CommonRouteSpec: gatewayv1.CommonRouteSpec{ParentRefs: []gatewayv1.ParentReference{
+		{Group: new(gatewayv1.Group("")), Kind: new(gatewayv1.Kind("Service")), Name: "web"},
+	}}}}
+	match := gatewayv1.HTTPRouteMatch{}
+	for i := range 16 {
+		match.Headers = append(match.Headers, gatewayv1.HTTPHeaderMatch{
+			Type: new(gatewayv1.HeaderMatchRegularExpression), Name: gatewayv1.HTTPHeaderName(fmt.Sprint("x-", i)), Value: strings.Repeat("(a|b|c){1000}", 300),
+		})
+	}
+	for range 16 {
+		h.Spec.Rules = append(h.Spec.Rules, gatewayv1.HTTPRouteRule{Matches: []gatewayv1.HTTPRouteMatch{match}})
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	r := HTTPRoute(h)
+	runtime.ReadMemStats(&after)
+	if r.refused.reason != string(gatewayv1.RouteReasonUnsupportedValue) {
+		t.Errorf("it is %+v", r.refused)
+	}
+	if took := after.TotalAlloc - before.TotalAlloc; took > 16<<20 {
+		t.Errorf("it took %d MiB to see that", took>>20)
 	}
 }
