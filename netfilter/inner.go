@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 
@@ -151,6 +152,11 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if err := makeRooms(c.NetNS, want.concurrent); err != nil {
 		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
 	}
+	// Even by another agent: rules that are new have forgotten what was taken of the pace.
+	paced, err := hasRules(c, paceChains(want))
+	if err != nil {
+		return err
+	}
 	c.AddTable(inner)
 	sets := innerSets()
 	for _, s := range slices.AppendSeq(endedOf(want.concurrent), maps.Values(sets)) {
@@ -195,8 +201,8 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	output := c.AddChain(&nftables.Chain{Name: "output", Table: inner, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityMangle})
 	for _, ch := range append(chains, chain{prerouting.Name, preroutingRules(t.ifindex, want)}, chain{output.Name, outputRules(want)}) {
-		if (ch.name == paceOut || ch.name == paceIn) && t.have.made && t.have.pace == want.pace {
-			continue // or whatever else changes would forget what has been taken
+		if (ch.name == paceOut || ch.name == paceIn) && paced {
+			continue
 		}
 		of := &nftables.Chain{Name: ch.name, Table: inner}
 		c.FlushChain(of)
@@ -316,8 +322,23 @@ func (f family) is() rule {
 	return join(meta(expr.MetaKeyNFPROTO, regTemp), equal(regTemp, f.proto))
 }
 
-// innerChains find the listener, and in there the generation.
-func innerChains(s innerState) (chains []chain) {
+// hasRules is true where the kernel has the rules of chains, and no others in them. Only of
+// expressions that it gives back as they were written.
+func hasRules(c *nftables.Conn, chains []chain) (bool, error) {
+	for _, ch := range chains {
+		have, err := c.GetRules(inner, &nftables.Chain{Name: ch.name, Table: inner})
+		if err != nil {
+			return false, fmt.Errorf("read chain %s: %w", ch.name, err)
+		}
+		if !slices.EqualFunc(have, ch.rules, func(h *nftables.Rule, r rule) bool { return reflect.DeepEqual(rule(h.Exprs), r) }) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// paceChains mark what is beyond the pace.
+func paceChains(s innerState) (chains []chain) {
 	for _, name := range []string{paceOut, paceIn} {
 		var rules []rule
 		if s.pace > 0 {
@@ -326,6 +347,12 @@ func innerChains(s innerState) (chains []chain) {
 		}
 		chains = append(chains, chain{name, rules})
 	}
+	return chains
+}
+
+// innerChains find the listener, and in there the generation.
+func innerChains(s innerState) []chain {
+	chains := paceChains(s)
 	for _, f := range families {
 		v := f.version
 		source, destination := network(f.source, f.length, regKey), network(f.destination, f.length, regKey)

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
@@ -91,6 +92,80 @@ func TestRoomChanges(t *testing.T) {
 	})
 }
 
+// handles are those of a chain's rules in a tenant's namespace: a rule that is written
+// anew has another.
+func handles(t *testing.T, of steer.Tenant, chain string) (all []uint64) {
+	t.Helper()
+	inside(t, of, func(c *nftables.Conn) {
+		rules, err := c.GetRules(inner, &nftables.Chain{Name: chain, Table: inner})
+		check(t, err)
+		for _, r := range rules {
+			all = append(all, r.Handle)
+		}
+	})
+	return all
+}
+
+// What has been taken of a pace is known to the next agent's rules, which are new but
+// for those of the pace, unless the pace or how it is held has changed.
+func TestPaceOutlivesAgents(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		one := tenant(t, 1)
+		one.Connections.NewPerSecond = 5
+		var d *Datapath
+		start := func() {
+			t.Helper()
+			if d != nil {
+				check(t, d.Close())
+			}
+			var err error
+			d, err = Open(Options{})
+			check(t, err)
+			check(t, d.UpdateTenant(one))
+		}
+		start()
+		of := func() [][]uint64 { return [][]uint64{handles(t, one, paceOut), handles(t, one, paceIn)} }
+		before, others := of(), handles(t, one, "steer4")
+		same := func(when string, want bool) {
+			t.Helper()
+			now := of()
+			for i := range now {
+				if len(now[i]) != 1 || slices.Equal(now[i], before[i]) != want {
+					t.Errorf("%s: the pace's rules were %v, are %v", when, before, now)
+					break
+				}
+			}
+			before = now
+		}
+		start()
+		same("another agent", true)
+		if now := handles(t, one, "steer4"); len(now) == 0 || slices.Equal(now, others) {
+			t.Errorf("the other rules were %v, are %v, want new ones", others, now)
+		}
+		check(t, d.SetWeight(1, 20))
+		same("another weight", true)
+		one.Connections.NewPerSecond = 6
+		start()
+		same("another pace", false)
+		for when, rules := range map[string][]rule{
+			"a former version's rules": {join(rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: 6, Unit: expr.LimitTimeSecond, Burst: 5, Over: true}}, onlyMark(tooFast))},
+			"no rules":                 nil,
+		} {
+			inside(t, one, func(c *nftables.Conn) {
+				of := &nftables.Chain{Name: paceIn, Table: inner}
+				c.FlushChain(of)
+				for _, r := range rules {
+					c.AddRule(&nftables.Rule{Table: inner, Chain: of, Exprs: r})
+				}
+				check(t, c.Flush())
+			})
+			start()
+			same(when, false)
+		}
+		check(t, d.Close())
+	})
+}
+
 // Room that nobody has is given back, that of a handshake is left alone, and looking
 // after it doesn't begin the pace anew.
 func TestStaleRoom(t *testing.T) {
@@ -105,16 +180,6 @@ func TestStaleRoom(t *testing.T) {
 			a := slices.Concat(make([]byte, 10), []byte{0xff, 0xff, 10, 0, 0, 1})
 			return key(a, portKey(uint16(port)), a, portKey(80))
 		}
-		pace := func() (handles []uint64) {
-			inside(t, one, func(c *nftables.Conn) {
-				rules, err := c.GetRules(inner, &nftables.Chain{Name: paceOut, Table: inner})
-				check(t, err)
-				for _, r := range rules {
-					handles = append(handles, r.Handle)
-				}
-			})
-			return handles
-		}
 		inside(t, one, func(c *nftables.Conn) {
 			for port := range byte(5) {
 				check(t, c.SetAddElements(forAll, []nftables.SetElement{{Key: at(port), Timeout: flowIdle}}))
@@ -127,7 +192,7 @@ func TestStaleRoom(t *testing.T) {
 			check(t, err)
 			d.tenants[1].generation = now
 		})
-		before := pace()
+		before := handles(t, one, paceOut)
 		if n, err := d.Connections(1); err != nil || n != 0 {
 			t.Errorf("%d connections, %v", n, err)
 		}
@@ -143,7 +208,7 @@ func TestStaleRoom(t *testing.T) {
 			t.Errorf("the next look at an empty room is due in %s, %v", again, err)
 		}
 		check(t, d.SetWeight(1, 20))
-		if after := pace(); len(before) != 1 || !slices.Equal(after, before) {
+		if after := handles(t, one, paceOut); len(before) != 1 || !slices.Equal(after, before) {
 			t.Errorf("the pace's rules were %v, are %v", before, after)
 		}
 		if _, err := d.Connections(2); !errors.Is(err, steer.ErrUnknownTenant) {
