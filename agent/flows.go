@@ -175,9 +175,11 @@ func (a *Agent) release(uid string, held int) (again time.Duration, err error) {
 	return resync, a.datapath.DeletePod(uid)
 }
 
-// waitsForFlows reports whether a tenant without pods still has connections to
-// finish.
-func (a *Agent) waitsForFlows(t model.Tenant, held map[uint16]int, since time.Time) bool {
+// waitsForFlows is how many connections a tenant without pods is still to finish.
+func (a *Agent) waitsForFlows(t model.Tenant, held map[uint16]int, since time.Time) int {
 	s, ok := a.bulkheads.State(t)
-	return ok && held[s.Index] > 0 && time.Since(since) < heldLimit
+	if !ok || time.Since(since) >= heldLimit {
+		return 0
+	}
+	return held[s.Index]
 }

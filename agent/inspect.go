@@ -186,7 +186,7 @@ func (a *Agent) inspect() (Inspection, error) {
 		if o.round.plan.has(name) || !ok {
 			continue
 		}
-		t := InspectedTenant{Name: name.String(), Reason: "it has no pods here any more and ends soon",
+		t := InspectedTenant{Name: name.String(), Reason: cmp.Or(o.round.leaving[name], "it has no pods here any more and ends soon"),
 			Limits: InspectedLimits(enforcedLimits(state.Limits, state.Bandwidth, steer.ConnectionLimits{})), Generations: []InspectedGeneration{}, Pods: []InspectedPod{}}
 		t.read(state, counters)
 		i.Tenants = append(i.Tenants, t)

@@ -36,6 +36,8 @@ type round struct {
 	serving map[model.Tenant]process
 	// problems of tenants, for people.
 	problems map[model.Tenant]string
+	// leaving is what tenants that aren't planned any more wait for, for people.
+	leaving map[model.Tenant]string
 	// steered pods, with the veth that carries their programs.
 	steered map[string]steer.Pod
 	// redirectionProblem is why pods aren't redirected as planned.
@@ -88,7 +90,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		a.finishRound(round{})
 		return next
 	}
-	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{},
+	r := round{plan: p, known: true, serving: map[model.Tenant]process{}, problems: map[model.Tenant]string{}, leaving: map[model.Tenant]string{},
 		steered: map[string]steer.Pod{}, placed: map[model.Tenant]placement{}, weights: map[model.Tenant]int{}, taking: map[model.Tenant][generations]process{},
 		refused: map[model.Tenant]map[resource]refusal{}}
 	if err := a.ensureRedirection(p.redirection); err != nil {
@@ -133,7 +135,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	r.capacityProblem = a.checkCapacity()
 	held := sync.OnceValues(a.held) // counted only if something is to go
 	next = min(next, a.ensurePods(ctx, places, indexes, held, &r))
-	next = min(next, a.removeTenants(ctx, p, held), a.removeFormer(&r))
+	next = min(next, a.removeTenants(ctx, held, &r), a.removeFormer(&r))
 	r.hits = a.readHits(p)
 	a.finishRound(r)
 	return next
@@ -277,8 +279,8 @@ func (a *Agent) discover(p plan) {
 }
 
 // removeTenants ends the proxies of tenants that have no pods here any more.
-func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time.Duration {
-	next := resync
+func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) time.Duration {
+	next, p := resync, r.plan
 	used, err := a.usedTenants()
 	if err != nil {
 		a.log.Error("steered pods can't be read", "error", err)
@@ -289,7 +291,8 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time
 			continue
 		}
 		if s, ok := a.bulkheads.State(t); ok && used[s.Index] {
-			delete(a.idleSince, t) // pods wait there for the proxy of their new tenant
+			delete(a.idleSince, t)
+			r.leaving[t] = "it isn't planned any more, and its pods wait there for the proxy of their new tenant"
 			continue
 		}
 		since, ok := a.idleSince[t]
@@ -306,12 +309,16 @@ func (a *Agent) removeTenants(ctx context.Context, p plan, held heldCounts) time
 			next = min(next, left)
 			continue
 		}
-		if _, byTenant := held(); a.waitsForFlows(t, byTenant, since) {
+		_, byTenant := held()
+		if n := a.waitsForFlows(t, byTenant, since); n > 0 {
+			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends with the %d connections that began there, or at %s",
+				n, since.Add(heldLimit).UTC().Format(time.RFC3339))
 			next = min(next, time.Second)
 			continue
 		}
 		if err := a.removeTenant(ctx, t); err != nil {
 			a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
+			r.leaving[t] = fmt.Sprintf("it has no pods here any more and isn't removed: %v", err)
 			next = time.Second
 			continue
 		}

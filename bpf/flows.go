@@ -64,6 +64,12 @@ func EstablishedFlows(path string, pods ...netip.Addr) ([]model.Flow, error) {
 			switch s.State {
 			case netlink.TCP_LISTEN, netlink.TCP_CLOSE, netlink.TCP_TIME_WAIT:
 				continue
+			case netlink.TCP_FIN_WAIT2:
+				// Of no process any more, of one that was killed for example: the peer has all of
+				// it, and a minute to close, too.
+				if s.INode == 0 {
+					continue
+				}
 			}
 			local, remote := addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)
 			if is[local.Addr()] {

@@ -493,3 +493,43 @@ func TestSweep(t *testing.T) {
 		t.Error("a packet after the sweep isn't dropped")
 	}
 }
+
+// A socket that no process has is one of a connection until its peer has all that was sent.
+func TestEstablishedFlowsWithoutProcess(t *testing.T) {
+	n := newNamespace(t)
+	n.do(t, func() {
+		server, err := net.Listen("tcp", "127.0.0.1:0")
+		check(t, err)
+		defer server.Close()
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+		client, err := dialer.Dial("tcp", server.Addr().String())
+		check(t, err)
+		defer client.Close()
+		accepted, err := server.Accept()
+		check(t, err)
+		defer accepted.Close()
+		// Both ends are in the namespace.
+		want := func(sockets int, when string) {
+			t.Helper()
+			deadline := time.Now().Add(5 * time.Second)
+			for {
+				flows, err := EstablishedFlows(n.path(), netip.MustParseAddr("127.0.0.2"))
+				check(t, err)
+				if len(flows) == sockets {
+					return
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("%s: %v, want %d", when, flows, sockets)
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}
+		want(2, "open")
+		check(t, accepted.(*net.TCPConn).CloseWrite())
+		want(2, "half-closed")
+		check(t, accepted.Close())
+		want(1, "closed by one end")
+		check(t, client.Close())
+		want(0, "closed by both")
+	})
+}

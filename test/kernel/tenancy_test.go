@@ -82,7 +82,7 @@ func testTenantsChange(t *testing.T, l *lab.Lab) {
 			// The proxy is there, and hears of these pods later than their agent.
 			n.WritePlan()
 			lab.Eventually(t, "the plan", func() error {
-				if leaving := n.Tenant("team-a"); !strings.Contains(leaving.Reason, "ends soon") {
+				if leaving := n.Tenant("team-a"); !strings.Contains(leaving.Reason, "wait there for the proxy") {
 					return errors.New(leaving.Reason)
 				}
 				return nil
@@ -112,6 +112,14 @@ func testTenantsChange(t *testing.T, l *lab.Lab) {
 			}
 			return nil
 		})
+		if rule.name == "ServiceAccount" {
+			lab.Eventually(t, "what a tenant without pods waits for", func() error {
+				if leaving := n.Tenant("team-a"); !strings.Contains(leaving.Reason, "connections that began there") {
+					return errors.New(leaving.Reason)
+				}
+				return nil
+			})
+		}
 		for _, f := range flows(l) {
 			f.check(t, 4)
 			f.check(t, 6)
