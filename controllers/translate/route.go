@@ -44,7 +44,10 @@ type Route struct {
 type RouteParent struct {
 	Ref     gatewayv1.ParentReference
 	Service model.ServiceKey
-	Port    uint16 // 0 for all that speak HTTP
+	// Port and Section, which is a port's name, are of the one that it is for; with
+	// neither it is for all that speak HTTP.
+	Port    uint16
+	Section string
 }
 
 // refusal is a condition's reason and message.
@@ -159,7 +162,7 @@ func newRoute(kind string, m metav1.ObjectMeta, parents []gatewayv1.ParentRefere
 		}
 		route.Parents = append(route.Parents, RouteParent{
 			Ref: p, Service: model.ServiceKey{Namespace: string(deref(p.Namespace, gatewayv1.Namespace(m.Namespace))), Name: string(p.Name)},
-			Port: port(p.Port),
+			Port: port(p.Port), Section: string(deref(p.SectionName, "")),
 		})
 	}
 	return route

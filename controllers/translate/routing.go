@@ -40,13 +40,14 @@ func ServicePorts(s *corev1.Service) []ServicePort {
 		if p.Protocol != corev1.ProtocolTCP && p.Protocol != "" || p.Port < 1 || p.Port > 65535 {
 			continue
 		}
-		ports = append(ports, ServicePort{Port: uint16(p.Port), Protocol: protocol(p)})
+		ports = append(ports, ServicePort{Name: p.Name, Port: uint16(p.Port), Protocol: protocol(p)})
 	}
 	return ports
 }
 
 // ServicePort is a port with what it speaks.
 type ServicePort struct {
+	Name     string
 	Port     uint16
 	Protocol model.Protocol
 }
@@ -121,7 +122,7 @@ func Routings(service model.ServiceKey, routes []*Route, refs References) ([]mod
 				continue
 			}
 			o := Outcome{Parent: p.Ref, Generation: r.Generation, accepted: r.refused, resolved: wrong}
-			at, why := attach(r.Key.Kind, p.Port, ports, exists, service)
+			at, why := attach(r.Key.Kind, p, ports, exists)
 			if o.accepted.isZero() {
 				o.accepted = why
 			}
@@ -188,24 +189,31 @@ func consumer(r *Route, service model.ServiceKey) string {
 // attach finds the ports that a parent stands for. A port that the route names is
 // taken at its word; otherwise only those count that say that they speak HTTP, so
 // that a route can't break a port on which the server speaks first.
-func attach(kind string, wanted uint16, ports []ServicePort, exists bool, service model.ServiceKey) ([]uint16, refusal) {
+func attach(kind string, parent RouteParent, ports []ServicePort, exists bool) ([]uint16, refusal) {
+	service := parent.Service
 	noParent := func(format string, args ...any) ([]uint16, refusal) {
 		return nil, refusal{string(gatewayv1.RouteReasonNoMatchingParent), fmt.Sprintf(format, args...)}
 	}
 	if !exists {
 		return noParent("there is no Service %s/%s", service.Namespace, service.Name)
 	}
-	if wanted != 0 {
+	if parent.Port != 0 || parent.Section != "" {
 		for _, p := range ports {
 			switch {
-			case p.Port != wanted:
+			case parent.Port != 0 && p.Port != parent.Port || parent.Section != "" && p.Name != parent.Section:
 			case p.Protocol == model.ProtocolOpaque:
-				return noParent("port %d of Service %s/%s doesn't speak HTTP, by its appProtocol", wanted, service.Namespace, service.Name)
+				return noParent("port %d of Service %s/%s doesn't speak HTTP, by its appProtocol", p.Port, service.Namespace, service.Name)
 			default:
-				return []uint16{wanted}, refusal{}
+				return []uint16{p.Port}, refusal{}
 			}
 		}
-		return noParent("Service %s/%s has no TCP port %d", service.Namespace, service.Name, wanted)
+		switch {
+		case parent.Section == "":
+			return noParent("Service %s/%s has no TCP port %d", service.Namespace, service.Name, parent.Port)
+		case parent.Port == 0:
+			return noParent("Service %s/%s has no TCP port named %q", service.Namespace, service.Name, parent.Section)
+		}
+		return noParent("Service %s/%s has no TCP port %d named %q", service.Namespace, service.Name, parent.Port, parent.Section)
 	}
 	var speak, speak2 []uint16
 	for _, p := range ports {
@@ -225,7 +233,7 @@ func attach(kind string, wanted uint16, ports []ServicePort, exists bool, servic
 	case len(ports) == 1 && ports[0].Protocol == model.ProtocolUnknown:
 		return []uint16{ports[0].Port}, refusal{}
 	}
-	return noParent("no port of Service %s/%s says that it speaks HTTP: set its appProtocol, or the port in the parentRef", service.Namespace, service.Name)
+	return noParent("no port of Service %s/%s says that it speaks HTTP: set its appProtocol, or the port or sectionName in the parentRef", service.Namespace, service.Name)
 }
 
 func portList(ports []uint16) string {
