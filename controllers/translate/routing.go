@@ -116,7 +116,7 @@ func Routings(service model.ServiceKey, routes []*Route, refs References) ([]mod
 	}
 	var places []place
 	for _, r := range routes {
-		actions, wrong := r.resolve(refs)
+		actions, wrong := r.resolve(service, refs)
 		for _, p := range r.Parents {
 			if p.Service != service {
 				continue
@@ -315,12 +315,13 @@ func (a *attachment) rules() []model.Rule {
 	return out
 }
 
-// resolve looks the route's references up: an action for each rule, and the first
-// that is wrong. A wrong backend keeps its weight, for its share gets 500.
-func (r *Route) resolve(refs References) ([]*model.Action, refusal) {
+// resolve looks the route's references up, as they are at one of its parents: an action
+// for each rule, and the first that is wrong. A wrong backend keeps its weight, for its
+// share gets 500.
+func (r *Route) resolve(parent model.ServiceKey, refs References) ([]*model.Action, refusal) {
 	var wrong refusal
 	look := func(o objectRef) model.ServicePortKey {
-		to, why := r.lookup(o, refs)
+		to, why := r.lookup(o, parent, refs)
 		if wrong.isZero() {
 			wrong = why
 		}
@@ -343,14 +344,14 @@ func (r *Route) resolve(refs References) ([]*model.Action, refusal) {
 }
 
 // lookup finds the port that a reference means; zero with a reason if it is wrong.
-func (r *Route) lookup(o objectRef, refs References) (model.ServicePortKey, refusal) {
+func (r *Route) lookup(o objectRef, parent model.ServiceKey, refs References) (model.ServicePortKey, refusal) {
 	fail := func(reason gatewayv1.RouteConditionReason, format string, args ...any) (model.ServicePortKey, refusal) {
 		return model.ServicePortKey{}, refusal{string(reason), o.field + ": " + fmt.Sprintf(format, args...)}
 	}
 	if !o.isService() {
 		return fail(gatewayv1.RouteReasonInvalidKind, "only Services can be backends, not %s %s", o.kind, o.group)
 	}
-	if o.namespace != r.Key.Namespace && !r.permitted(o, refs) {
+	if o.namespace != r.Key.Namespace && !r.permitted(o, parent, refs) {
 		return fail(gatewayv1.RouteReasonRefNotPermitted, "no ReferenceGrant in namespace %s lets %ss of %s refer to Service %s", o.namespace, r.Key.Kind, r.Key.Namespace, o.name)
 	}
 	ports, exists := refs.Ports(o.service())
@@ -367,10 +368,11 @@ func (r *Route) lookup(o objectRef, refs References) (model.ServicePortKey, refu
 	return model.ServicePortKey{ServiceKey: o.service(), Port: o.port}, refusal{}
 }
 
-// permitted reports whether a route may refer into another namespace. To a Service
-// that is its parent it may: that is where the requests go without it.
-func (r *Route) permitted(o objectRef, refs References) bool {
-	if slices.ContainsFunc(r.Parents, func(p RouteParent) bool { return p.Service == o.service() }) {
+// permitted reports whether a route may refer into another namespace. At a parent it may
+// to the parent itself: that is where the requests go without it. From another one it
+// would lead there whoever calls that.
+func (r *Route) permitted(o objectRef, parent model.ServiceKey, refs References) bool {
+	if o.service() == parent {
 		return true
 	}
 	for _, g := range refs.Grants(o.namespace) {
