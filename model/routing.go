@@ -35,6 +35,9 @@ type Routing struct {
 type Rule struct {
 	Match  RequestMatch
 	Action *Action
+	// Size is about what it takes at each proxy that has it, in bytes; 0 if that isn't
+	// known.
+	Size int
 }
 
 // Origin is the rule of a route that an action was made from. It is comparable.

@@ -23,6 +23,9 @@ const (
 	// indexGrowth bounds how much larger than the list the tree may be: expressions,
 	// and prefixes of prefixes, are in many leaves.
 	indexGrowth = 8
+	// indexSize bounds the tree in bytes, by the rules' sizes: the largest may be those
+	// that are in each leaf.
+	indexSize = 8 << 20
 )
 
 // indexed are a tree's leaves, by prefix: the places of the rules that can match paths
@@ -47,7 +50,7 @@ func indexed(rules []model.Rule) map[string][]int {
 		sorted = append(sorted, prefix)
 	}
 	slices.Sort(sorted)
-	size := 0
+	places, size := 0, 0
 	for i, r := range rules {
 		at := ""
 		if r.Match.Path.Kind != model.PathRegex {
@@ -59,7 +62,8 @@ func indexed(rules []model.Rule) map[string][]int {
 				break
 			}
 			leaves[prefix] = append(leaves[prefix], i)
-			if size++; size > indexGrowth*len(rules) {
+			places, size = places+1, size+r.Size
+			if places > indexGrowth*len(rules) || size > indexSize {
 				return nil
 			}
 		}

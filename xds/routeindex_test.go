@@ -163,3 +163,21 @@ func TestHTTPManyRoutes(t *testing.T) {
 		})
 	}
 }
+
+// A tree doesn't have a few large rules in so many leaves that it becomes far larger than
+// the list.
+func TestIndexBoundsSize(t *testing.T) {
+	var rules []model.Rule
+	for i := range 100 {
+		rules = append(rules, prefixed(fmt.Sprint("/p", i), model.Action{}))
+	}
+	large := prefixed("/.*", model.Action{})
+	large.Match.Path.Kind = model.PathRegex
+	rules = append(rules, large)
+	for size, tree := range map[int]bool{0: true, 1 << 10: true, indexSize / 102: true, indexSize / 50: false} {
+		rules[100].Size = size
+		if leaves := indexed(rules); (leaves != nil) != tree {
+			t.Errorf("with an expression of %d bytes there are %d leaves", size, len(leaves))
+		}
+	}
+}

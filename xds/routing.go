@@ -32,21 +32,31 @@ type variant struct {
 // SetRoutings replaces all routings of a service; it need not be known yet. One
 // that is refused stays as it was, and is named in the error by an *ObjectError.
 func (s *Store) SetRoutings(service model.ServiceKey, routings []model.Routing) error {
-	next := map[scope]model.Routing{}
+	next, refused := map[scope]model.Routing{}, map[scope]error{}
+	known := s.Routings(service)
+	for _, r := range routings {
+		at := scope{r.Port, r.Consumer}
+		// All streams would wait for checks in the lock.
+		same := slices.ContainsFunc(known, func(k model.Routing) bool { return at == scope{k.Port, k.Consumer} && reflect.DeepEqual(k, r) })
+		if !same {
+			refused[at] = checkRouting(service, r)
+		}
+		next[at] = r
+	}
 	var errs []error
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	had := s.routings[service]
-	for _, r := range routings {
-		at := scope{r.Port, r.Consumer}
-		if err := checkRouting(service, r); err != nil {
-			errs = append(errs, &ObjectError{Source{"Service", service.Namespace, service.Name}, err})
-			if old, ok := had[at]; ok {
-				next[at] = old
-			}
+	for at, err := range refused {
+		if err == nil {
 			continue
 		}
-		next[at] = r
+		errs = append(errs, &ObjectError{Source{"Service", service.Namespace, service.Name}, err})
+		if old, ok := had[at]; ok {
+			next[at] = old
+		} else {
+			delete(next, at)
+		}
 	}
 	if len(next) > 0 {
 		s.routings[service] = next

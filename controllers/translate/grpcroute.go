@@ -34,10 +34,10 @@ func GRPCRoute(g *gatewayv1.GRPCRoute) *Route {
 func (r *routeReader) grpcRule(field string, origin model.Origin, rule gatewayv1.GRPCRouteRule) routeRule {
 	out := routeRule{action: model.Action{Origin: origin}}
 	for i, m := range rule.Matches {
-		out.matches = append(out.matches, r.grpcMatch(fmt.Sprintf("%s.matches[%d]", field, i), m))
+		out.matches = append(out.matches, r.sized(r.grpcMatch(fmt.Sprintf("%s.matches[%d]", field, i), m)))
 	}
 	if len(out.matches) == 0 {
-		out.matches = []rankedMatch{r.grpcMatch(field, gatewayv1.GRPCRouteMatch{})}
+		out.matches = []rankedMatch{r.sized(r.grpcMatch(field, gatewayv1.GRPCRouteMatch{}))}
 	}
 	for i, f := range rule.Filters {
 		field := fmt.Sprintf("%s.filters[%d]", field, i)

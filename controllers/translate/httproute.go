@@ -33,10 +33,10 @@ func HTTPRoute(h *gatewayv1.HTTPRoute) *Route {
 func (r *routeReader) httpRule(field string, origin model.Origin, rule gatewayv1.HTTPRouteRule) routeRule {
 	out := routeRule{action: model.Action{Origin: origin}}
 	for i, m := range rule.Matches {
-		out.matches = append(out.matches, rankHTTP(r.httpMatch(fmt.Sprintf("%s.matches[%d]", field, i), m)))
+		out.matches = append(out.matches, r.sized(rankHTTP(r.httpMatch(fmt.Sprintf("%s.matches[%d]", field, i), m))))
 	}
 	if len(out.matches) == 0 {
-		out.matches = []rankedMatch{rankHTTP(model.RequestMatch{Path: model.PathMatch{Kind: model.PathPrefix, Value: "/"}})}
+		out.matches = []rankedMatch{r.sized(rankHTTP(model.RequestMatch{Path: model.PathMatch{Kind: model.PathPrefix, Value: "/"}}))}
 	}
 	for i, f := range rule.Filters {
 		r.httpFilter(fmt.Sprintf("%s.filters[%d]", field, i), f, &out)
@@ -82,7 +82,7 @@ func rankHTTP(m model.RequestMatch) rankedMatch {
 	if m.Path.Kind == model.PathPrefix {
 		length = len(strings.TrimRight(m.Path.Value, "/"))
 	}
-	return rankedMatch{m, [5]int{kinds[m.Path.Kind], length, min(len(m.Method), 1), len(m.Headers), len(m.Query)}}
+	return rankedMatch{RequestMatch: m, rank: [5]int{kinds[m.Path.Kind], length, min(len(m.Method), 1), len(m.Headers), len(m.Query)}}
 }
 
 func redirectPath(r *model.Redirect) *model.PathChange {

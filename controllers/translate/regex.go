@@ -24,6 +24,7 @@ func (r *routeReader) regex(field, expression string) {
 		return
 	}
 	size, err := regexSize(expression)
+	r.expressions, r.steps = r.expressions+1, r.steps+size
 	if err == nil {
 		err = regexClasses(expression)
 	}

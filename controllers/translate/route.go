@@ -68,6 +68,7 @@ type routeRule struct {
 type rankedMatch struct {
 	model.RequestMatch
 	rank [5]int
+	size int
 }
 
 // backendRef is a reference that isn't resolved.
@@ -142,6 +143,15 @@ func older(a, b *Route) int {
 type routeReader struct {
 	namespace string
 	refused   refusal
+	// expressions and steps that were read since sized was called.
+	expressions, steps int
+}
+
+// sized gives a match its size when all of it has been read.
+func (r *routeReader) sized(m rankedMatch) rankedMatch {
+	m.size = matchSize(m.RequestMatch, r.expressions, r.steps)
+	r.expressions, r.steps = 0, 0
+	return m
 }
 
 func (r *routeReader) refuse(reason gatewayv1.RouteConditionReason, format string, args ...any) {

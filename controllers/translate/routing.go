@@ -19,6 +19,7 @@ import (
 const (
 	MaxMatches  = 1024
 	MaxBackends = 256
+	MaxSize     = 4 << 20 // bytes, by model.Rule.Size
 )
 
 // Reasons of Accepted besides those of the Gateway API.
@@ -251,6 +252,7 @@ func portList(ports []uint16) string {
 type attachment struct {
 	routes   []attachedRoute
 	matches  int
+	size     int
 	backends map[model.ServicePortKey]bool
 }
 
@@ -265,10 +267,14 @@ func (a *attachment) add(r *Route, actions []*model.Action) refusal {
 			return refusal{} // two parents with the same port
 		}
 	}
-	matches := 0
+	matches, size := 0, 0
 	more := map[model.ServicePortKey]bool{}
 	for i, rule := range r.rules {
 		matches += len(rule.matches)
+		of := actionSize(actions[i])
+		for _, m := range rule.matches {
+			size += m.size + of
+		}
 		for _, b := range actions[i].Backends {
 			more[b.To] = true
 		}
@@ -284,7 +290,11 @@ func (a *attachment) add(r *Route, actions []*model.Action) refusal {
 	if a.matches+matches > MaxMatches || len(a.backends)+len(more) > MaxBackends {
 		return refusal{ReasonLimitExceeded, fmt.Sprintf("older routes have most of the %d matches and %d backends that one port of a Service may have", MaxMatches, MaxBackends)}
 	}
+	if a.size+size > MaxSize {
+		return refusal{ReasonLimitExceeded, fmt.Sprintf("with older routes it takes %d KiB, and one port of a Service may have %d; each match takes what its rule's filters and backends do", (a.size+size)>>10, MaxSize>>10)}
+	}
 	a.matches += matches
+	a.size += size
 	for b := range more {
 		a.backends[b] = true
 	}
@@ -302,8 +312,9 @@ func (a *attachment) rules() []model.Rule {
 	var all []ranked
 	for _, r := range a.routes {
 		for i, rule := range r.route.rules {
+			size := actionSize(r.actions[i])
 			for _, m := range rule.matches {
-				all = append(all, ranked{m.rank, model.Rule{Match: m.RequestMatch, Action: r.actions[i]}})
+				all = append(all, ranked{m.rank, model.Rule{Match: m.RequestMatch, Action: r.actions[i], Size: m.size + size}})
 			}
 		}
 	}
