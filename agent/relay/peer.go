@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,16 +11,31 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
-// maxConns bounds the connections to one socket; an Envoy makes one.
-const maxConns = 4
+const (
+	// maxConns bounds the connections to one socket; an Envoy makes one.
+	maxConns = 4
+	// How often a proxy may begin: connections, and streams. An Envoy waits for half a
+	// second between two.
+	opensPerSecond = 5
+	opensAtOnce    = 20
+	// bytesPerSecond that are read of a proxy, whatever they are: its messages are few,
+	// but for one of maxMessage when it comes back.
+	bytesPerSecond = 1 << 20
+	bytesAtOnce    = 2 * maxMessage
+)
 
 // peerListener accepts connections of one uid, and of root.
 type peerListener struct {
 	*net.UnixListener
-	uid   uint32
-	conns atomic.Int32
+	uid    uint32
+	conns  atomic.Int32
+	opens  *rate.Limiter
+	bytes  *rate.Limiter
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
 }
 
 // listenUnix binds a socket that only uid may connect to. A socket path has at
@@ -43,12 +59,24 @@ func listenUnix(path string, uid uint32) (*peerListener, error) {
 		l.Close()
 		return nil, fmt.Errorf("hand socket to its proxy: %w", err)
 	}
-	return &peerListener{UnixListener: l, uid: uid}, nil
+	p := &peerListener{UnixListener: l, uid: uid, opens: rate.NewLimiter(opensPerSecond, opensAtOnce), bytes: rate.NewLimiter(bytesPerSecond, bytesAtOnce)}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	return p, nil
 }
 
-// Accept returns the next connection whose peer may have one, and closes others.
+// Close implements net.Listener.
+func (l *peerListener) Close() error {
+	l.cancel()
+	return l.UnixListener.Close()
+}
+
+// Accept returns the next connection whose peer may have one, and closes others. Who
+// makes them too fast finds the backlog full.
 func (l *peerListener) Accept() (net.Conn, error) {
 	for {
+		if l.opens.Wait(l.ctx) != nil {
+			return nil, net.ErrClosed
+		}
 		c, err := l.AcceptUnix()
 		if err != nil {
 			return nil, err
@@ -59,7 +87,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 			continue
 		}
 		l.conns.Add(1)
-		return &countedConn{UnixConn: c, conns: &l.conns}, nil
+		return &countedConn{UnixConn: c, listener: l}, nil
 	}
 }
 
@@ -81,13 +109,23 @@ func peerUID(c *net.UnixConn) (uint32, error) {
 
 type countedConn struct {
 	*net.UnixConn
-	conns  *atomic.Int32
-	closed atomic.Bool
+	listener *peerListener
+	closed   atomic.Bool
 }
 
+// Read implements net.Conn. What was read too fast is paid for before it is seen.
+func (c *countedConn) Read(b []byte) (int, error) {
+	n, err := c.UnixConn.Read(b[:min(len(b), bytesAtOnce)])
+	if n > 0 && c.listener.bytes.WaitN(c.listener.ctx, n) != nil {
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+// Close implements net.Conn.
 func (c *countedConn) Close() error {
 	if c.closed.CompareAndSwap(false, true) {
-		c.conns.Add(-1)
+		c.listener.conns.Add(-1)
 	}
 	return c.UnixConn.Close()
 }

@@ -16,7 +16,11 @@ import (
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	grpcproto "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/keepalive"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -46,6 +50,9 @@ type Options struct {
 	// NamesPerSecond that one proxy may newly ask for; a burst of four seconds'
 	// worth is free. Default 2000.
 	NamesPerSecond float64
+	// RequestsPerSecond that are read of one proxy, acknowledgements among them; a
+	// burst of four seconds' worth is free. Default 2000.
+	RequestsPerSecond float64
 	// Changed is called, if set, after a proxy connected, left, accepted or
 	// rejected configuration. It must not block.
 	Changed func(model.Tenant)
@@ -110,9 +117,15 @@ type endpoint struct {
 	server   *grpc.Server
 	done     chan struct{}
 	limiter  *rate.Limiter
+	requests *rate.Limiter
+	streams  *rate.Limiter
 	log      slog.Handler // of this proxy's streams
+	// turn is held by the stream that is served: one at a time.
+	turn chan struct{}
 
 	mu sync.Mutex
+	// endStream ends the newest stream.
+	endStream context.CancelFunc
 	// current is the stream that State is about: the newest.
 	current  downstream
 	state    State
@@ -131,10 +144,6 @@ type endpoint struct {
 	warm chan struct{}
 }
 
-// maxMessage holds 100,000 of the longest names: as many as pods may have made an
-// Envoy ask for, which it repeats when it comes back.
-const maxMessage = 8 << 20
-
 type rejectionKey struct{ typeURL, name string }
 
 // New returns a relay that serves nobody yet. The caller closes it.
@@ -144,6 +153,7 @@ func New(o Options) *Relay {
 	o.Backoff.Min = cmp.Or(o.Backoff.Min, 200*time.Millisecond)
 	o.Backoff.Max = cmp.Or(o.Backoff.Max, 10*time.Second)
 	o.NamesPerSecond = cmp.Or(o.NamesPerSecond, 2000)
+	o.RequestsPerSecond = cmp.Or(o.RequestsPerSecond, 2000)
 	return &Relay{
 		opts: o, log: o.Log, ads: discovery.NewAggregatedDiscoveryServiceClient(o.Operator),
 		good: newLastGood(o.LastGoodDir, o.Log), endpoints: map[Key]*endpoint{},
@@ -173,9 +183,13 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 		log: newQuiet(r.log.Handler()),
 		key: key, socket: socket, listener: l, done: make(chan struct{}), rejected: map[rejectionKey]Rejection{},
 		found: map[string]bool{}, warm: make(chan struct{}, 1),
-		limiter: rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
+		limiter:  rate.NewLimiter(rate.Limit(r.opts.NamesPerSecond), int(r.opts.NamesPerSecond*4)),
+		requests: rate.NewLimiter(rate.Limit(r.opts.RequestsPerSecond), int(r.opts.RequestsPerSecond*4)),
+		streams:  rate.NewLimiter(opensPerSecond, opensAtOnce),
+		turn:     make(chan struct{}, 1),
 	}
 	e.server = grpc.NewServer(
+		grpc.ForceServerCodecV2(requestCodec{encoding.GetCodecV2(grpcproto.Name)}),
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(2), grpc.MaxHeaderListSize(16<<10),
 		grpc.ReadBufferSize(16<<10), grpc.WriteBufferSize(16<<10), grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
@@ -391,9 +405,16 @@ type service struct {
 	endpoint *endpoint
 }
 
-// DeltaAggregatedResources serves one stream of the socket's proxy.
+// DeltaAggregatedResources serves one stream of the socket's proxy, and ends the one
+// before: an Envoy has one, and each takes memory.
 func (s *service) DeltaAggregatedResources(st downstream) error {
 	e, key := s.endpoint, s.endpoint.key
+	ctx, cancel := context.WithCancel(st.Context())
+	defer cancel()
+	if err := e.takeTurn(ctx, cancel); err != nil {
+		return err
+	}
+	defer func() { <-e.turn }()
 	e.mu.Lock()
 	e.current, e.state, e.rejected = st, State{Connected: true}, map[rejectionKey]Rejection{}
 	e.roots, e.rootsWanted = "", false
@@ -402,11 +423,30 @@ func (s *service) DeltaAggregatedResources(st downstream) error {
 	s.relay.changed(key.Tenant)
 	defer func() {
 		e.mu.Lock()
-		if e.current == st {
-			e.current, e.state, e.found = nil, State{}, map[string]bool{}
-		}
+		e.current, e.state, e.found = nil, State{}, map[string]bool{}
 		e.mu.Unlock()
 		s.relay.changed(key.Tenant)
 	}()
-	return newStream(s.relay, e, st).run(st.Context())
+	return newStream(s.relay, e, st).run(ctx)
+}
+
+// takeTurn returns once the stream of ctx may be served, or with an error if another
+// one came meanwhile.
+func (e *endpoint) takeTurn(ctx context.Context, cancel context.CancelFunc) error {
+	ended := grpcstatus.Error(codes.Unavailable, "the proxy has another stream, or the agent stops")
+	if e.streams.Wait(ctx) != nil {
+		return ended
+	}
+	e.mu.Lock()
+	if e.endStream != nil {
+		e.endStream()
+	}
+	e.endStream = cancel
+	e.mu.Unlock()
+	select {
+	case e.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ended
+	}
 }

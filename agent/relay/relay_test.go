@@ -268,11 +268,28 @@ func (f *fixture) socket(key Key) string {
 
 func (f *fixture) proxyOf(key Key) *proxy {
 	f.t.Helper()
-	path := f.socket(key)
+	return connect(f.t, f.listen(key))
+}
+
+// listen makes the proxy's socket.
+func (f *fixture) listen(key Key) (path string) {
+	f.t.Helper()
+	path = f.socket(key)
 	if err := f.relay.Listen(key, Socket{Path: path, UID: uint32(os.Getuid()), Version: "1.40.0"}); err != nil {
 		f.t.Fatal(err)
 	}
-	return connect(f.t, path)
+	return path
+}
+
+// dial connects to the proxy's socket.
+func (f *fixture) dial(key Key) *grpc.ClientConn {
+	f.t.Helper()
+	conn, err := grpc.NewClient("unix:"+f.listen(key), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() { conn.Close() })
+	return conn
 }
 
 func resource(typeURL, name, version string) *discovery.Resource {

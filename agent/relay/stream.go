@@ -12,6 +12,7 @@ import (
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/time/rate"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
@@ -38,6 +39,7 @@ type stream struct {
 	log   *slog.Logger
 	good  *goodSet
 	node  *core.Node
+	pace  *rate.Limiter
 
 	subs    map[string]*subscription
 	unacked map[string]sent
@@ -67,6 +69,7 @@ func newStream(r *Relay, e *endpoint, down downstream) *stream {
 		key: key, relay: r, down: down, log: slog.New(e.log).With("tenant", key.Tenant.String(), "generation", key.Generation),
 		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback,
 		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version), warm: e.warm,
+		pace: e.requests,
 	}
 }
 
@@ -79,6 +82,10 @@ func (s *stream) run(ctx context.Context) error {
 	requests, ended := make(chan *discovery.DeltaDiscoveryRequest), make(chan error, 1)
 	go func() {
 		for {
+			// What an Envoy has no use for, such as refusing for ever, costs the agent CPU.
+			if err := s.pace.Wait(ctx); err != nil {
+				return
+			}
 			r, err := s.down.Recv()
 			if err != nil {
 				ended <- err
@@ -104,9 +111,12 @@ func (s *stream) run(ctx context.Context) error {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
+			if grpcstatus.Code(err) == codes.Internal { // it can't be read
+				s.log.Warn("proxy's request refused", "error", err)
+			}
 			return err
 		case <-ctx.Done():
-			return grpcstatus.Error(codes.Unavailable, "the agent stops")
+			return grpcstatus.Error(codes.Unavailable, "the proxy has another stream, or the agent stops")
 		case r := <-requests:
 			if err := s.request(ctx, r); err != nil {
 				if errors.Is(err, errRefused) {
