@@ -111,6 +111,13 @@ func FuzzRequests(f *testing.F) {
 			t.Errorf("%d unanswered responses are kept", len(s.unacked))
 		}
 		for typeURL, sub := range s.subs {
+			bytes := 0
+			for name := range sub.names {
+				bytes += len(name)
+			}
+			if bytes != sub.bytes || bytes > maxNameBytes {
+				t.Errorf("%s: %d bytes of names, %d counted", typeURL, bytes, sub.bytes)
+			}
 			if len(sub.names) > maxNames || len(sub.held) > 2*maxNames+maxWildcard || len(sub.vain) > len(sub.names) || len(sub.waiting) > len(sub.names)+1 {
 				t.Errorf("%s: %d names, %d held, %d vain, %d waiting", typeURL, len(sub.names), len(sub.held), len(sub.vain), len(sub.waiting))
 			}

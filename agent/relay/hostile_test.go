@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -211,5 +212,34 @@ func TestSocketPaces(t *testing.T) {
 	l.Close()
 	if err := receive(t, "end", closed); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("it ended with %v", err)
+	}
+}
+
+// TestRelayBoundsNameBytes: as many names as may be are held, but not all of the longest.
+func TestRelayBoundsNameBytes(t *testing.T) {
+	s := newSubscription()
+	held := func() (n int) {
+		for name := range s.names {
+			n += len(name)
+		}
+		return n
+	}
+	names := make([]string, maxNames)
+	for i := range names {
+		names[i] = fmt.Sprintf("%0*d", maxName, i)
+	}
+	c, err := s.apply(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesSubscribe: names}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const room = maxNameBytes / maxName
+	if len(c.subscribe) != room || len(c.dropped) != maxNames-room || held() != maxNameBytes {
+		t.Errorf("%d are held, %d dropped, %d bytes", len(c.subscribe), len(c.dropped), held())
+	}
+	// What doesn't exist makes room, and so does what is let go.
+	s.answered(nil, names[:2])
+	c, err = s.apply(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{names[room], "short"}, ResourceNamesUnsubscribe: names[2:3]}, false)
+	if err != nil || len(c.dropped) > 0 || len(c.unsubscribe) != 2 || held() != s.bytes || held() > maxNameBytes {
+		t.Errorf("dropped %d, unsubscribed %d, %d bytes held and %d counted: %v", len(c.dropped), len(c.unsubscribe), held(), s.bytes, err)
 	}
 }

@@ -40,6 +40,11 @@ const (
 	maxNames = 16384
 	// maxName is the longest resource name. A SPIFFE ID has at most 588 bytes.
 	maxName = 1024
+	// maxNameBytes bounds one proxy's names of a type together: 16,384 of what they are
+	// in a cluster.
+	maxNameBytes = 4 << 20
+	// maxVersion is several times a version's length.
+	maxVersion = 128
 	// maxUnacked bounds the responses that a proxy hasn't answered yet.
 	maxUnacked = 512
 	// maxWildcard is more than there are static clusters and listeners.
@@ -55,6 +60,7 @@ var errRefused = errors.New("request refused")
 type subscription struct {
 	wildcard bool
 	names    map[string]struct{}
+	bytes    int // of names
 	// held are the versions that the proxy acknowledged, by name.
 	held map[string]string
 	// waiting are the names that nobody has answered yet ("*" for the wildcard).
@@ -103,7 +109,7 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 			if err := checkName(name); err != nil {
 				return c, err
 			}
-			if len(version) > maxName {
+			if len(version) > maxVersion {
 				return c, fmt.Errorf("%w: a version of %d bytes", errRefused, len(version))
 			}
 			s.held[name] = version
@@ -125,6 +131,7 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 		if _, ok := s.names[name]; !ok {
 			continue
 		}
+		s.bytes -= len(name)
 		delete(s.names, name)
 		delete(s.waiting, name)
 		delete(s.vain, name)
@@ -160,13 +167,14 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 			if err := checkName(name); err != nil {
 				return c, err
 			}
-			if _, ok := s.names[name]; !ok && len(s.names) >= maxNames {
-				gone, ok := s.makeRoom()
+			if _, has := s.names[name]; !has {
+				gone, ok := s.makeRoom(len(name))
+				c.unsubscribe = append(c.unsubscribe, gone...)
 				if !ok {
 					c.dropped = append(c.dropped, name)
 					continue
 				}
-				c.unsubscribe = append(c.unsubscribe, gone)
+				s.bytes += len(name)
 			}
 			s.names[name] = struct{}{}
 			delete(s.vain, name)
@@ -177,14 +185,20 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 	return c, nil
 }
 
-// makeRoom forgets a name that doesn't exist.
-func (s *subscription) makeRoom() (string, bool) {
+// makeRoom forgets names that don't exist until there is room for another one, of length
+// bytes. It returns them, and whether there is.
+func (s *subscription) makeRoom(length int) (gone []string, ok bool) {
+	full := func() bool { return len(s.names) >= maxNames || s.bytes+length > maxNameBytes }
 	for name := range s.vain {
+		if !full() {
+			break
+		}
+		s.bytes -= len(name)
 		delete(s.vain, name)
 		delete(s.names, name)
-		return name, true
+		gone = append(gone, name)
 	}
-	return "", false
+	return gone, !full()
 }
 
 // resume is the first request of a type on a new stream to the operator: all
