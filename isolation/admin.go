@@ -17,6 +17,8 @@ const (
 	adminTimeout = time.Second
 	// adminLimit bounds what is read: a taken-over proxy can answer anything.
 	adminLimit = 16 << 20
+	// adminHeader does so before there is a body.
+	adminHeader = 16 << 10
 )
 
 // adminGet asks Envoy's admin interface, inside of the tenant's network
@@ -30,7 +32,7 @@ func adminAsk(ctx context.Context, netns string, generation int, method, path st
 	client := &http.Client{
 		Timeout: timeout,
 		Transport: &http.Transport{
-			DisableKeepAlives: true,
+			DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: adminHeader,
 			DialContext: func(context.Context, string, string) (net.Conn, error) {
 				return dialAbstract(netns, adminName(generation))
 			},
