@@ -227,3 +227,37 @@ func TestLogIsBounded(t *testing.T) {
 		t.Errorf("log files are %v, %v", files, err)
 	}
 }
+
+// A proxy that crashes again and again waits longer each time, and once it has served for
+// long enough its next start is as quick as the first.
+func TestHealthEndsBackoff(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Generations: []Generation{{1, standinVersion}}}); err != nil {
+		t.Fatal(err)
+	}
+	p := n.waitLive(m, tenantA, 0)
+	waited := func() time.Duration {
+		t.Helper()
+		if err := unix.Kill(p.PID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		p = n.waitLive(m, tenantA, p.PID)
+		return p.StartedAt.Sub(p.Exit.At)
+	}
+	for i := range 4 {
+		if took := waited(); took < firstDelay<<i {
+			t.Errorf("after %d crashes it waits %s", i+1, took)
+		}
+	}
+	n.await(m, tenantA, "doesn't serve", func(State) bool { return m.tenant(tenantA).process(1).healthyFor() > healthyAfter })
+	// Its health counts, also if it hung before it died.
+	if err := unix.Kill(p.PID, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	n.await(m, tenantA, "is still live", func(s State) bool { return !s.Processes[0].Live })
+	if took := waited(); took > 4*firstDelay {
+		t.Errorf("after it has served it waits %s", took)
+	}
+}

@@ -48,8 +48,9 @@ type process struct {
 	state   processState
 	running *running
 	live    bool
-	// liveSince is zero while it isn't live.
+	// liveSince is zero while it isn't live, and served for how long it was before, at most.
 	liveSince time.Time
+	served    time.Duration
 	problem   string
 }
 
@@ -130,14 +131,15 @@ func (p *process) run(ctx context.Context) {
 	}
 }
 
-// healthyFor is for how long the process has served, 0 if it doesn't.
+// healthyFor is for how long the process has served, without a break. One that dies while
+// it is probed, or hangs before, doesn't answer last.
 func (p *process) healthyFor() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.liveSince.IsZero() {
-		return 0
+		return p.served
 	}
-	return time.Since(p.liveSince)
+	return max(p.served, time.Since(p.liveSince))
 }
 
 // attempted notes what came of a start.
@@ -169,8 +171,9 @@ func (p *process) watch(ctx context.Context, r *running) {
 		changed, first := p.live != live, live && !p.state.Served
 		p.live, p.state.Served = live, p.state.Served || live
 		switch {
+		case !live && !p.liveSince.IsZero():
+			p.served, p.liveSince = max(p.served, time.Since(p.liveSince)), time.Time{}
 		case !live:
-			p.liveSince = time.Time{}
 		case p.liveSince.IsZero():
 			p.liveSince = time.Now()
 		}
@@ -205,7 +208,7 @@ func (p *process) gone(r *running) {
 	p.mu.Lock()
 	exit := Exit{PID: r.pid, At: time.Now(), Log: lastLog(p.logPath(), p.state.LogStart)}
 	exit.Cause, exit.Status = judge(status, oom, p.stopping())
-	p.running, p.live, p.liveSince = nil, false, time.Time{}
+	p.running, p.live, p.liveSince, p.served = nil, false, time.Time{}, 0
 	p.state.PID, p.state.StartTicks = 0, 0
 	p.state.Exit = exit
 	generation := p.state.Generation
@@ -354,7 +357,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	}
 	t.forgetOOMKills()
 	p.mu.Lock()
-	p.running, p.live, p.liveSince, p.state.Served = r, false, time.Time{}, false
+	p.running, p.live, p.liveSince, p.served, p.state.Served = r, false, time.Time{}, 0, false
 	p.state.PID, p.state.StartTicks, p.state.Tree, p.state.StartedAt = pid, ticks, tree, time.Now()
 	p.mu.Unlock()
 	// From here on a crash leaves a process that the next manager knows.
