@@ -157,7 +157,7 @@ func TestUnifiedFiles(t *testing.T) {
 	for file, content := range map[string]string{
 		"cpu.stat": "usage_usec 2500000\nuser_usec 2000000\nnr_throttled 3\nthrottled_usec 700000\n", "cpu.weight": "50\n", "cpu.max": "150000 100000\n",
 		"memory.current": "1048576\n", "memory.peak": "2097152\n", "memory.high": "max\n", "memory.max": "4194304\n",
-		"memory.events": "low 0\nhigh 7\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n", "pids.current": "12\n", "pids.max": "64\n",
+		"memory.events": "low 0\nhigh 7\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n", "pids.current": "12\n", "pids.max": "64\n", "pids.events": "max 5\n",
 		"cpu.pressure":    "some avg10=1.00 avg60=0.50 avg300=0.10 total=4000000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1000000\n",
 		"memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=2000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1000\n",
 		"io.pressure":     "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
@@ -178,6 +178,9 @@ func TestUnifiedFiles(t *testing.T) {
 	}
 	if want := (Pressure{CPU: Stall{4 * time.Second, time.Second}, Memory: Stall{2 * time.Millisecond, time.Millisecond}}); p == nil || *p != want {
 		t.Errorf("pressure is %+v, want %+v", p, want)
+	}
+	if h, want := c.hits("a"), (Hits{Throttled: 3, ThrottledFor: 700 * time.Millisecond, MemoryHigh: 7, OOMKills: 2, Pids: 5}); h != want {
+		t.Errorf("hits are %+v, want %+v", h, want)
 	}
 	if l := c.limits("a"); l != (Limits{CPUWeight: 50, CPUMillis: 1500, MemoryMax: 4 << 20, Pids: 64}) {
 		t.Errorf("limits are %+v", l)
