@@ -91,6 +91,8 @@ type Options struct {
 	// Rewrite changes what a node's proxies of a tenant get of the configuration, each
 	// resource when it is sent. Default: nothing.
 	Rewrite func(node string, tenant model.Tenant, r *discoveryv3.Resource)
+	// OnReject is told what a proxy refused. Default: the test fails.
+	OnReject func(xds.Rejection)
 }
 
 // SetAuthority has another authority sign and nodes' next plans trust its roots.
@@ -126,11 +128,14 @@ func NewWith(t testing.TB, o Options) *Lab {
 	if o.Redirection == "" {
 		o.Redirection = v1alpha1.RedirectionEBPF
 	}
+	if o.OnReject == nil {
+		o.OnReject = func(r xds.Rejection) { t.Errorf("Envoy refused %+v", r) }
+	}
 	l := &Lab{t: t, o: o, dir: dir, envoys: filepath.Dir(envoy.Dir)}
 	l.Authority, err = identity.NewAuthority(TrustDomain, time.Now())
 	Check(t, err)
 	l.signing.Store(l.Authority)
-	l.Store = xds.NewStore(xds.StoreOptions{OnReject: func(r xds.Rejection) { t.Errorf("Envoy refused %+v", r) }})
+	l.Store = xds.NewStore(xds.StoreOptions{OnReject: o.OnReject})
 
 	l.router, l.router2 = l.namespace("router"), l.namespace("router2")
 	l.Node1 = l.newNode("node1", l.router, 1)
@@ -311,6 +316,22 @@ func (l *Lab) Publish() {
 		Check(t, l.Store.SetProxy(*p))
 	}
 	l.Store.MarkSynced()
+}
+
+// SetTenants gives all pods the tenants that they are to have, and waits until both nodes
+// have those alone and they serve.
+func (l *Lab) SetTenants(tenant func(*Host) model.Tenant) {
+	t := l.t
+	t.Helper()
+	for _, p := range l.Pods {
+		p.Tenant = tenant(p)
+	}
+	l.Publish()
+	for _, n := range []*Node{l.Node1, l.Node2} {
+		n.WritePlan()
+		n.waitAlone()
+		n.WaitReady()
+	}
 }
 
 // command is the test application on a host.

@@ -138,8 +138,13 @@ func (n *Node) remove() {
 // PinDir has what the agent pins.
 func (n *Node) PinDir() string { return filepath.Join(n.Dir, "bpf", "bulkhead") }
 
-// tell shows the ends of the logs of agent and proxies.
+// tell shows the ends of the logs of agent and proxies, and the proxies' connections.
 func (n *Node) tell() {
+	proxies, _ := filepath.Glob(filepath.Join(n.Dir, "run", "netns", "*"))
+	for _, path := range proxies {
+		sockets, err := describeSockets(path)
+		n.l.t.Logf("connections in %s: %v\n%s", path, err, sockets[:min(len(sockets), 4<<10)])
+	}
 	files, _ := filepath.Glob(filepath.Join(n.Dir, "lib", "log", "*", "*"))
 	for _, file := range append(files, n.log.Name()) {
 		b, _ := os.ReadFile(file)
@@ -302,6 +307,25 @@ func (n *Node) WaitReady() {
 			return fmt.Errorf("%d of %d pods are steered: %s", steered, len(n.Planned), i.Problem)
 		}
 		return nil
+	})
+}
+
+// waitAlone waits until there are no other tenants than those of the planned pods.
+func (n *Node) waitAlone() {
+	t := n.l.t
+	t.Helper()
+	wanted := map[string]bool{}
+	for _, p := range n.Planned {
+		wanted[p.Tenant.String()] = true
+	}
+	Eventually(t, "the end of the former tenants of "+n.Name, func() error {
+		i, err := n.Inspect()
+		for _, tenant := range i.Tenants {
+			if !wanted[tenant.Name] {
+				err = errors.Join(err, fmt.Errorf("tenant %s: %s, %+v", tenant.Name, tenant.Reason, tenant.Generations))
+			}
+		}
+		return err
 	})
 }
 
