@@ -87,8 +87,9 @@ bench: root setup ## Measure: BENCH=datapath is one part, ROUNDS=3 is quick, WRI
 	done
 
 .PHONY: soak
-soak: root ## Tests that take minutes: isolation in a virtual machine with another kernel, rollouts on the cluster, about 20 minutes; as root
+soak: root setup ## Tests that take minutes: limits again and again, isolation in a virtual machine with another kernel, rollouts on the cluster, about 30 minutes; as root
 	$(GO) run ./hack/envoy --all
+	$(GO) test -count=1 -timeout 30m -run '^TestLimitsRecover$$' $(GOTESTFLAGS) ./test/kernel -args -recoveries 50
 	$(GO) test -count=1 -p 1 -timeout 30m $(GOTESTFLAGS) ./test/soak/...
 	@$(MAKE) --no-print-directory soak-rollouts
 

@@ -159,7 +159,10 @@ func stream(t *testing.T, from *lab.Host, to netip.Addr, port uint16) *sender {
 		c, err = net.DialTimeout("tcp", lab.At(to, port).String(), 5*time.Second)
 		lab.Check(t, err)
 	})
-	context.AfterFunc(ctx, func() { c.Close() })
+	context.AfterFunc(ctx, func() {
+		c.(*net.TCPConn).SetLinger(0) // what waits to be sent ends with it
+		c.Close()
+	})
 	go func() {
 		defer close(r.done)
 		b := make([]byte, 64<<10)

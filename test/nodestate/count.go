@@ -122,29 +122,39 @@ func privateMemory(dir string) (kib int, err error) {
 
 // countMaps counts the entries of maps that aren't arrays.
 func countMaps(host string, counts map[string]int) error {
-	const pins = "sys/fs/bpf/" + name + "/maps"
-	entries, err := os.ReadDir(filepath.Join(host, pins))
+	entries, err := MapEntries(filepath.Join(host, "sys/fs/bpf", name, "maps"))
+	for name, n := range entries {
+		counts["entries of "+name] = n
+	}
+	return err
+}
+
+// MapEntries says how many entries the BPF maps have that are pinned in a folder, but for
+// arrays, by name. A folder that isn't there has none.
+func MapEntries(dir string) (map[string]int, error) {
+	pins, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // a node without eBPF
+		return nil, nil // a node without eBPF
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
+	entries := map[string]int{}
 	hashes := []ebpf.MapType{ebpf.Hash, ebpf.PerCPUHash, ebpf.LRUHash, ebpf.LPMTrie}
-	for _, entry := range entries {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(host, pins, entry.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
+	for _, pin := range pins {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, pin.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
-			return fmt.Errorf("open map %s: %w", entry.Name(), err)
+			return nil, fmt.Errorf("open map %s: %w", pin.Name(), err)
 		}
 		if slices.Contains(hashes, m.Type()) {
-			counts["entries of "+entry.Name()], err = countKeys(m)
+			entries[pin.Name()], err = countKeys(m)
 		}
 		m.Close()
 		if err != nil {
-			return fmt.Errorf("count map %s: %w", entry.Name(), err)
+			return nil, fmt.Errorf("count map %s: %w", pin.Name(), err)
 		}
 	}
-	return nil
+	return entries, nil
 }
 
 func countKeys(m *ebpf.Map) (n int, err error) {

@@ -1,0 +1,271 @@
+package kernel
+
+import (
+	"bufio"
+	"flag"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/bpf"
+	"github.com/bulkhead-mesh/bulkhead/test/lab"
+	"github.com/bulkhead-mesh/bulkhead/test/nodestate"
+)
+
+var recoveries = flag.Int("recoveries", 2, "how often each bound is driven into shedding and back; make soak does it more often")
+
+// overload is one bound of team-b, and a load beyond it.
+type overload struct {
+	name   string
+	limits v1alpha1.Limits
+	// shed counts what was dropped beyond the bound; "" is for one that queues.
+	shed string
+	// exceed drives the tenant beyond the bound, and returns once the load has ended.
+	exceed func()
+	// serves says what of a load within the bound isn't served.
+	serves func() error
+}
+
+// Each bound holds back what is new of the tenant's own, lets go of it by itself when the
+// load falls, however often, and keeps nothing of what it held back.
+func TestLimitsRecover(t *testing.T) { eachRedirection(t, testLimitsRecover) }
+
+func testLimitsRecover(t *testing.T, l *lab.Lab) {
+	n := l.Node1
+	proxy, pid := n.Proxy("team-b"), n.Tenant("team-b").Generations[0].PID
+	for _, o := range overloads(t, l) {
+		began, before := mustOpen(t, l.B1, l.Outside, 4), map[string]int{}
+		lines := bufio.NewReader(began)
+		limit(t, n, "team-b", o.limits)
+		for round := range *recoveries + 1 {
+			was := n.Tenant("team-b").Drops[o.shed]
+			o.exceed()
+			if o.shed != "" && n.Tenant("team-b").Drops[o.shed] == was {
+				t.Fatalf("%s, round %d: nothing was dropped as %s", o.name, round, o.shed)
+			}
+			// Neither another tenant nor what has begun has to do with it.
+			c, err := open(t, l.A1, l.Outside, 4, time.Second)
+			if err != nil {
+				t.Fatalf("%s, round %d: a neighbour's connection: %v", o.name, round, err)
+			}
+			c.Close()
+			lab.Check(t, began.SetDeadline(time.Now().Add(lab.Patience)))
+			line := fmt.Sprintf("%s %d\n", o.name, round)
+			if _, err := began.Write([]byte(line)); err != nil {
+				t.Fatalf("%s, round %d: a connection from before: %v", o.name, round, err)
+			}
+			if got, err := lines.ReadString('\n'); got != line {
+				t.Fatalf("%s, round %d: a connection from before: %q, %v", o.name, round, got, err)
+			}
+			lab.Eventually(t, fmt.Sprintf("%s, round %d: a load within the bound", o.name, round), o.serves)
+			// The first time makes what stays.
+			if round == 0 {
+				lab.Eventually(t, "the end of the load", func() error {
+					before = remains(t, l, proxy)
+					// Two sockets of the one that the test keeps: from the pod, and to the server.
+					if open := before["connections"]; open > 2 {
+						return fmt.Errorf("%d connections are open", open)
+					}
+					return nil
+				})
+				continue
+			}
+			lab.Eventually(t, fmt.Sprintf("%s, round %d: as much as after the first one", o.name, round), func() error {
+				for what, have := range remains(t, l, proxy) {
+					if have > before[what] {
+						return fmt.Errorf("%d %s, there were %d", have, what, before[what])
+					}
+				}
+				return nil
+			})
+		}
+		lab.Check(t, began.Close())
+		limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
+		t.Logf("%s: %d times", o.name, *recoveries+1)
+	}
+	if b := n.Tenant("team-b"); b.Generations[0].PID != pid || b.Generations[0].Restarts > 0 {
+		t.Errorf("the proxy is %+v, its pid was %d", b.Generations[0], pid)
+	}
+}
+
+func overloads(t *testing.T, l *lab.Lab) []overload {
+	t.Helper()
+	const most, rate, bandwidth, port = 8, 20, 1 << 20, 9977
+	const streamed = bandwidth / 2
+	n := l.Node1
+	sink(t, l.Outside, port)
+	sink(t, l.B1, port)
+	// fill sends more than passes in a moment, and says how long that took.
+	fill := func(from, to *lab.Host) {
+		t.Helper()
+		begun := time.Now()
+		s := stream(t, from, to.Of(4), port)
+		defer s.stop()
+		lab.Eventually(t, "the stream", func() error {
+			if got := s.received(); got < streamed {
+				return fmt.Errorf("%d bytes have arrived", got)
+			}
+			return nil
+		})
+		if took := time.Since(begun); took < time.Second/4 {
+			t.Errorf("%d bytes from %s to %s took %s at %d a second", streamed, from.Name, to.Name, took, bandwidth)
+		}
+	}
+	// several are that many connections after another, none of which is dropped.
+	several := func(connections int, shed string) func() error {
+		return func() error {
+			was := n.Tenant("team-b").Drops[shed]
+			for range connections {
+				c, err := open(t, l.B1, l.Outside, 4, time.Second)
+				if err != nil {
+					return err
+				}
+				c.Close()
+			}
+			if dropped := n.Tenant("team-b").Drops[shed] - was; dropped > 0 {
+				return fmt.Errorf("%d were dropped", dropped)
+			}
+			return nil
+		}
+	}
+	all := []overload{
+		{"concurrent", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most}, "tooMany", func() {
+			var held []net.Conn
+			for range most - 1 { // one has begun before
+				held = append(held, mustOpen(t, l.B1, l.Outside, 4))
+			}
+			if c, err := open(t, l.B1, l.Outside, 4, 100*time.Millisecond); err == nil {
+				t.Errorf("one connection more than %d", most)
+				c.Close()
+			}
+			for _, c := range held {
+				lab.Check(t, c.Close())
+			}
+		}, func() error {
+			var held []net.Conn
+			defer func() {
+				for _, c := range held {
+					c.Close()
+				}
+			}()
+			for range most - 1 {
+				c, err := open(t, l.B1, l.Outside, 4, time.Second)
+				if err != nil {
+					return fmt.Errorf("after %d: %w", len(held), err)
+				}
+				held = append(held, c)
+			}
+			return nil
+		}},
+		{"newPerSecond", v1alpha1.Limits{MemoryMax: 1 << 30, NewConnections: rate}, "tooFast", func() {
+			for range 3 * rate {
+				if c, err := open(t, l.B1, l.Outside, 4, 10*time.Millisecond); err == nil {
+					c.Close()
+				}
+			}
+		}, several(rate/2, "tooFast")},
+		{"egress", v1alpha1.Limits{MemoryMax: 1 << 30, Egress: bandwidth}, "", func() { fill(l.B1, l.Outside) }, several(1, "")},
+		{"ingress", v1alpha1.Limits{MemoryMax: 1 << 30, Ingress: bandwidth}, "", func() { fill(l.Outside, l.B1) }, several(1, "")},
+	}
+	if n.Redirection != v1alpha1.RedirectionEBPF {
+		return all // nothing else tells flows beside the proxy apart
+	}
+	// Without who listens there, an error comes back for each.
+	var server net.PacketConn
+	l.Outside.Do(t, func() {
+		var err error
+		server, err = net.ListenPacket("udp4", lab.At(l.Outside.V4, port).String())
+		lab.Check(t, err)
+	})
+	t.Cleanup(func() { server.Close() })
+	datagrams := func(flows int) {
+		t.Helper()
+		l.B1.Do(t, func() {
+			for range flows {
+				c, err := net.Dial("udp4", lab.At(l.Outside.V4, port).String())
+				lab.Check(t, err)
+				_, err = c.Write([]byte("x"))
+				lab.Check(t, err)
+				lab.Check(t, c.Close())
+			}
+		})
+	}
+	arrived := func() (n int) {
+		for b := make([]byte, 1); ; n++ {
+			lab.Check(t, server.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
+			if _, _, err := server.ReadFrom(b); err != nil {
+				return n
+			}
+		}
+	}
+	return append(all, overload{"newDirectPerSecond", v1alpha1.Limits{MemoryMax: 1 << 30, NewDirect: rate}, "directTooFast", func() {
+		datagrams(3 * rate)
+		arrived()
+	}, func() error {
+		// One by one: what is repeated at once would be a load beyond the bound.
+		pace := time.NewTicker(2 * time.Second / rate)
+		defer pace.Stop()
+		for i := range rate / 4 {
+			<-pace.C
+			datagrams(1)
+			if got := arrived(); got != 1 {
+				return fmt.Errorf("%d of flow %d arrive", got, i)
+			}
+		}
+		return nil
+	}})
+}
+
+// remains counts what a node, the agent and the proxy of team-b keep.
+func remains(t *testing.T, l *lab.Lab, proxy *lab.Namespace) map[string]int {
+	t.Helper()
+	n := l.Node1
+	counts := map[string]int{}
+	for name, pid := range map[string]int{"files of the proxy": n.Tenant("team-b").Generations[0].PID, "files of the agent": n.AgentPID()} {
+		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		lab.Check(t, err)
+		counts[name] = len(files)
+	}
+	entries, err := nodestate.MapEntries(filepath.Join(n.PinDir(), "maps"))
+	lab.Check(t, err)
+	// Of these the kernel drops the oldest when they are full.
+	maps.DeleteFunc(entries, func(name string, _ int) bool { return name == "begun" || name == "answered" || name == "watched" })
+	for name, count := range entries {
+		counts["entries of map "+name] = count
+	}
+	for where, namespace := range map[string]*lab.Namespace{"the node": n.Namespace, "the proxy": proxy} {
+		namespace.Do(t, func() {
+			c := &nftables.Conn{}
+			tables, err := c.ListTables()
+			lab.Check(t, err)
+			for _, table := range tables {
+				if !strings.HasPrefix(table.Name, "bulkhead") {
+					continue
+				}
+				sets, err := c.GetSets(table)
+				lab.Check(t, err)
+				for _, set := range sets {
+					elements, err := c.GetSetElements(set)
+					lab.Check(t, err)
+					counts["elements of set "+set.Name+" of "+where] += len(elements)
+				}
+			}
+		})
+	}
+	flows, err := bpf.EstablishedFlows(proxy.Path, l.B1.V4, l.B1.V6)
+	lab.Check(t, err)
+	for _, f := range flows {
+		if !f.IsTunnel() {
+			counts["connections"]++
+		}
+	}
+	return counts
+}
