@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/image"
@@ -23,6 +24,8 @@ type plan struct {
 	// uid and generation of the NodeProxy that it was made from.
 	uid        types.UID
 	generation int64
+	// readySince is the plan's word for since when the node is Ready, nil if it has none.
+	readySince *metav1.Time
 	// redirection of all pods; "" is as it is.
 	redirection v1alpha1.Redirection
 	// limits of all proxies together.
@@ -76,7 +79,7 @@ type canaryPlan struct {
 // makePlan reads a NodeProxy. What makes no sense is left out and named in the
 // error: the rest is in force.
 func makePlan(np *v1alpha1.NodeProxy) (plan, error) {
-	p := plan{uid: np.UID, generation: np.Generation, limits: processLimits(np.Spec.Limits), traffic: map[string]traffic{}, outside: map[string]bool{}}
+	p := plan{uid: np.UID, generation: np.Generation, readySince: np.Spec.ReadySince, limits: processLimits(np.Spec.Limits), traffic: map[string]traffic{}, outside: map[string]bool{}}
 	var errs []error
 	switch np.Spec.Redirection {
 	case "", v1alpha1.RedirectionEBPF:

@@ -24,6 +24,7 @@ func nodeProxy() *v1alpha1.NodeProxy {
 		ObjectMeta: metav1.ObjectMeta{Name: "node1", Generation: 7},
 		Spec: v1alpha1.NodeProxySpec{
 			TrustDomain: "cluster.local",
+			ReadySince:  &metav1.Time{Time: time.Unix(9e8, 0)},
 			Tenants: []v1alpha1.NodeTenant{
 				{Name: "team-b", Version: "1.40.0"},
 				{Name: "team-a", Version: "1.39.3", DrainSeconds: 90, Limits: v1alpha1.Limits{CPUMillis: 500},
@@ -205,6 +206,9 @@ func TestMakeStatus(t *testing.T) {
 	}
 	if s.AgentStartedAt == nil || s.AgentStartedAt.Unix() != 1e9 {
 		t.Errorf("the agent started at %s", s.AgentStartedAt)
+	}
+	if !s.ReadySince.Equal(nodeProxy().Spec.ReadySince) {
+		t.Errorf("it speaks of the node that is Ready since %s", s.ReadySince)
 	}
 	vain := good()
 	vain.configs[relay.Key{Tenant: a, Generation: 1}] = relay.State{Rejections: []relay.Rejection{{Type: "CDS", Name: "*", Message: "100 or more names"}, {Type: "CDS", Name: "x", Message: "bad"}}}

@@ -70,6 +70,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 	s := v1alpha1.NodeProxyStatus{
 		TrustBundle:        o.trustBundle,
 		ObservedGeneration: o.round.plan.generation,
+		ReadySince:         o.round.plan.readySince,
 		AgentVersion:       o.agentVersion,
 		ProxyVersions:      o.proxyVersions,
 		Redirection:        o.redirection,

@@ -284,8 +284,27 @@ func TestNodesAway(t *testing.T) {
 	}
 	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionTrue
 	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
+	asked := func(at time.Time) {
+		t.Helper()
+		r.must(r.w.writePlan(t.Context(), "n1"))
+		if got := r.nodeProxy("n1").Spec.ReadySince; (got == nil) != at.IsZero() || got != nil && !got.Time.Equal(at) {
+			t.Errorf("asked to say since %s, want %s", got, at)
+		}
+	}
+	asked(time.Time{})
 	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
-	if away, since := r.w.mesh.away(); len(away) != 0 || !since["n1"].Equal(born) {
+	asked(born)
+	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionFalse
+	stripped.(*corev1.Node).Status.Conditions[0].LastTransitionTime = metav1.NewTime(born.Add(time.Minute))
+	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
+	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
+	asked(born)
+	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionTrue
+	stripped.(*corev1.Node).Status.Conditions[0].LastTransitionTime = metav1.NewTime(born.Add(time.Hour))
+	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
+	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
+	asked(born.Add(time.Hour))
+	if away, since := r.w.mesh.away(); len(away) != 0 || !since["n1"].Equal(born.Add(time.Hour)) {
 		t.Errorf("away are %v, n1 is there since %v", away, since)
 	}
 }

@@ -77,6 +77,11 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		p.Drain = translate.Drain(policies)
 		plan.namespaces[namespace] = p
 	}
+	// One that isn't Ready isn't asked to say anything.
+	readySince := have.Spec.ReadySince
+	if at := plan.node.ReadySince; !at.IsZero() {
+		readySince = &metav1.Time{Time: at}
+	}
 	had := map[string]bool{}
 	for _, t := range have.Spec.Tenants {
 		had[t.Name] = true
@@ -86,7 +91,7 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},
-		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, Redirection: plan.redirection, Limits: plan.limits, Members: plan.members,
+		Spec: translate.NodeProxySpec(translate.NodePlan{TrustDomain: plan.trustDomain, ReadySince: readySince, Redirection: plan.redirection, Limits: plan.limits, Members: plan.members,
 			OptedOut: plan.optedOut, Shared: plan.shared, Had: had, Namespaces: plan.namespaces}),
 	}
 	if exists && ownedBy(have.OwnerReferences, plan.node.UID) && translate.SamePlan(have.Spec, want.Spec) {

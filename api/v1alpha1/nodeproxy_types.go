@@ -21,6 +21,10 @@ type NodeProxySpec struct {
 	// TrustDomain of the mesh.
 	// +optional
 	TrustDomain string `json:"trustDomain,omitempty"`
+	// ReadySince is since when the Node is Ready, when it was last. The status has it
+	// again: what was said before is about what was.
+	// +optional
+	ReadySince *metav1.Time `json:"readySince,omitempty"`
 	// Redirection of the node's pods: one a node, for one agent steers it. None is
 	// EBPF.
 	// +optional
@@ -179,6 +183,10 @@ type NodeProxyStatus struct {
 	// ObservedGeneration of the spec that this status is about.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// ReadySince of the spec that this status is about; none if the agent is of before
+	// it was.
+	// +optional
+	ReadySince *metav1.Time `json:"readySince,omitempty"`
 	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady,
 	// KernelUnsupported), Redirected (reasons AsPlanned, Unsupported), IdentityReady
 	// (reasons Ready, NotRenewed, Expired).

@@ -96,7 +96,7 @@ func (r *rollout) analyse() *v1alpha1.RolloutVerdict {
 // compared are the figures of the canary and of what serves beside it, if there are
 // any that are about the same time.
 func (r *rollout) compared(p placed) (c compared, ok bool) {
-	if p.status == nil || !r.owns(p) {
+	if p.status == nil || !r.owns(p) || r.isStale(p.node) {
 		return c, false
 	}
 	var old, new *v1alpha1.GenerationFigures

@@ -28,10 +28,24 @@ var imageReasons = []string{"ImageNotFound", "Unauthorized", "RegistryUnreachabl
 // lack is why a node can't run a version: in a word, and for people.
 type lack struct{ reason, message string }
 
+// staleReport is why a node that is there isn't counted.
+const staleReport = "its agent has said nothing since the node is Ready again"
+
+// isStale reports whether a node's agent hasn't said anything since the node is there
+// again: its processes may be others, or none. An agent of a version before this
+// doesn't say when it speaks, and is believed.
+func (r *rollout) isStale(n *v1alpha1.NodeProxy) bool {
+	since, said := r.ReadySince[n.Name], n.Status.ReadySince
+	return !since.IsZero() && said != nil && !said.Time.Equal(since)
+}
+
 // lackOf is why a node can't run the rollout's version; false if it can.
 func (r *rollout) lackOf(n *v1alpha1.NodeProxy) (l lack, lacks bool) {
 	if why := r.Away[n.Name]; why != "" {
 		return lack{ReasonNodesAway, why}, true
+	}
+	if r.isStale(n) {
+		return lack{ReasonNodesAway, staleReport}, true
 	}
 	if slices.Contains(n.Status.ProxyVersions, r.version) {
 		return l, false

@@ -299,6 +299,143 @@ func TestRolloutForgivesNodesAway(t *testing.T) {
 	f.want("it is back, and nothing serves there", v1alpha1.RolloutRolledBack, "")
 }
 
+// What a node said before it went away is about what was: nothing is decided by it when
+// the node is back, before its agent has spoken.
+func TestRolloutHearsNodesThatAreBack(t *testing.T) {
+	const away = "the node isn't Ready since noon"
+	begun := func(t *testing.T) *fleet {
+		f := newFleet(t, v1alpha1.ProxyRolloutSpec{MaxUnavailable: 1, Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+		f.readySince = map[string]time.Time{"n1": f.now.Add(-time.Hour), "n2": f.now.Add(-time.Hour)}
+		f.report()
+		f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+		return f
+	}
+	// back has n2 there again; what it said stays until it reports.
+	back := func(f *fleet) {
+		f.now = f.now.Add(time.Hour)
+		f.away, f.readySince["n2"] = map[string]string{"n2": away}, f.now.Add(-time.Second)
+		f.report()
+		f.away = nil
+	}
+	decide := func(f *fleet) v1alpha1.ProxyRolloutStatus {
+		d := DecideRollout(RolloutInput{Rollout: &f.rollout, From: []string{oldEnvoy}, Nodes: f.nodes, Away: f.away, ReadySince: f.readySince, Now: f.now})
+		f.rollout.Status = d.Status
+		return d.Status
+	}
+	canary := func(f *fleet, change func(*v1alpha1.GenerationStatus)) {
+		for i := range f.nodes[1].Status.Tenants {
+			for k := range f.nodes[1].Status.Tenants[i].Generations {
+				if g := &f.nodes[1].Status.Tenants[i].Generations[k]; g.Version == newEnvoy {
+					change(g)
+				}
+			}
+		}
+	}
+	for name, change := range map[string]func(*v1alpha1.GenerationStatus){
+		"an end":    func(g *v1alpha1.GenerationStatus) { g.Restarts, g.Serving = 1, false },
+		"a refusal": func(g *v1alpha1.GenerationStatus) { n := int32(1); g.RefusedAlone = &n },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := begun(t)
+			canary(f, change)
+			back(f)
+			if s := decide(f); s.Verdict != nil || s.Phase != v1alpha1.RolloutWaiting {
+				t.Errorf("judged by what it said before it went: %s, %+v", s.Phase, s.Verdict)
+			}
+			f.nodes[1].Status.ReadySince = &metav1.Time{Time: f.readySince["n2"]}
+			if s := decide(f); s.Verdict == nil || s.Verdict.Node != "n2" {
+				t.Errorf("not judged by what it says now: %+v", s)
+			}
+		})
+	}
+	t.Run("figures", func(t *testing.T) {
+		f := begun(t)
+		back(f)
+		at := metav1.NewTime(f.now)
+		for i := range f.nodes[1].Status.Tenants {
+			for k := range f.nodes[1].Status.Tenants[i].Generations {
+				figures := &v1alpha1.GenerationFigures{At: at, Seconds: 60, Connections: 1000}
+				if f.nodes[1].Status.Tenants[i].Generations[k].Version == newEnvoy {
+					figures.Unanswered = 900
+				}
+				f.nodes[1].Status.Tenants[i].Generations[k].Figures = figures
+			}
+		}
+		if s := decide(f); s.Verdict != nil {
+			t.Errorf("judged by what it said before it went: %+v", s.Verdict)
+		}
+		f.nodes[1].Status.ReadySince = &metav1.Time{Time: f.readySince["n2"]}
+		if s := decide(f); s.Verdict == nil || s.Verdict.Reason != string(v1alpha1.FigureConnectFailures) {
+			t.Errorf("not judged by what it says now: %+v", s)
+		}
+	})
+	t.Run("a step", func(t *testing.T) {
+		f := begun(t)
+		f.rollout.Spec.MaxUnavailable = 0
+		back(f)
+		if s := decide(f); s.Phase != v1alpha1.RolloutProgressing || !strings.Contains(s.Message, "n2 ("+staleReport+")") {
+			t.Errorf("reached by what it said before it went: %s: %s", s.Phase, s.Message)
+		}
+		f.report()
+		f.want("it says that it serves", v1alpha1.RolloutWaiting, "a 50, b 50")
+	})
+	t.Run("an end of all", func(t *testing.T) {
+		f := begun(t)
+		f.rollout.Spec.Abort = true
+		decide(f)
+		// It had nothing yet when it went.
+		back(f)
+		f.now = f.rollout.Status.StoppedAt.Add(silence - time.Second)
+		for i := range f.nodes {
+			for k := range f.nodes[i].Spec.Tenants {
+				f.nodes[i].Spec.Tenants[k].Canary = nil
+			}
+		}
+		f.away = map[string]string{"n2": away}
+		f.report()
+		f.away = nil
+		canary(f, func(g *v1alpha1.GenerationStatus) { g.Serving, g.Role = false, v1alpha1.RoleLeaving })
+		if s := decide(f); s.Phase != v1alpha1.RolloutAborting {
+			t.Errorf("over by what it said before it went: %s: %s", s.Phase, s.Message)
+		}
+		f.now = f.now.Add(time.Second)
+		if s := decide(f); s.Phase != v1alpha1.RolloutAborted || !strings.Contains(s.Message, "n2 ("+staleReport+")") {
+			t.Errorf("%s: %s", s.Phase, s.Message)
+		}
+	})
+	t.Run("an agent of before", func(t *testing.T) {
+		f := begun(t)
+		back(f)
+		f.nodes[1].Status.ReadySince = nil // it doesn't know the field
+		canary(f, func(g *v1alpha1.GenerationStatus) { g.Restarts = 1 })
+		if s := decide(f); s.Verdict == nil {
+			t.Errorf("not judged: %+v", s)
+		}
+	})
+}
+
+// The end of a canary isn't the next rollout's, of the same version, which may begin as
+// soon as this one is over.
+func TestRolloutWaitsForTheEndOfCanaries(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+	f.broken = func(node, tenant string, g *v1alpha1.GenerationStatus) {
+		if node == "n2" && tenant == "b" {
+			g.Restarts, g.Serving = 1, false
+		}
+	}
+	f.report()
+	said := *f.nodes[1].Status.DeepCopy()
+	if s := f.step(); s.Phase != v1alpha1.RolloutRollingBack {
+		t.Fatalf("%s: %s", s.Phase, s.Message)
+	}
+	f.nodes[1].Status = said // its agent hasn't followed
+	if s := f.step(); s.Phase != v1alpha1.RolloutRollingBack || !strings.Contains(s.Message, "still to do: a on n2, b on n2") {
+		t.Errorf("%s: %s", s.Phase, s.Message)
+	}
+	f.want("it has", v1alpha1.RolloutRolledBack, "")
+}
+
 // A pause goes on while an agent starts anew: the step was reached before.
 func TestRolloutPauseGoesOn(t *testing.T) {
 	f := newFleet(t, steps(), "a", "b", "c", "d")

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -53,6 +54,8 @@ func (p NamespacePlan) node(name string) (n v1alpha1.NodeNamespace, needed bool)
 // NodePlan is what a node's plan depends on.
 type NodePlan struct {
 	TrustDomain string
+	// ReadySince is since when the node is Ready, or was last; nil if nobody says.
+	ReadySince  *metav1.Time
 	Redirection v1alpha1.Redirection
 	// Limits of all proxies together.
 	Limits  v1alpha1.Limits
@@ -71,7 +74,7 @@ type NodePlan struct {
 // NodeProxySpec is a node's plan: its members and their tenants, sorted. It never
 // has a canary: that field is a rollout's.
 func NodeProxySpec(n NodePlan) v1alpha1.NodeProxySpec {
-	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, Redirection: n.Redirection, Limits: n.Limits}
+	spec := v1alpha1.NodeProxySpec{TrustDomain: n.TrustDomain, ReadySince: n.ReadySince, Redirection: n.Redirection, Limits: n.Limits}
 	tenants, namespaces := n.tenants(), map[string]bool{}
 	planned := map[string]bool{}
 	for _, p := range n.Members {

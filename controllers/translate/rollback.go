@@ -30,10 +30,15 @@ func (r *rollout) takeBack() map[string]NodeRollout {
 				continue // its own by now
 			}
 			g := p.generation(r.version)
+			stale := r.isStale(p.node)
 			switch left := silence - r.Now.Sub(s.StoppedAt.Time); {
-			case !r.owns(p) && (g == nil || !g.Serving):
+			// A canary that has ended is one until its agent has followed: the next rollout
+			// of this version must not be judged by it.
+			case !r.owns(p) && !stale && (g == nil || g.Role != v1alpha1.RoleCanary && !g.Serving):
 			case r.Away[p.node.Name] != "":
 				away[p.node.Name] = r.Away[p.node.Name]
+			case left <= 0 && !r.owns(p) && stale:
+				away[p.node.Name] = staleReport
 			case left <= 0 && !r.owns(p) && p.node.Status.ObservedGeneration < p.node.Generation:
 				away[p.node.Name] = "its agent says nothing"
 			default:

@@ -63,6 +63,9 @@ func (f *fleet) report() {
 			continue // what it said last stays
 		}
 		n.Status = v1alpha1.NodeProxyStatus{ProxyVersions: []string{oldEnvoy}}
+		if at, ok := f.readySince[n.Name]; ok {
+			n.Status.ReadySince = &metav1.Time{Time: at}
+		}
 		why, lacks := f.lacks[n.Name]
 		if !lacks {
 			n.Status.ProxyVersions = append(n.Status.ProxyVersions, version)

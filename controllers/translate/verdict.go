@@ -30,7 +30,7 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			if g == nil || !r.owns(p) {
 				continue
 			}
-			if isHeldBack(r.status, name) {
+			if isHeldBack(r.status, name) || r.isStale(p.node) {
 				continue
 			}
 			v := &v1alpha1.RolloutVerdict{Tenant: name, Node: p.node.Name, At: at}
@@ -45,7 +45,7 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			if agent := p.node.Status.AgentStartedAt; since != nil && agent != nil && agent.After(since.Time) {
 				since = agent
 			}
-			// What a node that was away said last is about what was.
+			// While it was away nobody could say that it serves.
 			if back := r.ReadySince[p.node.Name]; since != nil && back.After(since.Time) {
 				since = &metav1.Time{Time: back}
 			}
