@@ -376,6 +376,52 @@ func TestOwnersAreToldTheEnd(t *testing.T) {
 	}
 }
 
+// The owner of a namespace is told that an upgrade was paused, goes on and was aborted,
+// each once.
+func TestOwnersAreToldOfPauses(t *testing.T) {
+	r := newRolling(t)
+	r.report(func(s *v1alpha1.NodeProxyStatus) {
+		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
+			generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
+	})
+	r.must(r.syncReport(t.Context(), "n1"))
+	told := func(what string, change func(*v1alpha1.ProxyRolloutSpec), want ...string) {
+		t.Helper()
+		var rollout v1alpha1.ProxyRollout
+		r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &rollout))
+		change(&rollout.Spec)
+		r.must(r.Update(t.Context(), &rollout))
+		r.told = nil
+		for range 2 {
+			r.decide()
+			r.must(r.w.writeTenant(t.Context(), "a"))
+		}
+		var got []string
+		for _, line := range r.told {
+			if strings.HasPrefix(line, "TenantProxy ") {
+				got = append(got, line)
+			}
+		}
+		if !slices.EqualFunc(got, want, strings.HasPrefix) {
+			t.Errorf("%s: told is %q, want %q", what, got, want)
+		}
+		if what == "goes on" && !slices.ContainsFunc(r.told, func(line string) bool {
+			return strings.HasPrefix(line, "ProxyRollout Normal RolloutPhase Waiting: ")
+		}) {
+			t.Errorf("who runs the mesh is told %q", r.told)
+		}
+	}
+	r.decide()
+	r.decide()
+	told("begun", func(*v1alpha1.ProxyRolloutSpec) {}, "TenantProxy Normal UpgradeHealthy Shift10Percent: ")
+	told("paused", func(s *v1alpha1.ProxyRolloutSpec) { s.Paused = true },
+		"TenantProxy Normal UpgradePaused PauseAt10Percent: paused by who runs the mesh: what has begun stays as it is, and what goes wrong is still taken back. from Envoy 1.40.0 to 1.41.0 by ProxyRollout r, step 1/2")
+	told("goes on", func(s *v1alpha1.ProxyRolloutSpec) { s.Paused = false },
+		"TenantProxy Normal UpgradeResumed ResumeAt10Percent: goes on after a pause. from Envoy 1.40.0 to 1.41.0 by ProxyRollout r, step 1/2")
+	told("paused again", func(s *v1alpha1.ProxyRolloutSpec) { s.Paused = true }, "TenantProxy Normal UpgradePaused ")
+	told("aborted", func(s *v1alpha1.ProxyRolloutSpec) { s.Abort = true }, "TenantProxy Normal UpgradeAborted ")
+}
+
 // begun makes a younger rollout that is at work.
 func (r *rolling) begun(name, version string) {
 	r.t.Helper()

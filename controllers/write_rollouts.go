@@ -197,7 +197,7 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	w.tellAvailable(r, status)
 	switch had := r.Status; {
 	case w.upgrade == nil:
-	case had.Phase != status.Phase && status.Phase != v1alpha1.RolloutWaiting && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
+	case had.Phase != status.Phase && (status.Phase != v1alpha1.RolloutWaiting || had.Phase == v1alpha1.RolloutPaused) && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
 		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
 	case leftBehind(had, status) != nil:
 		h := leftBehind(had, status)
@@ -247,6 +247,20 @@ func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade)
 	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
 	w.upgrade(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
+}
+
+// tellPaused tells the owner of a tenant that the upgrade of its proxies was paused, or
+// goes on.
+func (w *writer) tellPaused(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+	if w.upgrade == nil {
+		return
+	}
+	reason, action, word := "UpgradePaused", "Pause", "paused by who runs the mesh: what has begun stays as it is, and what goes wrong is still taken back"
+	if !u.Paused {
+		reason, action, word = "UpgradeResumed", "Resume", "goes on after a pause"
+	}
+	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
+	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, reason, fmt.Sprintf("%sAt%dPercent", action, u.Weight), word+". "+u.Message)
 }
 
 // tellUpgraded tells the owner of a tenant that an upgrade has come to its end, and on

@@ -178,6 +178,9 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && (had == nil || had.Verdict != u.Verdict || had.Weight != u.Weight || had.Rollout != u.Rollout) {
 		w.tellUpgrade(have, u)
 	}
+	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && had != nil && had.Rollout == u.Rollout && had.Paused != u.Paused && !translate.IsOver(u) {
+		w.tellPaused(have, u)
+	}
 	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
 	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
 		w.tell(have, "TenantProxy", now.Reason, now.Message)

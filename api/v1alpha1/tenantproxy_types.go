@@ -59,6 +59,9 @@ type TenantUpgrade struct {
 	// wrong), HeldBack (it failed here alone, and the tenant stays at the version
 	// before), RolledBack or Aborted.
 	Verdict string `json:"verdict"`
+	// Paused: who runs the mesh keeps it as it is.
+	// +optional
+	Paused bool `json:"paused,omitempty"`
 	// Message says what is happening, since when, what comes next, and who can stop it.
 	// +kubebuilder:validation:MaxLength=2048
 	Message string `json:"message"`

@@ -135,6 +135,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		if u.Verdict == UpgradeHealthy && u.Weight == 100 {
 			u.Message += "; here it is done, and goes on elsewhere"
 		}
+		u.Paused = s.Phase == v1alpha1.RolloutPaused
 		u.Message += nextMove(r, in.Now)
 		if waits != "" {
 			u.Message += "; " + waits
@@ -163,6 +164,11 @@ func EndedUpgrade(t *v1alpha1.TenantProxy, version string, now *v1alpha1.TenantU
 		return nil
 	}
 	return had
+}
+
+// IsOver reports whether nothing comes any more of the upgrade that an owner is told of.
+func IsOver(u *v1alpha1.TenantUpgrade) bool {
+	return u.Verdict == UpgradeHeldBack || u.Verdict == UpgradeRolledBack || u.Verdict == UpgradeAborted
 }
 
 // Behind lists the nodes whose agents don't say that all new connections of the tenant
