@@ -223,6 +223,26 @@ func TestRolloutDeleted(t *testing.T) {
 	}
 }
 
+// A rollout that has begun isn't put off by one of the same second that comes before it
+// by name: its canaries would be taken away.
+func TestRolloutThatBeganGoesOn(t *testing.T) {
+	r := newRolling(t)
+	r.decide()
+	r.must(r.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: v1alpha1.ProxyRolloutSpec{
+		Target: v1alpha1.RolloutTarget{Version: "1.42.0"}, Steps: []v1alpha1.RolloutStep{{Weight: 100}}}}))
+	if s := r.decide(); s.Phase != v1alpha1.RolloutProgressing {
+		t.Errorf("%s: %s", s.Phase, s.Message)
+	}
+	if c := r.canary(); c == nil || c.Rollout != "r" {
+		t.Errorf("the canary is %+v", c)
+	}
+	var other v1alpha1.ProxyRollout
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "a"}, &other))
+	if other.Status.Phase != v1alpha1.RolloutPending {
+		t.Errorf("the other is %s: %s", other.Status.Phase, other.Status.Message)
+	}
+}
+
 // What succeeded is what plans have, also of pods that come later.
 func TestPlanFollowsRollout(t *testing.T) {
 	r := newRolling(t)

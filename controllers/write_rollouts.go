@@ -82,6 +82,16 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 	if err != nil {
 		return 0, err
 	}
+	// One that has begun goes on before one of the same second whose name is less.
+	slices.SortStableFunc(rollouts, func(a, b v1alpha1.ProxyRollout) int {
+		switch begun := a.Status.StartedAt != nil; {
+		case begun == (b.Status.StartedAt != nil):
+			return 0
+		case begun:
+			return -1
+		}
+		return 1
+	})
 	// Before nodes are read: what they report later has this decided anew.
 	w.mesh.rollingOut.Store(len(rollouts) > 0)
 	var nodes v1alpha1.NodeProxyList

@@ -205,6 +205,17 @@ func TestUntriedStepWaits(t *testing.T) {
 	f.want("by order", v1alpha1.RolloutSucceeded, "a promoted, c promoted")
 }
 
+// A step whose namespaces have no tenants, by a slip of the pen or because nothing runs
+// there now, isn't one that went well.
+func TestStepOfNobodyWaits(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Namespaces: []string{"canray"}, Weight: 50}, {Weight: 100}}}, "a", "b")
+	if s := f.want("nobody is there", v1alpha1.RolloutWaiting, ""); !strings.Contains(s.Message, "nobody of this step is there to try it: set spec.approvedSteps to 1") {
+		t.Errorf("%s", s.Message)
+	}
+	f.rollout.Spec.Steps[0].Namespaces = []string{"b"}
+	f.want("somebody is", v1alpha1.RolloutSucceeded, "a promoted, b promoted")
+}
+
 // A tenant that takes the place of one that stays behind has the whole pause.
 func TestPauseBeginsAgainForAnother(t *testing.T) {
 	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{TenantsPercent: percent(25), Weight: 50, Pause: "10m"}, {Weight: 100}}}, letters(4)...)

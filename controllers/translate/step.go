@@ -54,7 +54,7 @@ func (r *rollout) proceed() map[string]NodeRollout {
 			approved, untried := spec.ApprovedSteps >= s.Step, r.untried(step)
 			if untried && !approved {
 				s.Phase, s.ReachedAt = v1alpha1.RolloutWaiting, nil
-				s.Message = fmt.Sprintf("%s; nobody is left of this step to try it: set spec.approvedSteps to %d to go on all the same, or spec.abort to true to go back", of, s.Step)
+				s.Message = fmt.Sprintf("%s; nobody of this step is there to try it: set spec.approvedSteps to %d to go on all the same, or spec.abort to true to go back", of, s.Step)
 				break
 			}
 			if s.ReachedAt == nil {
@@ -124,10 +124,10 @@ func (r *rollout) taking(step int) map[string]int32 {
 	return all
 }
 
-// untried reports whether all whom a step is about are left behind: it says nothing of
-// the version then.
+// untried reports whether a step says nothing of the version: all whom it is about are
+// left behind, or the namespaces that it names have no tenants.
 func (r *rollout) untried(step v1alpha1.RolloutStep) bool {
-	left := false
+	left := len(step.Namespaces) > 0
 	for name := range r.tenants {
 		if len(step.Namespaces) > 0 && !slices.Contains(step.Namespaces, namespaceOf(name)) {
 			continue

@@ -209,7 +209,8 @@ func Approve(ctx context.Context, c client.Client, name string, w io.Writer) err
 	}
 	// Steps may have changed since the operator looked at them.
 	step := int(r.Status.Step)
-	if r.Status.Phase != v1alpha1.RolloutWaiting || step < 1 || step > len(r.Spec.Steps) || !r.Spec.Steps[step-1].Approval || r.Spec.ApprovedSteps >= r.Status.Step {
+	// One that waits and was never reached has nobody to try it.
+	if r.Status.Phase != v1alpha1.RolloutWaiting || step < 1 || step > len(r.Spec.Steps) || !r.Spec.Steps[step-1].Approval && r.Status.ReachedAt != nil || r.Spec.ApprovedSteps >= r.Status.Step {
 		return fmt.Errorf("ProxyRollout %s doesn't wait for approval: %s", r.Name, cmp.Or(r.Status.Message, "nothing has been decided; is the operator running?"))
 	}
 	return change(ctx, c, r.Name, map[string]any{"approvedSteps": r.Status.Step}, fmt.Sprintf("may leave step %d", r.Status.Step), w)

@@ -139,6 +139,25 @@ func TestChanges(t *testing.T) {
 	}
 }
 
+// What waits because nobody is there to try a step is approved, what only pauses isn't.
+func TestApproveUntried(t *testing.T) {
+	pausing, untried := rollout("pausing", time.Hour, v1alpha1.RolloutWaiting), rollout("untried", time.Hour, v1alpha1.RolloutWaiting)
+	at := metav1.NewTime(born)
+	for _, r := range []*v1alpha1.ProxyRollout{pausing, untried} {
+		r.Spec.Steps = []v1alpha1.RolloutStep{{Weight: 10, Pause: "1h"}, {Weight: 100}}
+		r.Status.Step = 1
+	}
+	pausing.Status.ReachedAt = &at
+	c := server(t, pausing, untried)
+	var out bytes.Buffer
+	if err := Approve(t.Context(), c, "untried", &out); err != nil {
+		t.Error(err)
+	}
+	if err := Approve(t.Context(), c, "pausing", &out); err == nil || !strings.Contains(err.Error(), "doesn't wait for approval") {
+		t.Errorf("one that pauses: %v", err)
+	}
+}
+
 // What people edit and operators haven't seen yet ends in words, not in a panic.
 func TestOddRollouts(t *testing.T) {
 	short := rollout("short", time.Hour, v1alpha1.RolloutWaiting)
