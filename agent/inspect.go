@@ -51,6 +51,9 @@ type InspectedTenant struct {
 	Bypassed uint64 `json:"bypassed,omitempty"`
 	// Drops counts packets that steering refused, by reason.
 	Drops map[string]uint64 `json:"drops,omitempty"`
+	// EventsLost counts connection events that nobody was told of: beyond a pace, or for
+	// want of room, which with EBPF is also where nobody watches.
+	EventsLost uint64 `json:"eventsLost,omitempty"`
 	// Cost is what the tenant has taken of the node; Shares of it are the namespaces'
 	// that use a shared proxy.
 	Cost   *v1alpha1.NodeCost        `json:"cost,omitempty"`
@@ -197,7 +200,7 @@ func (a *Agent) inspect() (Inspection, error) {
 // read adds what runs and what was counted.
 func (t *InspectedTenant) read(state isolation.State, counters map[uint16]steer.Counters) {
 	if c, ok := counters[state.Index]; ok {
-		t.Steered, t.Drops, t.Excluded, t.Bypassed = c.Steered, drops(c), c.Excluded, c.Bypassed
+		t.Steered, t.Drops, t.Excluded, t.Bypassed, t.EventsLost = c.Steered, drops(c), c.Excluded, c.Bypassed, c.EventsLost
 	}
 	for _, p := range state.Processes {
 		t.Generations = append(t.Generations, inspectProcess(p))

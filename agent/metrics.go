@@ -112,10 +112,11 @@ var (
 	tenantRefused     = tenantDesc("refused_connections_total", "New connections of the tenant that found no proxy.")
 	tenantUnmeshed    = tenantDesc("unmeshed_connections_total", "New connections that passed the proxy by, in plain text.", "why")
 	tenantDropped     = tenantDesc("dropped_packets_total", "Packets that steering refused, by reason.", "reason")
+	tenantEventsLost  = tenantDesc("events_lost_total", "Connection events of the tenant that nobody was told of: beyond a pace, or for want of room, which with eBPF is also where nobody watches.")
 	tenantRejected    = tenantDesc("rejected_resources", "Resources of configuration that the proxy refused and holds no newer version of.")
 
 	tenantDescs = []*prometheus.Desc{tenantReady, tenantPods, tenantRestarts, tenantCPU, tenantThrottled, tenantMemory, tenantMemoryMax, tenantOOMKills,
-		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantRejected}
+		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantEventsLost, tenantRejected}
 )
 
 // Describe implements prometheus.Collector.
@@ -213,4 +214,5 @@ func (s tenantSink) counters(n steer.Counters) {
 	for reason, packets := range n.Dropped.ByReason() {
 		s.counter(tenantDropped, float64(packets), reason)
 	}
+	s.counter(tenantEventsLost, float64(n.EventsLost))
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -235,6 +236,59 @@ func TestEventsOfDenials(t *testing.T) {
 			return e.Kind == steer.Denied && e.Reason == "Refused" && e.PodUID == "a" && e.Peer == at(remoteAddresses.v4, 80) && e.Pod.Addr() == m.a.v4
 		})
 	})
+}
+
+// A veth that hammers is told of at its pace: what is beyond that is counted as lost, and
+// another veth's is told.
+func TestEventPace(t *testing.T) {
+	const perSecond = 100
+	m := newMesh(t)
+	r := m.events(64)
+	to := &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4()}
+	// spoof sends a SYN from another pod's address, on one CPU: a pace is of a CPU, too.
+	spoof := func(from *testPod, as netip.Addr, times int) {
+		t.Helper()
+		packet := slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, as.AsSlice(), remoteAddresses.v4.AsSlice(), []byte{1: 1, 3: 80, 12: 5 << 4, 13: 2, 19: 0})
+		from.do(t, func() {
+			var cpu unix.CPUSet
+			cpu.Set(0)
+			check(t, unix.SchedSetaffinity(0, &cpu))
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
+			check(t, err)
+			defer unix.Close(fd)
+			for range times {
+				check(t, unix.Sendto(fd, packet, 0, to))
+			}
+		})
+	}
+	var sent, lost uint64
+	told, begun := map[string]uint64{}, time.Now()
+	for lost < 3*perSecond {
+		spoof(m.a, m.b.v4, 100)
+		sent += 100
+		if told["b"] == 0 {
+			spoof(m.b, m.a.v4, 1)
+		}
+		for deadline := time.Now().Add(patience); told["a"]+lost < sent || told["b"] < 1; {
+			select {
+			case e := <-r.C:
+				if e.Kind != steer.Denied || e.Reason != "Spoofed" {
+					t.Errorf("%+v", e)
+				}
+				told[e.PodUID]++
+				continue
+			default:
+			}
+			lost = m.counters(1).EventsLost
+			if time.Now().After(deadline) {
+				t.Fatalf("of %d denials %v were told, %d are lost", sent, told, lost)
+			}
+		}
+	}
+	took := time.Since(begun)
+	if most := uint64(took.Seconds()*perSecond) + 1; told["a"] > most || told["a"]+lost != sent || told["b"] != 1 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
+		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and all of the other", took, told, lost, most, sent)
+	}
 }
 
 // Nobody reads: the ring fills, events are lost and counted, connections go on.

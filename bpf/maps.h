@@ -155,7 +155,7 @@ struct pod_counters {
 	__u64 accepted;
 	// Of TCP on the pod's veth, from the IP header on.
 	__u64 bytes_sent, bytes_received;
-	// When the last event of a denial was sent; see may_tell.
+	// When the last event of a denial was sent; see tell_denied.
 	__u64 told;
 	struct drops dropped;
 };

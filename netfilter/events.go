@@ -76,19 +76,13 @@ func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 		}
 		return err
 	})
-	err := r.open(0, 0)
-	if err == nil {
-		d.events = r
-		for index, t := range d.tenants {
-			err = errors.Join(err, d.readTenantEvents(index, t.netns))
-		}
-	}
-	if err != nil {
+	if err := r.open(0, 0); err != nil {
 		cancel()
-		d.events = nil
-		err = errors.Join(err, r.closeSources(d.lost))
-		r.ending.Wait()
 		return nil, fmt.Errorf("read events: %w", err)
+	}
+	d.events = r
+	for index, t := range d.tenants {
+		d.readTenantEvents(index, t.netns)
 	}
 	return r.reader, nil
 }
@@ -116,11 +110,21 @@ func (d *Datapath) closeEvents() error {
 	return r.reader.Close()
 }
 
-// readTenantEvents has the open reader read of a tenant, too.
-func (d *Datapath) readTenantEvents(index uint16, path string) error {
+// readTenantEvents has the open reader read of a tenant, too. Neither traffic nor other
+// tenants wait for one of which it can't: some of its events aren't told, until its next
+// update.
+func (d *Datapath) readTenantEvents(index uint16, path string) {
 	if d.events == nil || d.events.closing {
-		return nil
+		return
 	}
+	if err := d.openTenantEvents(index, path); err != nil {
+		d.log.Warn("A tenant's connection events aren't read", "tenant", index, "error", err)
+		d.lost[index]++
+		d.events.reader.Lose(1)
+	}
+}
+
+func (d *Datapath) openTenantEvents(index uint16, path string) error {
 	return inTenant(path, func(netns int) error {
 		var stat unix.Stat_t
 		if err := unix.Fstat(netns, &stat); err != nil {

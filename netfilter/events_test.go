@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -196,6 +197,93 @@ func TestEventsUnread(t *testing.T) {
 	})
 }
 
+// dialler sets a pod's veth up. What it returns sends a SYN from the pod's end, of any
+// address and port.
+func dialler(t *testing.T, p steer.Pod) (begin func(from string, port uint16)) {
+	t.Helper()
+	host, err := netlink.LinkByIndex(p.Ifindex)
+	check(t, err)
+	inside, err := netlink.LinkByIndex(host.Attrs().ParentIndex)
+	check(t, err)
+	check(t, errors.Join(netlink.LinkSetUp(host), netlink.LinkSetUp(inside)))
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+	check(t, err)
+	t.Cleanup(func() { unix.Close(fd) })
+	return func(from string, port uint16) {
+		t.Helper()
+		ip := slices.Concat([]byte{0x45, 3: 40, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, netip.MustParseAddr(from).AsSlice(), []byte{10, 0, 0, 10})
+		syn := append(binary.BigEndian.AppendUint16(nil, port), []byte{1: 1, 10: 5 << 4, 11: 2, 17: 0}...)
+		frame := slices.Concat(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, 1}, binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP), ip, syn)
+		check(t, unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: inside.Attrs().Index}))
+	}
+}
+
+// A veth is told of at its pace: what is beyond that is counted as lost, and another
+// veth's is told.
+func TestEventPaces(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		check(t, errors.Join(d.UpdateTenant(tenant(t, 1)), d.UpdateTenant(tenant(t, 2))))
+		a, b := pod(t, "a", 1, "10.0.0.1"), pod(t, "b", 2, "10.0.0.2")
+		a.Exclusions, b.Exclusions = []steer.Exclusion{{Port: 1}}, []steer.Exclusion{{Port: 1}}
+		check(t, errors.Join(d.UpdatePod(a), d.UpdatePod(b)))
+		many, few := dialler(t, a), dialler(t, b)
+		r, err := d.Events(256)
+		check(t, err)
+		defer r.Close()
+		for _, c := range []struct {
+			kind      steer.EventKind
+			perSecond uint64
+			// as whom the pods send.
+			many, few string
+		}{
+			{steer.Denied, deniedPerSecond, "10.0.0.9", "10.0.0.9"},
+			{steer.Opened, directPerSecond, "10.0.0.1", "10.0.0.2"},
+		} {
+			all, err := d.Counters()
+			check(t, err)
+			before := all[1].EventsLost
+			var sent, others, lost uint64
+			told, begun := map[string]uint64{}, time.Now()
+			for lost < c.perSecond {
+				// Not more at once than the node's socket has room for.
+				for range 100 {
+					sent++
+					many(c.many, uint16(sent))
+				}
+				if others < c.perSecond {
+					others++
+					few(c.few, uint16(others))
+				}
+				for deadline := time.Now().Add(30 * time.Second); told["a"]+lost < sent || told["b"] < others; {
+					for again := true; again; {
+						select {
+						case e := <-r.C:
+							if e.Kind != c.kind {
+								t.Errorf("%+v", e)
+							}
+							told[e.PodUID]++
+						default:
+							again = false
+						}
+					}
+					all, err := d.Counters()
+					check(t, err)
+					lost = all[1].EventsLost - before
+					if time.Now().After(deadline) {
+						t.Fatalf("%v: of %d and %d connections %v were told, %d are lost", c.kind, sent, others, told, lost)
+					}
+				}
+			}
+			took := time.Since(begun)
+			if most := c.perSecond + uint64(took.Seconds()*float64(c.perSecond)) + 1; told["a"] < c.perSecond || told["a"] > most || told["a"]+lost != sent || told["b"] != others {
+				t.Errorf("%v: in %s %v were told and %d lost; want at most %d of %d, and all %d of the other", c.kind, took, told, lost, most, sent, others)
+			}
+		}
+	})
+}
+
 // What a veth has too much to tell stays counted for the tenant that its pod had.
 func TestUntoldStays(t *testing.T) {
 	inNode(t, func(t *testing.T) {
@@ -204,23 +292,12 @@ func TestUntoldStays(t *testing.T) {
 		check(t, errors.Join(d.UpdateTenant(tenant(t, 1)), d.UpdateTenant(tenant(t, 2))))
 		a := pod(t, "a", 1, "10.0.0.1")
 		check(t, d.UpdatePod(a))
-		host, err := netlink.LinkByIndex(a.Ifindex)
-		check(t, err)
-		inside, err := netlink.LinkByIndex(host.Attrs().ParentIndex)
-		check(t, err)
-		check(t, errors.Join(netlink.LinkSetUp(host), netlink.LinkSetUp(inside)))
-		// SYNs from another one's address.
-		ip := slices.Concat([]byte{0x45, 3: 40, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, []byte{10, 0, 0, 9}, []byte{10, 0, 0, 10})
-		syn := []byte{0: 1, 2: 1, 12: 5 << 4, 13: 2, 19: 0}
-		frame := slices.Concat(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, 1}, binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP), ip, syn)
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
-		check(t, err)
-		defer unix.Close(fd)
+		begin := dialler(t, a)
 		var sent, before uint64
 		flood := func() {
 			t.Helper()
 			for range 3 * deniedPerSecond {
-				check(t, unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: inside.Attrs().Index}))
+				begin("10.0.0.9", 1)
 				sent++
 			}
 			for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {

@@ -58,12 +58,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		return err
 	}
 	d.tenants[t.Index] = state
-	// Traffic doesn't wait for who watches: some of it isn't told, until the next update.
-	if err := d.readTenantEvents(t.Index, t.Netns); err != nil {
-		d.log.Warn("A tenant's connection events aren't read", "tenant", t.Index, "error", err)
-		d.lost[t.Index]++
-		d.events.reader.Lose(1)
-	}
+	d.readTenantEvents(t.Index, t.Netns)
 	ch, err := d.change()
 	if err != nil {
 		return err
