@@ -263,7 +263,7 @@ func TestEventPace(t *testing.T) {
 	}
 	var sent, lost uint64
 	told, begun := map[string]uint64{}, time.Now()
-	for lost < 3*perSecond {
+	for lost < 3*perSecond && sent < 50*perSecond {
 		spoof(m.a, m.b.v4, 100)
 		sent += 100
 		if told["b"] == 0 {
@@ -286,7 +286,7 @@ func TestEventPace(t *testing.T) {
 		}
 	}
 	took := time.Since(begun)
-	if most := uint64(took.Seconds()*perSecond) + 1; told["a"] > most || told["a"]+lost != sent || told["b"] != 1 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
+	if most := uint64(took.Seconds()*perSecond) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != 1 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
 		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and all of the other", took, told, lost, most, sent)
 	}
 }
