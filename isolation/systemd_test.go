@@ -3,6 +3,7 @@ package isolation
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,9 +21,10 @@ import (
 func TestSystemdLeavesTenantsAlone(t *testing.T) { testSystemd(t, "") }
 
 // So it does where they are in a cgroup that it has delegated, also when the unit's own
-// process ends, and when the unit is stopped. Those without a process go then.
+// process ends, and when the unit is stopped and started. Those without a process may go
+// then. The unit's process is back when there is no proxy any more, at the latest.
 func TestSystemdDelegates(t *testing.T) {
-	const unit = "bulkhead.service"
+	const unit, slice = "bulkhead.service", "/sys/fs/cgroup/bulkhead.slice"
 	wantSystemd(t)
 	text, err := os.ReadFile("../config/systemd/" + unit)
 	if err != nil {
@@ -41,14 +43,17 @@ func TestSystemdDelegates(t *testing.T) {
 	systemctl(t, "daemon-reload")
 	systemctl(t, "start", unit)
 	keeper := func() string { return systemctl(t, "show", "--property=MainPID", "--value", unit) }
-	wait(t, "the unit's process in a cgroup of its own", func() bool {
-		pids, err := procs("/sys/fs/cgroup/bulkhead.slice/" + unit + "/keeper")
-		return err == nil && len(pids) > 0
-	})
-	if most := systemctl(t, "show", "--property=TasksMax", "--value", unit); most != "infinity" {
-		t.Errorf("systemd lets all proxies together have %s threads", most)
+	kept := func() bool {
+		pids, err := procs(filepath.Join(slice, unit, "keeper"))
+		return err == nil && len(pids) == 1 && strconv.Itoa(pids[0]) == keeper()
 	}
-	testSystemd(t, "/bulkhead.slice/"+unit, deed{"the unit's process was killed", func() {
+	wait(t, "the unit's process in a cgroup of its own", kept)
+	for _, dir := range []string{slice, filepath.Join(slice, unit)} {
+		if most, err := os.ReadFile(filepath.Join(dir, "pids.max")); err != nil || string(most) != "max\n" {
+			t.Errorf("%s lets all proxies together have %q threads, %v", dir, most, err)
+		}
+	}
+	m := testSystemd(t, "/bulkhead.slice/"+unit, deed{"the unit's process was killed", func() {
 		before := keeper()
 		pid, err := strconv.Atoi(before)
 		if err != nil || pid <= 1 {
@@ -58,7 +63,25 @@ func TestSystemdDelegates(t *testing.T) {
 			t.Fatal(err)
 		}
 		wait(t, "systemd to notice", func() bool { return keeper() != before })
-	}}, deed{"the unit was stopped", func() { systemctl(t, "stop", unit) }})
+	}}, deed{"the unit was stopped", func() {
+		systemctl(t, "stop", unit)
+		if now := keeper(); now != "0" {
+			t.Errorf("the unit has the process %s", now)
+		}
+	}}, deed{"the unit was started", func() {
+		systemctl(t, "start", "--no-block", unit)
+		// More often than systemd lets a unit fail by default.
+		wait(t, "systemd to try on", func() bool {
+			n, err := strconv.Atoi(systemctl(t, "show", "--property=NRestarts", "--value", unit))
+			return kept() || err == nil && n > 6
+		})
+	}})
+	for _, tenant := range m.Tenants() {
+		if err := m.Delete(t.Context(), tenant); err != nil {
+			t.Error(err)
+		}
+	}
+	wait(t, "the unit's process to be back", kept)
 }
 
 // deed is something that systemd is made to do.
@@ -94,12 +117,16 @@ func wait(t *testing.T, what string, f func() bool) {
 
 // testSystemd has systemd do things, those besides last, and looks at tenants below a
 // parent after each.
-func testSystemd(t *testing.T, parent string, besides ...deed) {
+func testSystemd(t *testing.T, parent string, besides ...deed) *Manager {
 	wantSystemd(t)
 	n := newNode(t)
 	n.o.CgroupParent = parent
 	m := n.open()
 	n.serveXDS(m, tenantA, 1, nil)
+	all := Limits{CPUWeight: 200, CPUMillis: 1800, MemoryHigh: 900 << 20, MemoryMax: 1 << 30, Pids: 900}
+	if err := m.LimitAll(all); err != nil {
+		t.Fatal(err)
+	}
 	limits := Limits{CPUWeight: 300, CPUMillis: 1500, MemoryHigh: 300 << 20, MemoryMax: 400 << 20, Pids: 200}
 	if err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: limits, Generations: []Generation{{1, dist.Default}}}); err != nil {
 		t.Fatal(err)
@@ -119,6 +146,9 @@ func testSystemd(t *testing.T, parent string, besides ...deed) {
 		s, _ := m.State(tenantA)
 		if s.Limits != limits || len(s.Unenforced) > 0 {
 			t.Errorf("after %s the limits are %+v, unenforced %q", when, s.Limits, s.Unenforced)
+		}
+		if have, told := m.AllLimits(); have != all || len(told) > 0 {
+			t.Errorf("after %s the limits of all are %+v, unenforced %q", when, have, told)
 		}
 		for _, dir := range m.cgroups.dirs(tenantA.FileName()) {
 			if pids, err := procs(dir); err != nil || !slices.Contains(pids, before.PID) {
@@ -158,15 +188,20 @@ func testSystemd(t *testing.T, parent string, besides ...deed) {
 		d.do()
 		look(d.when)
 	}
-	// A cgroup can still be made, with all of its limits.
-	n.serveXDS(m, tenantB, 1, nil)
-	if err := m.Update(t.Context(), Spec{Tenant: tenantB, Limits: limits, Generations: []Generation{{1, dist.Default}}}); err != nil {
-		t.Error(err)
-	}
-	if s, _ := m.State(tenantB); s.Limits != limits {
-		t.Errorf("the limits of a new tenant are %+v", s.Limits)
+	// A cgroup can still be made, with all of its limits, also one that may have gone.
+	for _, tenant := range []model.Tenant{tenantB, idle} {
+		n.serveXDS(m, tenant, 1, nil)
+		if err := m.Update(t.Context(), Spec{Tenant: tenant, Limits: limits, Generations: []Generation{{1, dist.Default}}}); err != nil {
+			t.Error(err)
+			continue
+		}
+		s, _ := m.State(tenant)
+		if s.Limits != limits || len(s.Unenforced) > 0 || !m.cgroups.has(tenant.FileName(), s.Processes[0].PID) {
+			t.Errorf("of %s the limits are %+v, unenforced %q, the processes %+v", tenant, s.Limits, s.Unenforced, s.Processes)
+		}
 	}
 	if now := n.waitLive(m, tenantA, 0); now.PID != before.PID || now.Restarts != 0 {
 		t.Errorf("the process is %+v, was %+v", now, before)
 	}
+	return m
 }
