@@ -25,6 +25,7 @@ import (
 var (
 	only = flag.String("only", "", "regular expression of what to measure: title/load/way")
 	perf = flag.String("perf", "", "folder: record there with perf what the CPUs do in the last round")
+	also = flag.Bool("tried", false, "measure settings of the nodes, too, which the product leaves alone")
 	// BBR sets a timer for what it may not send yet, which is dear in a virtual machine.
 	congestion = flag.String("congestion", "", "TCP's congestion control of pods, hosts and proxies, for example reno; the machine's own by default")
 )
@@ -38,6 +39,8 @@ type way struct {
 	processes func() []int
 	// redirection of from's node; the zero value is EBPF.
 	redirection v1alpha1.Redirection
+	// setting of the nodes, if there is one.
+	setting *setting
 }
 
 // comparison is one table: ways that differ in one thing. The first is what the
@@ -95,6 +98,9 @@ func BenchmarkDatapath(b *testing.B) {
 			{name: "mesh, two tenants", from: l.A1, to: l.B1.V4, processes: proxies(l.A1, l.B1)},
 		}},
 	}
+	if *also {
+		comparisons = append(comparisons, tried(b, l, way{from: l.A1, to: l.B2.V4, processes: proxies(l.A1, l.B2)}))
+	}
 	var tables []report.Table
 	for _, c := range comparisons {
 		if t := ld.compare(c); len(t.Rows) > 0 {
@@ -149,10 +155,19 @@ func (l *bench) compare(c comparison) report.Table {
 	return t
 }
 
-// steer makes the node of the way's pod use its redirection.
+// steer makes the node of the way's pod use its redirection, and the nodes have its
+// setting.
 func (l *bench) steer(w *way) {
 	b := l.b
 	b.Helper()
+	if l.setting != w.setting {
+		if l.setting != nil {
+			l.setting.off()
+		}
+		if l.setting = w.setting; l.setting != nil {
+			l.setting.on()
+		}
+	}
 	n, r := w.from.Node, cmp.Or(w.redirection, v1alpha1.RedirectionEBPF)
 	if n.Redirection == r {
 		return

@@ -53,6 +53,8 @@ type bench struct {
 	b *testing.B
 	// servers are all of them, by PID.
 	servers []int
+	// setting that the nodes have.
+	setting *setting
 }
 
 // run makes load on a way, of which no request may fail.
