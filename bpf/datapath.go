@@ -1,6 +1,8 @@
 package bpf
 
 import (
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -118,6 +120,16 @@ func (d *Datapath) load(settings datapathSettings) error {
 	}
 	if err := d.addLoads(); err != nil {
 		return err
+	}
+	// A former process' secret stays: handshakes go on.
+	var former datapathSettings
+	if err := d.maps[datapathMapConfig].Lookup(uint32(0), &former); err != nil {
+		return fmt.Errorf("read settings: %w", err)
+	}
+	if settings.HashKey = former.HashKey; settings.HashKey == [2]uint32{} {
+		var key [8]byte
+		rand.Read(key[:]) // never fails
+		settings.HashKey = [2]uint32{binary.NativeEndian.Uint32(key[:4]), binary.NativeEndian.Uint32(key[4:])}
 	}
 	if err := d.maps[datapathMapConfig].Put(uint32(0), settings); err != nil {
 		return fmt.Errorf("write settings: %w", err)

@@ -164,6 +164,7 @@ type datapathSettings struct {
 	_        structs.HostLayout
 	Mark     uint32
 	MarkMask uint32
+	HashKey  [2]uint32
 }
 
 type datapathTenant struct {

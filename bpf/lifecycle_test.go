@@ -406,3 +406,63 @@ func TestValidation(t *testing.T) {
 		}
 	}
 }
+
+// Which generation gets a connection depends on a secret that stays for the next
+// agent and is another one on each node.
+func TestHashKey(t *testing.T) {
+	m := newMesh(t)
+	key := func(d *Datapath) (s datapathSettings) {
+		t.Helper()
+		check(t, d.maps[datapathMapConfig].Lookup(uint32(0), &s))
+		return s
+	}
+	first := key(m.d)
+	if first.HashKey == [2]uint32{} {
+		t.Fatal("there is no secret")
+	}
+	for _, by := range []string{"the same version", "another"} {
+		check(t, m.d.Close())
+		if by == "another" {
+			m.repin(datapathMapConfig, func(s *ebpf.MapSpec) { restruct(s, backwards) })
+		}
+		m.d = m.open()
+		if again := key(m.d); again.HashKey != first.HashKey {
+			t.Errorf("secret %x, after a start of %s %x", first.HashKey, by, again.HashKey)
+		}
+	}
+	elsewhere := filepath.Join(filepath.Dir(m.pinDir), "other")
+	other, err := Open(Options{PinDir: elsewhere})
+	check(t, err)
+	t.Cleanup(func() {
+		other.Close()
+		check(t, Uninstall(elsewhere))
+	})
+	if key(other).HashKey == first.HashKey {
+		t.Error("two nodes have one secret")
+	}
+	// The same connections are spread otherwise by another secret.
+	canary := startProxy(t, m.one.namespace, "canary")
+	check(t, m.d.SetListeners(1, 1, canary.pid))
+	check(t, m.d.SetWeight(1, 50))
+	spread := func(s datapathSettings) (got string) {
+		t.Helper()
+		check(t, m.d.maps[datapathMapConfig].Put(uint32(0), s))
+		for i := range 40 {
+			c, greeting, err := dial(t, m.a.namespace, at(m.a.of(4), uint16(20000+i)), at(remoteAddresses.of(4), 80))
+			check(t, err)
+			check(t, c.(*net.TCPConn).SetLinger(0)) // its port is used again
+			c.Close()
+			got += greeting[len(greeting)-1:]
+		}
+		return got
+	}
+	second := first
+	second.HashKey[1] ^= 1
+	one := spread(first)
+	for i := range 2 {
+		second.HashKey[0] += uint32(i)
+		if spread(second) == one {
+			t.Errorf("%s by either secret", one)
+		}
+	}
+}

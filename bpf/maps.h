@@ -97,6 +97,9 @@ struct settings {
 	// Says from_pod that from_tenant made it send the packet. A pod can't forge
 	// it: the kernel zeroes a packet's mark when it leaves a network namespace.
 	__u32 mark, mark_mask;
+	// The node's secret: without it, who opens connections could choose which
+	// generation gets them.
+	__u32 hash_key[2];
 };
 
 struct drops {

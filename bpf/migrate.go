@@ -110,7 +110,7 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 	switch {
 	case old.Type() != spec.Type:
 		return nil, fmt.Errorf("it is a %s, not a %s", old.Type(), spec.Type)
-	case spec.Type != ebpf.Hash && spec.Type != ebpf.LPMTrie:
+	case spec.Type != ebpf.Hash && spec.Type != ebpf.LPMTrie && spec.Type != ebpf.Array:
 		return nil, fmt.Errorf("entries of a %s can't be carried over", spec.Type)
 	case old.KeySize() != spec.KeySize:
 		return nil, fmt.Errorf("its keys have %d bytes, not %d", old.KeySize(), spec.KeySize)

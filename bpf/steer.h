@@ -7,22 +7,45 @@
 // has a copy of its own.
 volatile const __u32 tenant_index;
 
-// flow_hash is the same for every packet of a flow: the ACK that answers a SYN
-// cookie must find the listener that the SYN found.
-static __always_inline __u32 flow_hash(const struct addr *local, const struct addr *remote, __u32 ports)
+#define SIP_ROUND(v0, v1, v2, v3)                     \
+	do {                                              \
+		v0 += v1; v1 = v1 << 5 | v1 >> 27; v1 ^= v0;  \
+		v0 = v0 << 16 | v0 >> 16;                     \
+		v2 += v3; v3 = v3 << 8 | v3 >> 24; v3 ^= v2;  \
+		v0 += v3; v3 = v3 << 7 | v3 >> 25; v3 ^= v0;  \
+		v2 += v1; v1 = v1 << 13 | v1 >> 19; v1 ^= v2; \
+		v2 = v2 << 16 | v2 >> 16;                     \
+	} while (0)
+
+// flow_hash is HalfSipHash-1-3, as the kernel has it for its own tables. It is the same
+// for every packet of a flow: the ACK that answers a SYN cookie must find the listener
+// that the SYN found.
+static __noinline __u32 flow_hash(const struct addr *local, const struct addr *remote, __u32 ports)
 {
-	__u32 l[4], r[4], h = ports;
-	__builtin_memcpy(l, local, sizeof(l));
-	__builtin_memcpy(r, remote, sizeof(r));
+	__u32 words[9], zero = 0;
+	struct settings *set = bpf_map_lookup_elem(&config, &zero);
+	if (!local || !remote || !set)
+		return 0;
+	__builtin_memcpy(words, local, 16);
+	__builtin_memcpy(words + 4, remote, 16);
+	words[8] = ports;
+	__u32 v0 = set->hash_key[0], v1 = set->hash_key[1];
+	__u32 v2 = 0x6c796765 ^ v0, v3 = 0x74656462 ^ v1;
 #pragma unroll
-	for (int i = 0; i < 4; i++) {
-		h = (h ^ l[i]) * 2654435761u;
-		h = ((h << 13) | (h >> 19)) ^ r[i];
-		h *= 2246822519u;
+	for (int i = 0; i < 9; i++) {
+		v3 ^= words[i];
+		SIP_ROUND(v0, v1, v2, v3);
+		v0 ^= words[i];
 	}
-	h ^= h >> 15;
-	h *= 3266489917u;
-	return h ^ (h >> 16);
+	__u32 length = sizeof(words) << 24;
+	v3 ^= length;
+	SIP_ROUND(v0, v1, v2, v3);
+	v0 ^= length;
+	v2 ^= 0xff;
+#pragma unroll
+	for (int i = 0; i < 3; i++)
+		SIP_ROUND(v0, v1, v2, v3);
+	return v1 ^ v3;
 }
 
 // takes tells whether a tenant has a pod's new connection: it is the pod's tenant,
