@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"crypto/rand"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -52,15 +53,12 @@ const (
 	statePace       = stateActive + steer.Generations
 	stateConcurrent = statePace + 1
 	stateOwn        = statePace + 2
+	stateSeed       = statePace + 3
 )
 
 // What chains mark with a connection that isn't taken: those above, and those of the
 // room.
 const tooFast, tooMany = 1, 2
-
-// hashSeed is the same for every packet of a connection, and in every version: the
-// ACK that answers a SYN cookie must find the listener that the SYN found.
-const hashSeed = 0xb01df00d
 
 // innerState is what the table says.
 type innerState struct {
@@ -73,12 +71,17 @@ type innerState struct {
 	concurrent uint32
 	// own is the priority of what the tenant sends to its own pods; 0 leaves it.
 	own uint32
+	// seed of the hashes that spread connections over generations and workers: random, or
+	// outsiders could work out which ports lead where. It stays with the table: the ACK
+	// that answers a SYN cookie must find the listener that the SYN found. 0 before the
+	// first time.
+	seed uint32
 	// made is false before the first time.
 	made bool
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && s.seed == o.seed && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
 }
 
 // addresses are what the sets of addresses have.
@@ -107,7 +110,8 @@ func (t *tenantState) read(c *nftables.Conn) error {
 	if t.have.made && t.generation == gen {
 		return nil
 	}
-	t.generation, t.have = gen, innerState{pods: map[netip.Addr]bool{}, nodes: map[netip.Addr]bool{}, strict: map[netip.Addr]bool{}}
+	// The seed is that of sockets, too: it outlives the table.
+	t.generation, t.have = gen, innerState{pods: map[netip.Addr]bool{}, nodes: map[netip.Addr]bool{}, strict: map[netip.Addr]bool{}, seed: t.have.seed}
 	there, err := hasTable(c, inner)
 	if err != nil || !there {
 		return err
@@ -142,13 +146,29 @@ func (t *tenantState) read(c *nftables.Conn) error {
 			t.have.concurrent = value
 		case stateOwn:
 			t.have.own = value
+		case stateSeed:
+			t.have.seed = value
 		}
 	}
 	return nil // have.made stays false: the rules may be another version's
 }
 
+// newSeed is random, and not 0, of which the kernel would make one of its own.
+func newSeed() uint32 {
+	for {
+		seed := make([]byte, 4)
+		rand.Read(seed) // never fails
+		if n := binaryutil.NativeEndian.Uint32(seed); n != 0 {
+			return n
+		}
+	}
+}
+
 // write makes the table say what it should, in one step. What was counted stays.
 func (t *tenantState) write(c *nftables.Conn, want innerState) error {
+	if want.seed == 0 {
+		want.seed = newSeed()
+	}
 	if err := makeRooms(c.NetNS, want.concurrent); err != nil {
 		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
 	}
@@ -181,7 +201,8 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 		return err
 	}
 	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}, {Key: native(statePace), Val: native(want.pace)},
-		{Key: native(stateConcurrent), Val: native(want.concurrent)}, {Key: native(stateOwn), Val: native(want.own)}}
+		{Key: native(stateConcurrent), Val: native(want.concurrent)}, {Key: native(stateOwn), Val: native(want.own)},
+		{Key: native(stateSeed), Val: native(want.seed)}}
 	for g, active := range want.active {
 		value := uint32(0)
 		if active {
@@ -441,7 +462,7 @@ func (f family) listener(l steer.Listener, s innerState) []chain {
 	if s.active[1] && s.weight > 0 {
 		n := f.words()
 		take(1, join(network(f.source, f.length, regKey), transport(0, 2, regKey+n), rule{
-			&expr.Hash{SourceRegister: regKey, DestRegister: regTemp, Length: f.length + 4, Modulus: 100, Seed: hashSeed, Type: expr.HashTypeJenkins},
+			&expr.Hash{SourceRegister: regKey, DestRegister: regTemp, Length: f.length + 4, Modulus: 100, Seed: s.seed, Type: expr.HashTypeJenkins},
 			&expr.Byteorder{SourceRegister: regTemp, DestRegister: regTemp, Op: expr.ByteorderHton, Len: 4, Size: 4},
 			&expr.Cmp{Op: expr.CmpOpLt, Register: regTemp, Data: []byte{0, 0, 0, byte(s.weight)}},
 		}))

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -205,6 +206,66 @@ func TestLifecycle(t *testing.T) {
 		if there, err := Installed(); there || err != nil || len(tables) > 0 || len(addresses) > 0 {
 			t.Errorf("left: %v, %d tables, %v, %v", there, len(tables), addresses, err)
 		}
+	})
+}
+
+// Which generation gets a connection depends on a secret of the tenant's table, which
+// the next agent goes on with, and which outlives the table while the agent runs.
+func TestSeed(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		one, two := tenant(t, 1), tenant(t, 2)
+		start := func() *Datapath {
+			t.Helper()
+			d, err := Open(Options{})
+			check(t, err)
+			check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two)))
+			for _, index := range []uint16{1, 2} {
+				check(t, d.setState(index, func(s *innerState) { s.active, s.weight = [steer.Generations]bool{true, true}, 50 }))
+			}
+			return d
+		}
+		// seed is that of the rules of all listeners.
+		seed := func(of steer.Tenant) (is uint32) {
+			t.Helper()
+			found := map[uint32]int{}
+			inside(t, of, func(c *nftables.Conn) {
+				for _, f := range families {
+					for l := range steer.Listeners {
+						rules, err := c.GetRules(inner, &nftables.Chain{Name: chainOf(l) + f.version, Table: inner})
+						check(t, err)
+						for _, r := range rules {
+							for _, e := range r.Exprs {
+								if hash, ok := e.(*expr.Hash); ok {
+									is = hash.Seed
+									found[is]++
+								}
+							}
+						}
+					}
+				}
+			})
+			if is == 0 || len(found) != 1 || found[is] != len(families)*int(steer.Listeners) {
+				t.Errorf("tenant %d: the rules' seeds are %v", of.Index, found)
+			}
+			return is
+		}
+		d := start()
+		first := seed(one)
+		if seed(two) == first {
+			t.Error("two tables have one seed")
+		}
+		check(t, d.Close())
+		d = start()
+		if again := seed(one); again != first {
+			t.Errorf("seed %#x, after another agent came %#x", first, again)
+		}
+		check(t, inTenant(one.Netns, func(ns int) error { return removeTables(ns, inner) }))
+		check(t, d.UpdateTenant(one))
+		check(t, d.setState(1, func(s *innerState) { s.active, s.weight = [steer.Generations]bool{true, true}, 50 }))
+		if again := seed(one); again != first {
+			t.Errorf("seed %#x, after somebody removed the table %#x", first, again)
+		}
+		check(t, d.Close())
 	})
 }
 

@@ -17,17 +17,24 @@ import (
 func (d *Datapath) SetListeners(index uint16, generation, pid int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := steer.CheckGeneration(generation)
-	if err == nil {
-		err = prepareSockets(pid, generation)
-	}
-	if err == nil {
-		err = d.setState(index, func(s *innerState) { s.active[generation] = true })
-	}
-	if err != nil {
+	if err := d.setListeners(index, generation, pid); err != nil {
 		return fmt.Errorf("set listeners of tenant %d, generation %d, to process %d: %w", index, generation, pid, err)
 	}
 	return nil
+}
+
+func (d *Datapath) setListeners(index uint16, generation, pid int) error {
+	if err := steer.CheckGeneration(generation); err != nil {
+		return err
+	}
+	t := d.tenants[index]
+	if t == nil {
+		return steer.ErrUnknownTenant
+	}
+	if err := prepareSockets(pid, generation, t.have.seed); err != nil {
+		return err
+	}
+	return d.setState(index, func(s *innerState) { s.active[generation] = true })
 }
 
 // ClearListeners gives a generation no new connections; those that it has stay.
@@ -63,13 +70,13 @@ func (d *Datapath) SetWeight(index uint16, canaryPercent int) error {
 
 // prepareSockets says how the kernel is to choose among the sockets that a process
 // listens with, and lets TPROXY take them.
-func prepareSockets(pid, generation int) error {
+func prepareSockets(pid, generation int, seed uint32) error {
 	sockets, err := steer.ListeningSockets(pid, generation)
 	defer func() { steer.Close(sockets) }()
 	if err != nil {
 		return err
 	}
-	if err := shareWorkers(sockets, generation); err != nil {
+	if err := shareWorkers(sockets, generation, seed); err != nil {
 		return err
 	}
 	found := map[uint16]bool{}

@@ -15,7 +15,7 @@ const networkHeader = 0xfff00000
 // shareWorkers has the kernel choose among a generation's sockets for what pods open
 // by both addresses, without the ports: what a pod has with one destination shares a
 // worker, and with it a tunnel (decision 48). The program stays with the sockets.
-func shareWorkers(sockets []steer.Socket, generation int) error {
+func shareWorkers(sockets []steer.Socket, generation int, seed uint32) error {
 	port := steer.Outbound.PortOf(generation)
 	var workers []steer.Socket
 	for _, s := range sockets {
@@ -26,7 +26,7 @@ func shareWorkers(sockets []steer.Socket, generation int) error {
 	if len(workers) < 2 {
 		return nil // a single one may be in no group
 	}
-	program, err := bpf.Assemble(workerOf(uint32(len(workers))))
+	program, err := bpf.Assemble(workerOf(uint32(len(workers)), seed))
 	if err != nil {
 		return fmt.Errorf("assemble the choice among %d workers: %w", len(workers), err)
 	}
@@ -41,14 +41,14 @@ func shareWorkers(sockets []steer.Socket, generation int) error {
 	return nil
 }
 
-// workerOf returns a hash of a packet's addresses modulo the number of workers. It
-// depends on nothing else: the ACK that answers a SYN cookie must find the listener
+// workerOf returns a hash of a packet's addresses modulo the number of workers. For one
+// seed it depends on nothing else: the ACK that answers a SYN cookie must find the listener
 // that the SYN found. Where the kernel has fewer sockets by then, it chooses itself.
-func workerOf(workers uint32) []bpf.Instruction {
+func workerOf(workers, seed uint32) []bpf.Instruction {
 	const hash = 0 // where it is kept
 	four, six := addressHash(hash, 12, 20), addressHash(hash, 8, 40)
 	program := []bpf.Instruction{
-		bpf.LoadConstant{Dst: bpf.RegA, Val: hashSeed},
+		bpf.LoadConstant{Dst: bpf.RegA, Val: seed},
 		bpf.StoreScratch{Src: bpf.RegA, N: hash},
 		bpf.LoadAbsolute{Off: networkHeader, Size: 1},
 		bpf.ALUOpConstant{Op: bpf.ALUOpShiftRight, Val: 4}, // the version
