@@ -37,6 +37,9 @@ const (
 	// ejectShare, in percent of successes and failures together, is reached when two of
 	// three requests fail without an answer.
 	ejectShare = 40
+	// maxConnections is a cluster's bound of connections, requests, and what waits; see
+	// cluster.
+	maxConnections = 100_000
 )
 
 // A pod's former proxy serves its tunnels for as long as they take connections.
@@ -54,8 +57,8 @@ func cluster(name string, discovery clusterv3.Cluster_DiscoveryType) *clusterv3.
 		ConnectTimeout:                durationpb.New(connectTimeout),
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
-			MaxConnections: wrapperspb.UInt32(100_000), MaxPendingRequests: wrapperspb.UInt32(100_000), MaxRequests: wrapperspb.UInt32(100_000),
-			MaxRetries: wrapperspb.UInt32(100_000),
+			MaxConnections: wrapperspb.UInt32(maxConnections), MaxPendingRequests: wrapperspb.UInt32(maxConnections), MaxRequests: wrapperspb.UInt32(maxConnections),
+			MaxRetries: wrapperspb.UInt32(maxConnections),
 		}}},
 		UpstreamBindConfig: &corev3.BindConfig{SocketOptions: append(keepaliveOptions(),
 			// A source address is bound before the destination is known; this leaves the
@@ -102,13 +105,14 @@ func StaticClusters() ([]*clusterv3.Cluster, error) {
 		}
 		return c
 	}
-	hbone := original(clusterHBONE, &clusterv3.Cluster_OriginalDstLbConfig{UpstreamPortOverride: wrapperspb.UInt32(PortInbound)})
-	p.overTLS(hbone)
+	former := original(clusterFormerHBONE, &clusterv3.Cluster_OriginalDstLbConfig{UpstreamPortOverride: wrapperspb.UInt32(PortInbound)})
+	p.overTLS(former)
 	node := original(clusterDeliverNode, nil)
 	node.UpstreamBindConfig.SourceAddress = socketAddress(DeliverIPv4, 0).GetSocketAddress()
 	node.UpstreamBindConfig.ExtraSourceAddresses = []*corev3.ExtraSourceAddress{{Address: socketAddress(DeliverIPv6, 0).GetSocketAddress()}}
 	cs := []*clusterv3.Cluster{
-		hbone,
+		p.tunnelCluster(),
+		former,
 		original(clusterDeliver, nil),
 		node,
 		original(clusterDeliverHTTP, &clusterv3.Cluster_OriginalDstLbConfig{UseHttpHeader: true, HttpHeaderName: ":authority"}),

@@ -216,11 +216,12 @@ func (p *packer) hbone(log bool) *listenerv3.Listener {
 	return internalListener(listenerHBONE,
 		append(p.originalAddresses(), p.originalSource()),
 		p.setFilterState(
-			destinationState(),
+			tunnelHost(),
 			// An endpoint that says nothing of its identity has none, rather than any.
 			filterState(key, "", noIdentity, filterstatev3.FilterStateValue_NONE),
 			filterState(key, "", "%DYNAMIC_METADATA(bulkhead:san)%", filterstatev3.FilterStateValue_NONE),
 		),
+		p.awaitTunnelHost(),
 		p.tcpProxy(func() *tcpproxyv3.TcpProxy {
 			t := tunnel()
 			t.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: clusterHBONE}

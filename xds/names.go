@@ -49,7 +49,11 @@ const (
 
 // Names of the static clusters.
 const (
-	clusterHBONE       = "hbone-od"
+	clusterHBONE = "hbone"
+	// clusterFormerHBONE is where the listener hbone of the former version leads. A proxy
+	// that runs has that listener still when an operator of this version tells it of its
+	// clusters. It goes with the next version.
+	clusterFormerHBONE = "hbone-od"
 	clusterDeliver     = "deliver"
 	clusterDeliverNode = "deliver-node"
 	clusterDeliverHTTP = "deliver-http"

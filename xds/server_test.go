@@ -23,7 +23,7 @@ const (
 	vip6Name = "vip|[fd00:96::10]:80"
 )
 
-var staticNames = []string{clusterHBONE, clusterDeliver, clusterDeliverNode, clusterDeliverHTTP, clusterPassthrough}
+var staticNames = []string{clusterHBONE, clusterFormerHBONE, clusterDeliver, clusterDeliverNode, clusterDeliverHTTP, clusterPassthrough}
 
 func TestWildcards(t *testing.T) {
 	c := newMesh(t, ServerOptions{}).dial(teamA)
