@@ -38,6 +38,8 @@ type node struct {
 	ca     *authority
 	// issued are the identities whose certificates it gives out.
 	issued []string
+	// edit changes what the server sends, if it isn't nil.
+	edit func(proto.Message) error
 }
 
 func (n *node) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
@@ -53,6 +55,12 @@ type withSecrets struct {
 func (s *withSecrets) Send(r *discoveryv3.DeltaDiscoveryResponse) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.node.edit != nil {
+		r = proto.CloneOf(r) // its resources are all streams'
+		if err := s.node.edit(r); err != nil {
+			return err
+		}
+	}
 	return s.AggregatedDiscoveryService_DeltaAggregatedResourcesServer.Send(r)
 }
 
@@ -100,6 +108,12 @@ func startEnvoy(t *testing.T, version string, server *Server, ca *authority) *en
 // startEnvoyWith is startEnvoy with more than one worker thread.
 func startEnvoyWith(t *testing.T, version string, workers int, server *Server, ca *authority) *envoy {
 	t.Helper()
+	return startEnvoyEdited(t, version, workers, server, ca, nil)
+}
+
+// startEnvoyEdited is startEnvoyWith with a configuration that edit changes.
+func startEnvoyEdited(t *testing.T, version string, workers int, server *Server, ca *authority, edit func(proto.Message) error) *envoy {
+	t.Helper()
 	bin, err := dist.Fetch(t.Context(), version)
 	if err != nil {
 		t.Fatal(err)
@@ -115,7 +129,7 @@ func startEnvoyWith(t *testing.T, version string, workers int, server *Server, c
 		t.Fatal(err)
 	}
 	g := grpc.NewServer(GRPCOptions()...)
-	n := &node{server: server, ca: ca, issued: []string{identity("web").String(), identity("api").String()}}
+	n := &node{server: server, ca: ca, issued: []string{identity("web").String(), identity("api").String()}, edit: edit}
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, n)
 	go g.Serve(l)
 	t.Cleanup(g.Stop)

@@ -2,9 +2,18 @@ package xds
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"sync"
 	"testing"
+	"time"
+
+	dnscachev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/dynamic_forward_proxy/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
 	"github.com/bulkhead-mesh/bulkhead/model"
@@ -60,4 +69,114 @@ func testFirstConnections(t *testing.T, version string, workers int) {
 	if rs, refused := rejections(), e.refused(); len(rs) > 0 || len(refused) > 0 {
 		t.Errorf("Envoy refused something: %+v %v", rs, refused)
 	}
+}
+
+// Of a process's hosts for tunnels there are so many and no more, and one that nobody has
+// connected to for its time goes; connections in its tunnels don't notice.
+func TestTunnelHostsAreBoundedAndLetGo(t *testing.T) {
+	for _, version := range dist.Versions() {
+		t.Run(version, func(t *testing.T) { testTunnelHosts(t, version) })
+	}
+}
+
+func testTunnelHosts(t *testing.T, version string) {
+	enterNetns(t)
+	store, server, rejections := envoyStore(t)
+	const most, ttl = 3, 4 * time.Second
+	e := startEnvoyEdited(t, version, 1, server, newAuthority(t), editing(func(c *dnscachev3.DnsCacheConfig) {
+		c.MaxHosts, c.HostTtl = wrapperspb.UInt32(most), durationpb.New(ttl)
+		c.DnsRefreshRate, c.DnsMinRefreshRate = durationpb.New(time.Second), durationpb.New(time.Second)
+	}))
+	for i := range most + 1 {
+		far := fmt.Sprintf("10.1.0.%d", 80+i)
+		servePeer(t, e.ca, identity("web").String(), far)
+		if err := store.SetService(endpointService(fmt.Sprint("far-", i), fmt.Sprint("10.96.1.", 10+i),
+			model.Endpoint{Addr: netip.MustParseAddrPort(far + ":8080"), Identity: identity("web")})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitServed(t, store, "uid-web-0")
+	hosts := func() int { return e.count(`^dns_cache\.tunnels\.num_hosts$`) }
+	refusals := func() int { return e.count(`^dns_cache\.tunnels\.host_overflow$`) }
+	// ask makes a request to the i-th service, over p's connection if it has one.
+	ask := func(p *httpPod, i int) error {
+		r, err := p.Get(fmt.Sprintf("http://10.96.1.%d:15001/", 10+i))
+		if err != nil {
+			return err
+		}
+		defer r.Body.Close()
+		if to := fmt.Sprintf("10.1.0.%d", 80+i); r.StatusCode != http.StatusOK || r.Header.Get("X-App") != to {
+			return fmt.Errorf("%s from %q, want %s", r.Status, r.Header.Get("X-App"), to)
+		}
+		return nil
+	}
+
+	stays := make([]*httpPod, most)
+	for i := range stays {
+		stays[i] = newHTTPPod(t, senders[0].source, true)
+		if err := ask(stays[i], i); err != nil {
+			t.Fatalf("endpoint %d of %d: %v", i+1, most, err)
+		}
+	}
+	for i := range most + 1 { // those it has take connections all the same
+		err := ask(newHTTPPod(t, senders[0].source, false), i)
+		if i < most && err != nil || i == most && err == nil {
+			t.Errorf("endpoint %d, with room for %d: %v", i+1, most, err)
+		}
+	}
+	if n, r := hosts(), refusals(); n != most || r == 0 {
+		t.Errorf("%d hosts for tunnels, %d refusals; want %d, and some", n, r, most)
+	}
+
+	eventually(t, "hosts go", func() bool { return hosts() == 0 })
+	for i, p := range stays {
+		if err := ask(p, i); err != nil || p.dials != 1 {
+			t.Errorf("a connection whose host went: %v, after %d dials", err, p.dials)
+		}
+	}
+	for _, i := range []int{most, 0} {
+		if err := ask(newHTTPPod(t, senders[0].source, false), i); err != nil {
+			t.Errorf("a new connection to endpoint %d after hosts went: %v", i+1, err)
+		}
+	}
+	if rs, refused := rejections(), e.refused(); len(rs) > 0 || len(refused) > 0 {
+		t.Errorf("Envoy refused something: %+v %v", rs, refused)
+	}
+}
+
+// editing changes each message of type M in another one, however deep it is packed.
+func editing[M proto.Message](edit func(M)) func(proto.Message) error {
+	var walk func(proto.Message) error
+	walk = func(m proto.Message) (err error) {
+		switch m := m.(type) {
+		case M:
+			edit(m)
+			return nil
+		case *anypb.Any:
+			inner, err := m.UnmarshalNew()
+			if err != nil {
+				return err
+			}
+			if err := walk(inner); err != nil {
+				return err
+			}
+			return m.MarshalFrom(inner)
+		}
+		m.ProtoReflect().Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+			switch {
+			case f.IsMap() || f.Message() == nil:
+			case f.IsList():
+				for i := range v.List().Len() {
+					if err == nil {
+						err = walk(v.List().Get(i).Message().Interface())
+					}
+				}
+			default:
+				err = walk(v.Message().Interface())
+			}
+			return err == nil
+		})
+		return err
+	}
+	return walk
 }
