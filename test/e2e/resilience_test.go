@@ -78,6 +78,7 @@ func TestHeldConnections(t *testing.T) {
 // TestProxyKilled kills one tenant's Envoy: its pods are refused until it is
 // back, which it is by itself, and the other tenant sees nothing of it.
 func TestProxyKilled(t *testing.T) {
+	e.roots.loadEnded(t)
 	node, tenant := e.nodes[0], "e2e-a"
 	before, err := e.Proxy(t.Context(), node, tenant)
 	if err != nil {

@@ -32,6 +32,19 @@ const issuerName = "bulkhead-issuer"
 type rootChange struct {
 	issuer *corev1.Secret // as cert-manager writes it
 	load   chan loadEnd
+	// ended is closed when there is no load any more.
+	ended chan struct{}
+}
+
+// loadEnded returns when the load is over. Tests that end proxies of its tenant wait for
+// it, for TestIssuer would count what they lose.
+func (c *rootChange) loadEnded(t *testing.T) {
+	t.Helper()
+	select {
+	case <-c.ended:
+	case <-t.Context().Done():
+		t.Fatal(t.Context().Err())
+	}
 }
 
 type loadEnd struct {
@@ -42,7 +55,7 @@ type loadEnd struct {
 // changeRoots names an issuer, and has one pod call another from before the change to
 // after it. A cluster on which tests ran before has the issuer already.
 func (e *env) changeRoots(ctx context.Context) (*rootChange, error) {
-	c := &rootChange{load: make(chan loadEnd, 1)}
+	c := &rootChange{load: make(chan loadEnd, 1), ended: make(chan struct{})}
 	secrets := e.Kube.CoreV1().Secrets(harness.SystemNamespace)
 	var err error
 	if c.issuer, err = secrets.Get(ctx, issuerName, metav1.GetOptions{}); apierrors.IsNotFound(err) {
@@ -58,8 +71,10 @@ func (e *env) changeRoots(ctx context.Context) (*rootChange, error) {
 	}
 	started := make(chan struct{})
 	go func() {
-		r, err := e.Load(ctx, e.pod(webB, 1), started, "load", "--protocol", "tcp", "--connections", "10", "--rate", "20",
-			"--new-connection-ratio", "0.5", "--duration", "170s", hostPort(e.pod(webB, 0).IPv4, app.GreetPort))
+		defer close(c.ended)
+		// Not in e2e-b, whose proxies TestBrokenBuilds breaks meanwhile.
+		r, err := e.Load(ctx, e.pod(webA, 1), started, "load", "--protocol", "tcp", "--connections", "10", "--rate", "20",
+			"--new-connection-ratio", "0.5", "--duration", "170s", hostPort(e.pod(webA, 0).IPv4, app.GreetPort))
 		c.load <- loadEnd{r, err}
 	}()
 	select {

@@ -139,6 +139,7 @@ func pushEnvoy(t *testing.T, r *registryHere, version string) (image, named stri
 
 // TestRolloutTakenBack: rollouts that can't go well change nothing, or are taken back.
 func TestRolloutTakenBack(t *testing.T) {
+	e.roots.loadEnded(t)
 	allServe(t)
 	registry := startRegistry(t)
 	everything := "{weight: 50, pause: 1h}, {weight: 100}"
