@@ -39,11 +39,8 @@ func (a *Agent) enforcedConnections(tp tenantPlan, state isolation.State) (have 
 		// A tenant that isn't there yet has none.
 		have, _ = steering.datapath.ConnectionLimits(state.Index)
 	}
-	if steering.kind != v1alpha1.RedirectionEBPF && tp.connections.DirectPerSecond != 0 {
-		unenforced = append(unenforced, "connections.newDirectPerSecond: only redirection EBPF tells flows beside the proxy apart")
-	}
 	if steering.kind != v1alpha1.RedirectionEBPF || state.CgroupV2 != "" {
-		return have, unenforced
+		return have, nil
 	}
 	if tp.bandwidth.Egress != 0 {
 		unenforced = append(unenforced, "bandwidth.egress: the node has no cgroup version 2, where what goes to own pods is told apart")

@@ -35,6 +35,8 @@ func addDrop(d *steer.Drops, reason uint32, n uint64) {
 		d.FlowsFull += n
 	case dropUnsteered:
 		d.Unsteered += n
+	case dropDirectTooFast:
+		d.DirectTooFast += n
 	}
 }
 

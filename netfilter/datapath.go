@@ -119,6 +119,11 @@ func (d *Datapath) install() error {
 			return fmt.Errorf("write the node's addresses: %w", err)
 		}
 	}
+	for _, protocol := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP} {
+		if err := c.SetAddElements(d.sets[setPorted], []nftables.SetElement{{Key: []byte{protocol, 0, 0, 0}}}); err != nil {
+			return fmt.Errorf("write the protocols that have ports: %w", err)
+		}
+	}
 	chains := hostChains(d.mark, d.priority)
 	for _, ch := range chains {
 		c.AddChain(&nftables.Chain{Name: ch.name, Table: steering})

@@ -98,6 +98,7 @@ func verdict(kind expr.VerdictKind, chain string) rule {
 func goTo(chain string) rule { return verdict(expr.VerdictGoto, chain) }
 func jump(chain string) rule { return verdict(expr.VerdictJump, chain) }
 func accept() rule           { return verdict(expr.VerdictAccept, "") }
+func back() rule             { return verdict(expr.VerdictReturn, "") }
 func drop() rule             { return verdict(expr.VerdictDrop, "") }
 
 // refuseTCP drops, and sends an RST back.

@@ -173,7 +173,7 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
 	}
 	// Even by another agent: rules that are new have forgotten what was taken of the pace.
-	paced, err := hasRules(c, paceChains(want))
+	paced, err := hasRules(c, inner, paceChains(want))
 	if err != nil {
 		return err
 	}
@@ -345,9 +345,9 @@ func (f family) is() rule {
 
 // hasRules is true where the kernel has the rules of chains, and no others in them. Only of
 // expressions that it gives back as they were written.
-func hasRules(c *nftables.Conn, chains []chain) (bool, error) {
+func hasRules(c *nftables.Conn, table *nftables.Table, chains []chain) (bool, error) {
 	for _, ch := range chains {
-		have, err := c.GetRules(inner, &nftables.Chain{Name: ch.name, Table: inner})
+		have, err := c.GetRules(table, &nftables.Chain{Name: ch.name, Table: table})
 		if err != nil {
 			return false, fmt.Errorf("read chain %s: %w", ch.name, err)
 		}

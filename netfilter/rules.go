@@ -77,6 +77,7 @@ func hostChains(pass, own uint32) []chain {
 	for _, f := range families {
 		chains = append(chains, f.fromPod(own)...)
 		chains = append(chains, f.toPod(pass)...)
+		chains = append(chains, f.besideOut(), f.besideIn())
 		chains = append(chains, f.fromTenant(pass)...)
 	}
 	return chains
@@ -102,7 +103,7 @@ func byProtocol(name string, others rule) (rules []rule) {
 		rules = append(rules, join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(etherType)...), then))
 	}
 	for _, f := range families {
-		is(f.etherType, goTo(name+f.version))
+		rules = append(rules, join(f.isEtherType(), goTo(name+f.version)))
 	}
 	is(unix.ETH_P_8021Q, goTo(dropChain(dropMalformed, name == chainToPod)))
 	is(unix.ETH_P_8021AD, goTo(dropChain(dropMalformed, name == chainToPod)))
@@ -125,12 +126,20 @@ func isPort(at uint32, port uint16) rule {
 
 // isFragment matches each part of a packet; a whole packet with a fragment header
 // is none.
-func (f family) isFragment(then rule) rule {
+func (f family) isFragment(then rule) rule { return f.fragment(0x3fff, 0xfff9, then) }
+
+// fragment matches packets with any of these bits in what says which fragment it is.
+func (f family) fragment(bits4, bits6 uint16, then rule) rule {
 	if f.version == "4" {
-		return join(network(6, 2, regTemp), masked(regTemp, []byte{0x3f, 0xff}, []byte{0, 0}), differs(regTemp, 0, 0), then)
+		return join(network(6, 2, regTemp), masked(regTemp, big16(bits4), []byte{0, 0}), differs(regTemp, 0, 0), then)
 	}
 	return join(rule{&expr.Exthdr{DestRegister: regTemp, Type: unix.IPPROTO_FRAGMENT, Offset: 2, Len: 2, Op: expr.ExthdrOpIpv6}},
-		masked(regTemp, []byte{0xff, 0xf9}, []byte{0, 0}), differs(regTemp, 0, 0), then)
+		masked(regTemp, big16(bits6), []byte{0, 0}), differs(regTemp, 0, 0), then)
+}
+
+// isEtherType matches packets of the family, in the table of the node.
+func (f family) isEtherType() rule {
+	return join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(f.etherType)...))
 }
 
 func (f family) words() uint32 { return f.length / 4 }
@@ -160,14 +169,14 @@ func (f family) fromPod(priority uint32) []chain {
 	v := f.version
 	tcp, own, self := "from_pod_tcp"+v, "from_pod_own"+v, "from_pod_self"+v
 	chains := []chain{
-		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(accept()), goTo(dropChain(dropMalformed, false))}},
+		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(goTo(chainBesideOut + v)), goTo(dropChain(dropMalformed, false))}},
 		{tcp, []rule{
 			join(iif(regKey), network(f.source, f.length, regKey+1), isIn(setSent+v, regKey), goTo(own)),
 			goTo(dropChain(dropSpoofed, false)),
 		}},
 		{own, []rule{
 			f.isFragment(goTo(dropChain(dropFragment, false))),
-			join(network(f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
+			join(network(f.destination, f.length, regKey), isIn(setNode+v, regKey), goTo(chainBesideOut+v)),
 			join(network(f.destination, f.length, regKey), equal(regKey, f.self.AsSlice()...), goTo(self)),
 			join(opens(), goTo("out_opens"+v)),
 			goTo("out" + v),
@@ -188,7 +197,7 @@ func (f family) toPod(pass uint32) []chain {
 	address := join(oif(regKey), network(f.destination, f.length, regKey+1))
 	chains := []chain{
 		{chainToPod + v, append(append([]rule{isTCP(goTo(tcp))}, f.quotesTCP(goTo(icmp))...),
-			isOther(accept()), goTo(dropChain(dropMalformed, true)))},
+			isOther(jump(chainBesideIn+v)), isOther(accept()), goTo(dropChain(dropMalformed, true)))},
 		{tcp, []rule{
 			// What the node made, or a tenant delivers.
 			join(hasMark(pass), goTo(given)),
@@ -200,7 +209,10 @@ func (f family) toPod(pass uint32) []chain {
 			join(opens(), goTo("in_opens"+v)),
 			goTo("in" + v),
 		}},
-		{given, []rule{join(address, isIn(setReceived+v, regKey), accept()), accept()}},
+		{given, []rule{
+			join(network(f.source, f.length, regKey), isIn(setNode+v, regKey), jump(chainBesideIn+v)),
+			join(address, isIn(setReceived+v, regKey), accept()), accept(),
+		}},
 		{icmp, []rule{
 			join(hasMark(pass), transport(8+f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
 			join(address, isNotIn(setReceived+v, regKey), goTo(dropChain(dropNotThePod, true))),
@@ -219,13 +231,13 @@ func (f family) toPod(pass uint32) []chain {
 // quotesTCP matches ICMP errors about a packet of TCP.
 func (f family) quotesTCP(then rule) (rules []rule) {
 	quoted := uint32(8 + 6) // the next header of IPv6
-	protocol, is := byte(unix.IPPROTO_ICMPV6), []rule{join(masked(regTemp, []byte{0x80}, []byte{0}), equal(regTemp, 0))}
+	is := []rule{join(masked(regTemp, []byte{0x80}, []byte{0}), equal(regTemp, 0))}
 	if f.version == "4" {
 		// Destination unreachable, time exceeded, parameter problem.
-		quoted, protocol, is = 8+9, unix.IPPROTO_ICMP, []rule{equal(regTemp, 3), equal(regTemp, 11), equal(regTemp, 12)}
+		quoted, is = 8+9, []rule{equal(regTemp, 3), equal(regTemp, 11), equal(regTemp, 12)}
 	}
 	for _, kind := range is {
-		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), transport(0, 1, regTemp), kind,
+		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, f.icmp), transport(0, 1, regTemp), kind,
 			transport(quoted, 1, regTemp), equal(regTemp, unix.IPPROTO_TCP), then))
 	}
 	return rules
@@ -245,7 +257,9 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	var goesOn []rule // what doesn't open a flow, and belongs to none that is written down
 	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
+	var inTime []rule
 	if podIsSource {
+		inTime = paced()
 		// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
 		// look like the proxy's own, and its answers would stay in there.
 		tunnel := isPort(2, portInbound)
@@ -260,7 +274,8 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 			// A pod that isn't in the mesh (any more).
 			join(markIs(0), goTo(way+"_clear"+v))),
 			f.exempt(way, device, podIsSource)...)},
-		{way + "_excluded" + v, passes(passedExcluded, goTo(way+"_clear"+v))},
+		{way + "_excluded" + v, append(inTime, passes(passedExcluded, goTo(way+"_clear"+v))...)},
+		// At no pace: the bound is for what passes beside a proxy that works.
 		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
 		// What opens in the clear is written down.
 		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
@@ -338,7 +353,7 @@ func whose(tenant uint16, name string) []chain {
 				mark := []uint32{0, 0, markFrom}[i]
 				yes, no = join(onlyMark(mark|markTo), goTo(chainFromTenant)), join(onlyMark(mark), goTo(chainFromTenant))
 			}
-			is := join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(f.etherType)...), isTCP(nil))
+			is := join(f.isEtherType(), isTCP(nil))
 			address, flow := network(e.address, f.length, regKey), f.flow(e.podIsSource)
 			chains[i].rules = append(chains[i].rules,
 				join(is, onlyMark(0)),

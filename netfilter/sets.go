@@ -25,7 +25,11 @@ type family struct {
 	// proto is the value of meta nfproto, etherType that of meta protocol.
 	proto     byte
 	etherType uint16
-	kind      nftables.SetDatatype
+	// icmp is its protocol, requests the types of it with which a flow begins: conntrack
+	// makes no entry for others.
+	icmp     byte
+	requests []byte
+	kind     nftables.SetDatatype
 	// Of an address, and where they are in the IP header.
 	length, source, destination uint32
 	// The header's own checksum: its type, and where it is.
@@ -36,10 +40,12 @@ type family struct {
 var families = []family{
 	{
 		version: "4", proto: unix.NFPROTO_IPV4, etherType: unix.ETH_P_IP, kind: nftables.TypeIPAddr, length: 4, source: 12, destination: 16,
+		icmp: unix.IPPROTO_ICMP, requests: []byte{8, 13, 15, 17}, // echo, timestamp, information, address
 		headerSum: unix.NFT_PAYLOAD_CSUM_INET, headerSumAt: 10, deliver: steer.DeliverIPv4, self: netip.MustParseAddr("169.254.96.2"),
 	},
 	{
 		version: "6", proto: unix.NFPROTO_IPV6, etherType: unix.ETH_P_IPV6, kind: nftables.TypeIP6Addr, length: 16, source: 8, destination: 24,
+		icmp: unix.IPPROTO_ICMPV6, requests: []byte{128, 139}, // echo, node information
 		headerSum: unix.NFT_PAYLOAD_CSUM_NONE, deliver: steer.DeliverIPv6, self: netip.MustParseAddr("fd69:8::2"),
 	},
 }
@@ -103,6 +109,11 @@ const (
 	// setFormers: tenants with an address of a pod that has left them, for which they
 	// go on to open what its connections need.
 	setFormers = "formers"
+	// setBegins, setAnswers and, for both families, setPaces: a tenant with a pace for
+	// what its pods begin beside it to its chains, with their names as a comment.
+	setBegins, setAnswers, setPaces = "begins", "answers", "paces"
+	// setPorted: protocols that have ports, where TCP has them.
+	setPorted = "ported"
 )
 
 const (
@@ -136,8 +147,12 @@ func hostSets() map[string]*nftables.Set {
 	add(setDeniedPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: 2 * maxVeths}, ifindex)
 	add(setDirectPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: maxVeths}, ifindex)
 	add(setUntold, nftables.Set{Dynamic: true, Counter: true, Size: 2 * maxVeths}, ifindex)
+	add(setPorted, nftables.Set{Size: 256}, nftables.TypeInetProto)
+	add(setPaces, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
 	for _, f := range families {
 		v, address := f.version, f.kind
+		add(setBegins+v, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
+		add(setAnswers+v, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
 		add(setSent+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setReceived+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setAddresses+v, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, address)
@@ -189,6 +204,7 @@ const (
 	dropMidstream
 	dropFlowsFull
 	dropUnsteered
+	dropDirectTooFast
 	dropReasons
 )
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,6 +21,9 @@ type element struct {
 	// end is the last key of a range.
 	end     []byte
 	comment string
+	// verdict is what to do, instead of a value. It isn't read back: the comment says
+	// whether it is another one.
+	verdict *expr.Verdict
 }
 
 // snapshot is what the agent has written into the node's tables. The flows aren't
@@ -130,6 +134,11 @@ type change struct {
 	chains map[string]*nftables.Chain
 	rules  map[string][]rule
 	gone   map[string]bool
+	// stateful chains stay if they are as they should be: rules that are new have forgotten
+	// what was taken of a pace.
+	stateful map[string]bool
+	// Sets of single tenants, which chains to make need, or those that go did.
+	made, unmade []*nftables.Set
 }
 
 func (d *Datapath) change() (*change, error) {
@@ -137,7 +146,7 @@ func (d *Datapath) change() (*change, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &change{d: d, snap: s, elements: map[string]map[string]*element{}, chains: map[string]*nftables.Chain{}, rules: map[string][]rule{}, gone: map[string]bool{}}, nil
+	return &change{d: d, snap: s, elements: map[string]map[string]*element{}, chains: map[string]*nftables.Chain{}, rules: map[string][]rule{}, gone: map[string]bool{}, stateful: map[string]bool{}}, nil
 }
 
 func (c *change) set(set string, k []byte, e *element) {
@@ -189,7 +198,7 @@ func (c *change) commit() error {
 		var del, add []nftables.SetElement
 		for k, want := range c.elements[name] {
 			old, there := have[k]
-			if want != nil && there && bytes.Equal(old.value, want.value) && bytes.Equal(old.end, want.end) && old.comment == want.comment {
+			if want != nil && there && (want.verdict != nil || bytes.Equal(old.value, want.value)) && bytes.Equal(old.end, want.end) && old.comment == want.comment {
 				continue
 			}
 			if there {
@@ -197,7 +206,7 @@ func (c *change) commit() error {
 				del = append(del, nftables.SetElement{Key: []byte(k), KeyEnd: old.end})
 			}
 			if want != nil {
-				add = append(add, nftables.SetElement{Key: []byte(k), KeyEnd: want.end, Val: want.value, Comment: want.comment})
+				add = append(add, nftables.SetElement{Key: []byte(k), KeyEnd: want.end, Val: want.value, VerdictData: want.verdict, Comment: want.comment})
 			}
 		}
 		changed = changed || len(del)+len(add) > 0
@@ -210,8 +219,8 @@ func (c *change) commit() error {
 			added = append(added, func() error { return conn.SetAddElements(set, part) })
 		}
 	}
-	for _, add := range added {
-		if err := add(); err != nil {
+	for _, s := range c.made {
+		if err := conn.AddSet(s, nil); err != nil {
 			return err
 		}
 	}
@@ -224,6 +233,16 @@ func (c *change) commit() error {
 		case c.d.written[name] != hookOf(c.chains[name]):
 			// By a former process, which may have been another version, or of an interface
 			// that has another name now: since Linux 6.16 a hook goes by the name.
+			if c.stateful[name] {
+				same, err := hasRules(conn, steering, []chain{{name, c.rules[name]}})
+				if err != nil {
+					return err
+				}
+				if same {
+					c.d.written[name] = hookOf(c.chains[name])
+					continue
+				}
+			}
 			missing = append(missing, c.chains[name])
 			conn.FlushChain(c.chains[name])
 			if c.chains[name].Device != "" {
@@ -237,6 +256,12 @@ func (c *change) commit() error {
 			conn.AddRule(&nftables.Rule{Table: steering, Chain: of, Exprs: r})
 		}
 	}
+	// Elements may lead to chains.
+	for _, add := range added {
+		if err := add(); err != nil {
+			return err
+		}
+	}
 	for name := range c.gone {
 		if c.snap.chains[name] && c.chains[name] == nil {
 			gone = append(gone, &nftables.Chain{Name: name, Table: steering})
@@ -247,6 +272,9 @@ func (c *change) commit() error {
 	}
 	for _, of := range gone {
 		conn.DelChain(of)
+	}
+	for _, s := range c.unmade {
+		conn.DelSet(s)
 	}
 	changed = changed || len(missing)+len(gone) > 0
 	if !changed {

@@ -73,6 +73,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	for _, of := range chains[1:] {
 		ch.branch(of)
 	}
+	ch.pace(t.Index, t.Connections.DirectPerSecond)
 	return ch.commit()
 }
 
@@ -84,7 +85,11 @@ func (d *Datapath) ConnectionLimits(index uint16) (steer.ConnectionLimits, error
 	if t == nil {
 		return steer.ConnectionLimits{}, fmt.Errorf("limits of tenant %d: %w", index, steer.ErrUnknownTenant)
 	}
-	return steer.ConnectionLimits{Concurrent: t.have.concurrent, NewPerSecond: t.have.pace}, nil
+	s, err := d.snapshotNow()
+	if err != nil {
+		return steer.ConnectionLimits{}, fmt.Errorf("limits of tenant %d: %w", index, err)
+	}
+	return steer.ConnectionLimits{Concurrent: t.have.concurrent, NewPerSecond: t.have.pace, DirectPerSecond: s.paceOf(index)}, nil
 }
 
 func tenantChain(veth uint32) string { return "tenant_" + strconv.Itoa(int(veth)) }
@@ -156,6 +161,7 @@ func (d *Datapath) deleteTenant(index uint16) error {
 		}
 	}
 	ch.forgetTenant(index)
+	ch.pace(index, 0)
 	if err := ch.commit(); err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ type ConnectionLimits struct {
 	// DirectPerSecond is how many flows the tenant's pods may begin in a second beside
 	// its proxy: of other protocols than TCP, to the node itself, and what is excluded;
 	// at most 1,000,000, and after a second without any, so many at once. What is beyond
-	// it is dropped and counted as Drops.DirectTooFast. Only eBPF holds it.
+	// it is dropped and counted as Drops.DirectTooFast.
 	DirectPerSecond uint32
 }
 

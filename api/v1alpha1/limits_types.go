@@ -69,7 +69,7 @@ type ConnectionIsolation struct {
 	// proxy: of UDP, ICMP and other protocols, and TCP to the node itself or excluded
 	// from the mesh; after a second without any, so many at once. Each takes an entry of
 	// the node's conntrack, which all of the node share, for half a minute or longer.
-	// Only redirection EBPF enforces it. Default: no limit.
+	// Default: no limit.
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000000
 	// +optional

@@ -1,0 +1,124 @@
+package netfilter
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+// pacing is what the node's table has for the paces of tenants: chains and sets by name,
+// and of a chain that paces the handles of its rules.
+func pacing(t *testing.T) (names []string, limits map[string][]uint64) {
+	t.Helper()
+	c, err := open(0)
+	check(t, err)
+	ours := func(name string) bool {
+		return slices.ContainsFunc([]string{chainBegins + "4_", chainBegins + "6_", chainCounts + "4_", chainCounts + "6_", chainAnswers + "4_", chainAnswers + "6_", chainPace + "_", setBegun, setAnswered}, func(p string) bool { return strings.HasPrefix(name, p) })
+	}
+	chains, err := c.ListChainsOfTableFamily(steering.Family)
+	check(t, err)
+	limits = map[string][]uint64{}
+	for _, ch := range chains {
+		if ch.Table.Name != TableName || !ours(ch.Name) {
+			continue
+		}
+		names = append(names, ch.Name)
+		rules, err := c.GetRules(steering, ch)
+		check(t, err)
+		for _, r := range rules {
+			if slices.ContainsFunc(r.Exprs, func(e expr.Any) bool { _, is := e.(*expr.Limit); return is }) {
+				limits[ch.Name] = append(limits[ch.Name], r.Handle)
+			}
+		}
+	}
+	sets, err := c.GetSets(steering)
+	check(t, err)
+	for _, s := range sets {
+		if ours(s.Name) {
+			names = append(names, s.Name)
+		}
+	}
+	slices.Sort(names)
+	return names, limits
+}
+
+// A pace for what pods begin beside their tenant is changed and taken back in place, goes
+// on in the next process as it is, and leaves nothing.
+func TestDirectPaceChanges(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one, two := tenant(t, 1), tenant(t, 2)
+		two.Connections.DirectPerSecond = 7
+		check(t, d.UpdateTenant(two))
+		others := []string{"answered_2", "answers4_2", "answers6_2", "begins4_2_7", "begins6_2_7", "begun_2", "counts4_2_7", "counts6_2_7", "pace_2_7"}
+		flow := nftables.SetElement{Key: slices.Concat(make([]byte, 10), []byte{0xff, 0xff, 10, 0, 0, 1}, portKey(53), make([]byte, 16), portKey(53), []byte{17, 0, 0, 0}), Timeout: begunKept}
+		for _, step := range []struct {
+			rate uint32
+			want []string
+		}{
+			{50, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_50", "begins6_1_50", "begun_1", "counts4_1_50", "counts6_1_50", "pace_1_50"}},
+			{60, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_60", "begins6_1_60", "begun_1", "counts4_1_60", "counts6_1_60", "pace_1_60"}},
+			{0, nil}, {0, nil}, {1_000_000, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_1000000", "begins6_1_1000000", "begun_1", "counts4_1_1000000", "counts6_1_1000000", "pace_1_1000000"}},
+		} {
+			one.Connections.DirectPerSecond = step.rate
+			check(t, d.UpdateTenant(one))
+			want := slices.Sorted(slices.Values(slices.Concat(others, step.want)))
+			have, limits := pacing(t)
+			if !slices.Equal(have, want) {
+				t.Errorf("with a pace of %d there are %v, want %v", step.rate, have, want)
+			}
+			if step.rate > 0 && len(limits) != 2 {
+				t.Errorf("with a pace of %d the limits are %v", step.rate, limits)
+			}
+			if step.rate == 50 {
+				begun, _ := directSets(1)
+				c, err := open(0)
+				check(t, err)
+				check(t, c.SetAddElements(begun, []nftables.SetElement{flow}))
+				check(t, c.Flush())
+			}
+			// The next process leaves alone what has been taken.
+			check(t, d.Close())
+			if d, err = Open(Options{}); err != nil {
+				t.Fatal(err)
+			}
+			check(t, d.UpdateTenant(one))
+			if _, err := d.ConnectionLimits(2); err == nil {
+				t.Error("a tenant that isn't known yet has limits")
+			}
+			check(t, d.UpdateTenant(two))
+			again, after := pacing(t)
+			if !slices.Equal(again, want) || !maps.EqualFunc(limits, after, slices.Equal[[]uint64]) {
+				t.Errorf("another process made %v of %v, and the limits %v of %v", again, want, after, limits)
+			}
+			for of, rate := range map[uint16]uint32{1: step.rate, 2: 7} {
+				if l, err := d.ConnectionLimits(of); err != nil || l != (steer.ConnectionLimits{DirectPerSecond: rate}) {
+					t.Errorf("tenant %d has %+v, %v, want a pace of %d", of, l, err, rate)
+				}
+			}
+			if step.rate == 60 {
+				begun, _ := directSets(1)
+				c, err := open(0)
+				check(t, err)
+				if flows, err := c.GetSetElements(begun); err != nil || len(flows) != 1 {
+					t.Errorf("at another pace %d flows are known, %v", len(flows), err)
+				}
+			}
+		}
+		check(t, d.DeleteTenant(1))
+		if have, _ := pacing(t); !slices.Equal(have, others) {
+			t.Errorf("of a tenant that is gone there are %v left", have)
+		}
+		check(t, d.DeleteTenant(2))
+		if have, _ := pacing(t); len(have) > 0 {
+			t.Errorf("left: %v", have)
+		}
+	})
+}
