@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -111,6 +112,21 @@ func TestDirectPaceChanges(t *testing.T) {
 					t.Errorf("at another pace %d flows are known, %v", len(flows), err)
 				}
 			}
+		}
+		// How a former version held it is corrected.
+		c, err := open(0)
+		check(t, err)
+		pace := &nftables.Chain{Name: paceChain(1, one.Connections.DirectPerSecond).name, Table: steering}
+		c.FlushChain(pace)
+		c.AddRule(&nftables.Rule{Table: steering, Chain: pace, Exprs: rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: 1, Unit: expr.LimitTimeSecond, Over: true}}})
+		check(t, c.Flush())
+		check(t, d.Close())
+		if d, err = Open(Options{}); err != nil {
+			t.Fatal(err)
+		}
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two)))
+		if same, err := hasRules(c, steering, []chain{paceChain(1, one.Connections.DirectPerSecond)}); err != nil || !same {
+			t.Errorf("what another version paced by is left, %v", err)
 		}
 		check(t, d.DeleteTenant(1))
 		if have, _ := pacing(t); !slices.Equal(have, others) {

@@ -27,9 +27,10 @@ func tracked(t *testing.T, n *lab.Node) (entries int) {
 
 // What a tenant's pods send beside its proxy takes no more of the node's conntrack, and of
 // the ports that it hides pods behind, than its pace.
-func TestDirectFlows(t *testing.T) {
+func TestDirectFlows(t *testing.T) { eachRedirection(t, testDirectFlows) }
+
+func testDirectFlows(t *testing.T, l *lab.Lab) {
 	const rate, flows = 50, 3000
-	l := lab.New(t)
 	n := l.Node1
 	n.Do(t, func() {
 		cmd := exec.Command("nft", "-f", "-")
