@@ -1,6 +1,7 @@
 package failure
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -57,73 +58,81 @@ func BenchmarkFailure(b *testing.B) {
 		Header: []string{"isolation", "kills", "the nine: requests", "failed", "p99 ms", "the tenth: gone ms", "at most"}}
 	for _, v := range variants {
 		use(b, l, v)
-		o := load.PacedOptions{To: lab.At(l.A3.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 100 * time.Millisecond, Patience: 5 * time.Second}
-		nine := slices.DeleteFunc(slices.Clone(l.Node1.Pods), func(p *lab.Host) bool { return p == l.B1 || p == l.A2 })
-		for _, p := range nine {
-			ld.Exchange(p, o, "first", container.Pod) // what is made on demand
-		}
-		o.Duration, o.Patience = time.Duration(*report.Rounds)**pause+time.Second, time.Second
-		var loads []*loader.Load
-		for _, p := range nine {
-			loads = append(loads, ld.Begin(context.Background(), p, "paced", o, "client-"+p.Name, container.Pod))
-		}
-		var gone, p99 report.Samples
+		others := besides(b, l, ld, time.Duration(*report.Rounds)**pause)
+		var gone report.Samples
 		for range *report.Rounds {
 			next := time.Now().Add(*pause)
 			gone = append(gone, float64(kill(b, l, v))/float64(time.Millisecond))
 			time.Sleep(time.Until(next))
 		}
-		requests, failed, first := 0, 0, ""
-		for _, running := range loads {
-			var r load.PacedResult
-			if err := running.Wait(&r); err != nil {
-				b.Fatalf("a tenant's load: %v", err)
-			}
-			requests, failed, first = requests+r.Requests, failed+r.Failed, r.FirstFailure
-			p99 = append(p99, float64(r.P99)/float64(time.Millisecond))
-		}
-		if failed > 0 {
-			fmt.Fprintf(os.Stderr, "failure: %s: %s\n", v.name, first)
-		}
+		requests, failed, p99 := others(v.name)
 		t.Rows = append(t.Rows, []string{v.name, fmt.Sprint(len(gone)), fmt.Sprint(requests), fmt.Sprint(failed), p99.Spread(), gone.String(), fmt.Sprintf("%.0f", slices.Max(gone))})
 	}
 	report.Publish(b, "failure", t)
 }
 
+// besides begins the load of the nine others; what it returns waits for its end, and
+// says what became of it.
+func besides(b *testing.B, l *lab.Lab, ld *loader.Loader, duration time.Duration) func(what string) (requests, failed int, p99 report.Samples) {
+	b.Helper()
+	o := load.PacedOptions{To: lab.At(l.A3.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 100 * time.Millisecond, Patience: 5 * time.Second}
+	nine := slices.DeleteFunc(slices.Clone(l.Node1.Pods), func(p *lab.Host) bool { return p == l.B1 || p == l.A2 })
+	for _, p := range nine {
+		ld.Exchange(p, o, "first", container.Pod) // what is made on demand
+	}
+	o.Duration, o.Patience = duration+time.Second, time.Second
+	var loads []*loader.Load
+	for _, p := range nine {
+		loads = append(loads, ld.Begin(context.Background(), p, "paced", o, "client-"+p.Name, container.Pod))
+	}
+	return func(what string) (requests, failed int, p99 report.Samples) {
+		b.Helper()
+		first := ""
+		for _, running := range loads {
+			var r load.PacedResult
+			if err := running.Wait(&r); err != nil {
+				b.Fatalf("a tenant's load: %v", err)
+			}
+			requests, failed, first = requests+r.Requests, failed+r.Failed, cmp.Or(first, r.FirstFailure)
+			p99 = append(p99, float64(r.P99)/float64(time.Millisecond))
+		}
+		if failed > 0 {
+			fmt.Fprintf(os.Stderr, "failure: %s: %s\n", what, first)
+		}
+		return requests, failed, p99
+	}
+}
+
 // use gives all pods the proxies of a variant, and waits until those alone serve.
 func use(b *testing.B, l *lab.Lab, v variant) {
 	b.Helper()
-	for _, p := range l.Pods {
-		p.Tenant = v.tenant(p)
-	}
-	l.Publish()
-	for _, n := range []*lab.Node{l.Node1, l.Node2} {
-		n.Standby = v.standby && n == l.Node1
-		n.WritePlan()
-		wanted := map[string]bool{}
-		for _, p := range n.Planned {
-			wanted[p.Tenant.String()] = true
-		}
-		lab.Eventually(b, "isolation "+v.name, func() error {
-			i, err := n.Inspect()
-			if err == nil && len(i.Tenants) != len(wanted) {
-				err = fmt.Errorf("%d tenants, want %d", len(i.Tenants), len(wanted))
-			}
-			return err
-		})
-		n.WaitReady()
-	}
+	l.Node1.Standby = v.standby
+	l.SetTenants(v.tenant)
 }
 
 // kill kills the tenth's proxy, once all that is to serve does, and returns when the
 // last connection that didn't get through had begun.
 func kill(b *testing.B, l *lab.Lab, v variant) (last time.Duration) {
 	b.Helper()
+	first := first(b, l, v)
+	to := lab.At(l.B2.V4, app.GreetPort).String()
+	l.B1.Do(b, func() {
+		if !greeted(to) {
+			b.Error("nothing gets through before the kill")
+		}
+		lab.Check(b, unix.Kill(first.PID, unix.SIGKILL))
+		last = untilServed(b, to, time.Now())
+	})
+	return last
+}
+
+// first is the tenth's process that takes connections, once all that is to serve does.
+func first(b *testing.B, l *lab.Lab, v variant) (first agent.InspectedGeneration) {
+	b.Helper()
 	processes := 1
 	if v.standby {
 		processes = 2
 	}
-	var first agent.InspectedGeneration
 	lab.Eventually(b, "all processes of the tenth", func() error {
 		t := l.Node1.Tenant(l.B1.Tenant.String())
 		if len(t.Generations) != processes || !t.Ready || slices.ContainsFunc(t.Generations, func(g agent.InspectedGeneration) bool { return !g.Serving }) {
@@ -132,36 +141,46 @@ func kill(b *testing.B, l *lab.Lab, v variant) (last time.Duration) {
 		first = t.Generations[max(0, slices.IndexFunc(t.Generations, func(g agent.InspectedGeneration) bool { return g.Role == "First" }))]
 		return nil
 	})
-	to := lab.At(l.B2.V4, app.GreetPort).String()
-	l.B1.Do(b, func() {
+	return first
+}
+
+// untilServed waits until connections get through in a row, and returns when the last
+// one that didn't had begun, from since on.
+func untilServed(b *testing.B, to string, since time.Time) (last time.Duration) {
+	b.Helper()
+	for row := 0; row < inARow; row++ {
+		begun := time.Since(since)
 		if !greeted(to) {
-			b.Error("nothing gets through before the kill")
+			last, row = begun, -1
 		}
-		lab.Check(b, unix.Kill(first.PID, unix.SIGKILL))
-		killed := time.Now()
-		for row := 0; row < inARow; row++ {
-			begun := time.Since(killed)
-			if !greeted(to) {
-				last, row = begun, -1
-			}
-			if begun > lab.Patience {
-				b.Fatal("the tenth doesn't serve again")
-			}
-			time.Sleep(time.Millisecond)
+		if begun > lab.Patience {
+			b.Fatal("the tenth doesn't serve again")
 		}
-	})
+		time.Sleep(time.Millisecond)
+	}
 	return last
 }
 
 func greeted(to string) bool {
-	c, err := net.DialTimeout("tcp", to, 200*time.Millisecond)
+	c, err := greet(to)
 	if err != nil {
 		return false
 	}
-	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
-		return false
+	return c.Close() == nil
+}
+
+// greet makes a connection, and waits for the server's first byte on it.
+func greet(to string) (net.Conn, error) {
+	c, err := net.DialTimeout("tcp", to, 200*time.Millisecond)
+	if err != nil {
+		return nil, err
 	}
-	_, err = c.Read(make([]byte, 1))
-	return err == nil
+	if err = c.SetDeadline(time.Now().Add(200 * time.Millisecond)); err == nil {
+		_, err = c.Read(make([]byte, 1))
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
 }
