@@ -86,11 +86,16 @@ func (p *packer) httpManager(vip netip.AddrPort, filters ...*hcmv3.HttpFilter) *
 			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)})),
 		OriginalIpDetectionExtensions: p.believeConnection(),
 		Http2ProtocolOptions:          applicationHTTP2(),
-		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-		ServerHeaderTransformation:    hcmv3.HttpConnectionManager_PASS_THROUGH,
-		GenerateRequestId:             wrapperspb.Bool(false),
-		SkipXffAppend:                 true,
-		NormalizePath:                 wrapperspb.Bool(true), // or a route could be passed by
+		// A server has an answer for a client of HTTP/1.0, so it has one here. Every
+		// request that goes on needs a host.
+		HttpProtocolOptions: &corev3.Http1ProtocolOptions{AcceptHttp_10: true, DefaultHostForHttp_10: vip.String()},
+		// Whether a body is wanted is the server's to say.
+		Proxy_100Continue:          true,
+		UpgradeConfigs:             []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
+		ServerHeaderTransformation: hcmv3.HttpConnectionManager_PASS_THROUGH,
+		GenerateRequestId:          wrapperspb.Bool(false),
+		SkipXffAppend:              true,
+		NormalizePath:              wrapperspb.Bool(true), // or a route could be passed by
 		// Idle connections and requests are the applications' business.
 		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
 		StreamIdleTimeout:         durationpb.New(0),

@@ -29,7 +29,7 @@ type httpAnswer struct {
 
 // serveHTTP is an application that speaks HTTP/1 and HTTP/2 in plain text. It
 // answers with the request, echoes after an upgrade, and takes orders from the
-// query: status, wait, and of the first so many of the same, failing or resetting.
+// query: status, wait, read the body, and of the first so many of the same, failing or resetting.
 func serveHTTP(t *testing.T, addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
@@ -61,6 +61,9 @@ func serveHTTP(t *testing.T, addr string) {
 			case <-r.Context().Done():
 				return
 			}
+		}
+		if r.URL.Query().Has("read") {
+			io.Copy(io.Discard, r.Body)
 		}
 		w.Header().Set("X-App", addr)
 		nth := func(n string) bool {
