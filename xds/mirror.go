@@ -66,7 +66,7 @@ func mirrorListener() (*listenerv3.Listener, error) {
 		HttpFilters: []*hcmv3.HttpFilter{
 			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}),
 			p.httpFilter("envoy.filters.http.set_filter_state", &httpfilterstatev3.Config{OnRequestHeaders: state}),
-			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true}),
+			p.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true, DynamicStats: wrapperspb.Bool(false)}),
 		},
 		RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
 			VirtualHosts: []*routev3.VirtualHost{{Name: mirrorName, Domains: []string{"*"}, Routes: []*routev3.Route{{
