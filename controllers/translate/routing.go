@@ -163,7 +163,11 @@ func Routings(service model.ServiceKey, routes []*Route, refs References) ([]mod
 			o.note = fmt.Sprintf("; not on %s, which a GRPCRoute has", portList(taken))
 		}
 		if o.accepted.isZero() {
-			o.note = "in force on " + portList(in) + o.note
+			note := "in force on " + portList(in)
+			if c := consumer(p.route, service); c != "" {
+				note += fmt.Sprintf(" for clients in namespace %s, but for pods that share their node's proxy (isolation: Node)", c)
+			}
+			o.note = note + o.note
 		}
 	}
 	var out []model.Routing
