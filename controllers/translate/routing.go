@@ -36,12 +36,13 @@ func ServicePorts(s *corev1.Service) []ServicePort {
 	if s.Spec.Type == corev1.ServiceTypeExternalName {
 		return nil
 	}
+	headless := slices.Contains(s.Spec.ClusterIPs, corev1.ClusterIPNone)
 	ports := []ServicePort{}
 	for _, p := range s.Spec.Ports {
 		if p.Protocol != corev1.ProtocolTCP && p.Protocol != "" || p.Port < 1 || p.Port > 65535 {
 			continue
 		}
-		ports = append(ports, ServicePort{Name: p.Name, Port: uint16(p.Port), Protocol: protocol(p)})
+		ports = append(ports, ServicePort{Name: p.Name, Port: uint16(p.Port), Protocol: protocol(p), Headless: headless})
 	}
 	return ports
 }
@@ -51,6 +52,9 @@ type ServicePort struct {
 	Name     string
 	Port     uint16
 	Protocol model.Protocol
+	// Headless is a port's of a Service without an address: it can be a backend, but
+	// requests to it are requests to its pods.
+	Headless bool
 }
 
 // protocol of a port: its appProtocol, or else what its name begins with.
@@ -201,6 +205,9 @@ func attach(kind string, parent RouteParent, ports []ServicePort, exists bool) (
 	}
 	if !exists {
 		return noParent("there is no Service %s/%s", service.Namespace, service.Name)
+	}
+	if len(ports) > 0 && ports[0].Headless {
+		return noParent("Service %s/%s is headless: it has no address at which requests could be routed, only its pods have", service.Namespace, service.Name)
 	}
 	if parent.Port != 0 || parent.Section != "" {
 		for _, p := range ports {
