@@ -144,7 +144,8 @@ func Routings(service model.ServiceKey, routes []*Route, refs References) ([]mod
 	}
 	for _, p := range places {
 		o := &outcomes[p.route.Key][p.index]
-		var taken, in []uint16
+		var taken, full, in []uint16
+		var beyond refusal // of the last that is full
 		for _, n := range p.ports {
 			s := scope{n, consumer(p.route, service)}
 			if p.route.Key.Kind != KindGRPCRoute && grpc[s] {
@@ -155,16 +156,21 @@ func Routings(service model.ServiceKey, routes []*Route, refs References) ([]mod
 				attached[s] = &attachment{backends: map[model.ServicePortKey]bool{}}
 			}
 			if why := attached[s].add(p.route, p.actions); !why.isZero() {
-				o.accepted = why
+				full, beyond = append(full, n), why
 				continue
 			}
 			in = append(in, n)
 		}
+		if len(full) > 0 {
+			o.note = fmt.Sprintf("; not on %s: %s", portList(full), beyond.message)
+		}
 		switch {
-		case len(taken) > 0 && len(in) == 0 && o.accepted.isZero():
+		case len(in) == 0 && len(full) > 0:
+			o.accepted = beyond
+		case len(in) == 0 && len(taken) > 0:
 			o.accepted = refusal{ReasonConflicted, fmt.Sprintf("a GRPCRoute has %s, and counts before HTTPRoutes", portList(taken))}
 		case len(taken) > 0:
-			o.note = fmt.Sprintf("; not on %s, which a GRPCRoute has", portList(taken))
+			o.note = fmt.Sprintf("; not on %s, which a GRPCRoute has", portList(taken)) + o.note
 		}
 		if o.accepted.isZero() {
 			note := "in force on " + portList(in)

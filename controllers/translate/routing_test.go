@@ -233,6 +233,41 @@ func TestManyRoutes(t *testing.T) {
 	}
 }
 
+// A route that is one too many on one of its ports is in force on the other, and says so.
+func TestLimitOnOnePort(t *testing.T) {
+	web := model.ServiceKey{Namespace: "a", Name: "web"}
+	o := &routeObjects{services: map[model.ServiceKey][]ServicePort{web: {{Port: 80, Protocol: model.ProtocolHTTP}, {Port: 81, Protocol: model.ProtocolHTTP}}}}
+	add := func(name string, age, matches int, port *gatewayv1.PortNumber) {
+		rule := gatewayv1.HTTPRouteRule{}
+		for i := range matches {
+			rule.Matches = append(rule.Matches, gatewayv1.HTTPRouteMatch{Path: &gatewayv1.HTTPPathMatch{Value: new(fmt.Sprintf("/p%d", i))}})
+		}
+		o.routes = append(o.routes, HTTPRoute(&gatewayv1.HTTPRoute{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: name, CreationTimestamp: metav1.NewTime(born.Add(time.Duration(-age) * time.Second))},
+			Spec: gatewayv1.HTTPRouteSpec{
+				CommonRouteSpec: gatewayv1.CommonRouteSpec{ParentRefs: []gatewayv1.ParentReference{{Group: new(gatewayv1.Group("")), Kind: new(gatewayv1.Kind("Service")), Name: "web", Port: port}}},
+				Rules:           []gatewayv1.HTTPRouteRule{rule},
+			},
+		}))
+	}
+	add("old", 2, MaxMatches, new(gatewayv1.PortNumber(80)))
+	add("both", 1, 1, nil)
+	add("one", 0, 1, new(gatewayv1.PortNumber(80)))
+	_, status := o.all()
+	for name, want := range map[string]struct {
+		status  metav1.ConditionStatus
+		message string
+	}{
+		"both": {metav1.ConditionTrue, "in force on port 81; not on port 80: older routes have most"},
+		"one":  {metav1.ConditionFalse, "older routes have most"},
+	} {
+		got := status[RouteKey{KindHTTPRoute, "a", name}.String()]
+		if len(got) != 1 || got[0].Conditions[0].Status != want.status || !strings.HasPrefix(got[0].Conditions[0].Message, want.message) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
 func TestRegex(t *testing.T) {
 	for expression, ok := range map[string]bool{
 		"/a/[0-9]+": true, `\d{1,100}`: true, "(": false, "(a+)+": true, `\pL{300}`: false, "(((a{10}){10}){10}){10}": false, `(?=x)`: false, "a{1001}": false,
