@@ -22,6 +22,7 @@
 #include "admit.h"
 #include "direct.h"
 #include "flows.h"
+#include "opened.h"
 #include "watch.h"
 #include "tcx.h"
 #include "steer.h"

@@ -59,7 +59,7 @@ type Datapath struct {
 // sharedMaps are used by the programs of all tenants.
 var sharedMaps = []string{datapathMapPods, datapathMapVeths, datapathMapTenants, datapathMapNodeAddresses, datapathMapCounters,
 	datapathMapPerPod, datapathMapLoads, datapathMapBegun, datapathMapAnswered, datapathMapFlows, datapathMapFormers, datapathMapExclusions, datapathMapConfig, datapathMapEvents,
-	datapathMapPerGeneration, datapathMapWatched}
+	datapathMapPerGeneration, datapathMapWatched, datapathMapSyns}
 
 // sharedPrograms are loaded once; steer is loaded for every tenant.
 var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathProgFromTenant}

@@ -167,6 +167,12 @@ type datapathSettings struct {
 	HashKey  [2]uint32
 }
 
+type datapathSyn struct {
+	_      structs.HostLayout
+	Flow   datapathFlow
+	Tenant uint32
+}
+
 type datapathTenant struct {
 	_                     structs.HostLayout
 	Ifindex               uint32
@@ -261,6 +267,7 @@ const (
 	datapathMapPerGeneration = "per_generation"
 	datapathMapPerPod        = "per_pod"
 	datapathMapPods          = "pods"
+	datapathMapSyns          = "syns"
 	datapathMapTenants       = "tenants"
 	datapathMapVeths         = "veths"
 	datapathMapWatched       = "watched"
@@ -339,6 +346,7 @@ type datapathMapSpecs struct {
 	PerGeneration *ebpf.MapSpec `ebpf:"per_generation"`
 	PerPod        *ebpf.MapSpec `ebpf:"per_pod"`
 	Pods          *ebpf.MapSpec `ebpf:"pods"`
+	Syns          *ebpf.MapSpec `ebpf:"syns"`
 	Tenants       *ebpf.MapSpec `ebpf:"tenants"`
 	Veths         *ebpf.MapSpec `ebpf:"veths"`
 	Watched       *ebpf.MapSpec `ebpf:"watched"`
@@ -385,6 +393,7 @@ type datapathMaps struct {
 	PerGeneration *ebpf.Map `ebpf:"per_generation"`
 	PerPod        *ebpf.Map `ebpf:"per_pod"`
 	Pods          *ebpf.Map `ebpf:"pods"`
+	Syns          *ebpf.Map `ebpf:"syns"`
 	Tenants       *ebpf.Map `ebpf:"tenants"`
 	Veths         *ebpf.Map `ebpf:"veths"`
 	Watched       *ebpf.Map `ebpf:"watched"`
@@ -406,6 +415,7 @@ func (m *datapathMaps) Close() error {
 		m.PerGeneration,
 		m.PerPod,
 		m.Pods,
+		m.Syns,
 		m.Tenants,
 		m.Veths,
 		m.Watched,

@@ -88,6 +88,19 @@ static __always_inline struct bpf_sock *listening(__u32 generation, __u32 listen
 	return bpf_map_lookup_elem(&listeners, &slot);
 }
 
+// tell_not_led tells of a connection that gets no listener.
+static __noinline int tell_not_led(const struct flow *f, __u32 tenant, __u32 ifindex, __u32 reason, enum way way)
+{
+	struct event e = { .tenant = tenant, .reason = reason, .way = way };
+	if (!f)
+		return 0;
+	e.pod = f->pod;
+	e.peer = f->peer;
+	e.pod_port = f->pod_port;
+	e.peer_port = f->peer_port;
+	return tell_denied(&e, ifindex);
+}
+
 // steer: sk_lookup in the tenant's network namespace.
 SEC("sk_lookup")
 int steer(struct bpf_sk_lookup *ctx)
@@ -122,30 +135,32 @@ int steer(struct bpf_sk_lookup *ctx)
 		count->dropped.unsteered++;
 		return SK_DROP;
 	}
-	struct pod *pod = bpf_map_lookup_elem(&pods, listener == LISTENER_OUTBOUND ? &remote : &local);
+	__u32 remote_port = ctx->remote_port;
+	int outbound = listener == LISTENER_OUTBOUND;
+	struct flow f = {};
+	f.pod = outbound ? remote : local;
+	f.peer = outbound ? local : remote;
+	f.pod_port = outbound ? bpf_ntohs(remote_port) : port;
+	f.peer_port = outbound ? port : bpf_ntohs(remote_port);
+	int is_new = was_opened(&f, tenant);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &f.pod);
 	__u32 pod_ifindex = pod ? pod->ifindex : 0;
 
-	__u32 remote_port = ctx->remote_port;
 	// Before there is a connection, so that not even a greeting gets out.
 	int is_plain = listener == LISTENER_PLAIN || listener == LISTENER_NODE_PLAIN;
 	if (is_plain && !(pod && pod->plain)) {
-		struct event e = { .tenant = tenant, .reason = offsetof(struct drops, plain_text) / sizeof(__u64), .way = WAY_INBOUND };
 		struct pod_counters *refused = pod_counters_of(pod_ifindex);
 		count->dropped.plain_text++;
 		if (refused)
 			refused->dropped.plain_text++;
-		e.pod = local;
-		e.peer = remote;
-		e.pod_port = port;
-		e.peer_port = bpf_ntohs(remote_port);
-		tell_denied(&e, pod_ifindex);
+		tell_not_led(&f, tenant, pod_ifindex, offsetof(struct drops, plain_text) / sizeof(__u64), WAY_INBOUND);
 		return SK_DROP;
 	}
 	__u32 hash = flow_hash(&local, &remote, port ^ (remote_port << 16));
 	__u32 generation = hash % 100 < t->canary;
 	// A worker has tunnels of its own: what a pod has with one destination shares one,
 	// and with it records and wake-ups.
-	__u32 place = (listener == LISTENER_OUTBOUND ? flow_hash(&local, &remote, 0) : hash) >> 8;
+	__u32 place = (outbound ? flow_hash(&local, &remote, 0) : hash) >> 8;
 	// Without sockets of its own, a generation leaves all to the other.
 	struct bpf_sock *sk = 0;
 #pragma unroll
@@ -160,15 +175,10 @@ int steer(struct bpf_sk_lookup *ctx)
 		generation ^= 1;
 	}
 	if (!sk) {
-		count->refused++;
-		struct event e = { .tenant = tenant, .reason = REASON_REFUSED };
-		int outbound = listener == LISTENER_OUTBOUND;
-		e.way = outbound ? WAY_OUTBOUND : WAY_INBOUND;
-		e.pod = outbound ? remote : local;
-		e.peer = outbound ? local : remote;
-		e.pod_port = outbound ? bpf_ntohs(remote_port) : port;
-		e.peer_port = outbound ? port : bpf_ntohs(remote_port);
-		tell_denied(&e, pod_ifindex);
+		if (is_new) {
+			count->refused++;
+			tell_not_led(&f, tenant, pod_ifindex, REASON_REFUSED, outbound ? WAY_OUTBOUND : WAY_INBOUND);
+		}
 		return SK_DROP;
 	}
 	// Both generations listen on the same ports: the kernel must not choose
@@ -176,22 +186,18 @@ int steer(struct bpf_sk_lookup *ctx)
 	long failed = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	bpf_sk_release(sk);
 	if (failed) {
-		count->refused++;
+		if (is_new)
+			count->refused++;
 		return SK_DROP;
 	}
+	if (!is_new)
+		return SK_PASS;
 	count->steered[generation & 1]++;
 	count->listener[listener]++;
 	struct pod_counters *of_pod = pod_counters_of(pod_ifindex);
 	if (of_pod)
 		of_pod->listener[listener & 3]++;
-	if (listener != LISTENER_INBOUND) {
-		int outbound = listener == LISTENER_OUTBOUND;
-		struct flow f = {};
-		f.pod = outbound ? remote : local;
-		f.peer = outbound ? local : remote;
-		f.pod_port = outbound ? bpf_ntohs(remote_port) : port;
-		f.peer_port = outbound ? port : bpf_ntohs(remote_port);
+	if (listener != LISTENER_INBOUND)
 		watch(&f, tenant, generation & 1);
-	}
 	return SK_PASS;
 }

@@ -214,6 +214,7 @@ int from_pod(struct __sk_buff *skb)
 		struct pod *peer = p.source_port == HBONE_PORT ? bpf_map_lookup_elem(&pods, &f.peer) : 0;
 		if (peer && peer->tenant == tenant && veth && veth->learned < MAX_DIALLED)
 			learn(&f, pod, tenant, 1, 0);
+		opened(&f, tenant);
 	}
 	__u32 to = t->ifindex;
 	if (to_self && readdress(skb, &p, 0, &p.source))
@@ -299,6 +300,7 @@ int to_pod(struct __sk_buff *skb)
 			return drop(&p, tenant, ifindex, too_many, WAY_INBOUND);
 		if (admitted == TOO_FAST)
 			return drop(&p, tenant, ifindex, too_fast, WAY_INBOUND);
+		opened(&f, tenant);
 	}
 	__u32 to = t->ifindex;
 	if (set_destination_mac(skb, t->mac))
@@ -364,8 +366,11 @@ int from_tenant(struct __sk_buff *skb)
 		return drop(&p, tenant, ifindex, deliver, WAY_UPSTREAM);
 	// A tunnel between two of its own pods has both ends in there. A pod's own
 	// connection may begin at the tunnels' port, too.
-	if (from && to && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f))))
+	if (from && to && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f)))) {
+		if (opens(&p))
+			opened(&f, tenant);
 		return to_other_end(skb, ifindex);
+	}
 	if (veth->watched) {
 		int seen = 0;
 		if (to) {

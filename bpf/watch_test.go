@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -136,6 +137,98 @@ func TestWatch(t *testing.T) {
 	open(80, greeted)
 	if n := size(t, m.d.maps[datapathMapWatched]); n != 0 {
 		t.Errorf("%d connections of nobody are watched", n)
+	}
+}
+
+// resets sends segments of a connection that nobody has, and waits until each is
+// answered by a reset.
+func resets(t *testing.T, n *namespace, from, to netip.AddrPort) {
+	t.Helper()
+	n.do(t, func() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
+		check(t, err)
+		defer unix.Close(fd)
+		check(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)}))
+		const reset, push, ack = 4, 8, 16
+		for _, flags := range []byte{ack, push | ack, push | ack} {
+			forgeValidPacket(t, n, from, to, flags)
+			for packet := make([]byte, 128); ; {
+				size, _, err := unix.Recvfrom(fd, packet, 0)
+				if err != nil {
+					t.Fatalf("%s to %s: waiting for a reset: %v", from, to, err)
+				}
+				tcp := packet[min(int(packet[0]&15)*4, size):size]
+				if len(tcp) >= 20 && tcp[13]&reset != 0 && binary.BigEndian.Uint16(tcp) == to.Port() && binary.BigEndian.Uint16(tcp[2:]) == from.Port() {
+					break
+				}
+			}
+		}
+	})
+}
+
+// A connection begins with a SYN. Who sends segments of none, of which each is led to a
+// listener, has nothing counted, nor has an ACK that answers a SYN cookie.
+func TestOnlySYNsCount(t *testing.T) {
+	m := newMesh(t)
+	m.one.Watch = true
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	type counted struct {
+		steered, refused, watched, unanswered uint64
+		listeners, ofPod                      steer.PerListener
+	}
+	counts := func() counted {
+		t.Helper()
+		c := m.counters(1)
+		all, _, err := m.d.GenerationCounters(1)
+		check(t, err)
+		return counted{c.Steered[0], c.Refused, all[0].Connections, all[0].Unanswered, c.PerListener, m.pod1("a").PerListener}
+	}
+	segments := func(when string) {
+		t.Helper()
+		before := counts()
+		resets(t, m.a.namespace, at(m.a.v4, 40000), at(remoteAddresses.v4, 80))
+		resets(t, m.remote, at(remoteAddresses.v4, 40000), at(m.a.v4, 8080))
+		resets(t, m.remote, at(remoteAddresses.v4, 40000), at(m.a.v4, steer.Inbound.Port()))
+		if after := counts(); after != before {
+			t.Errorf("%s: segments of no connection are counted: %+v, before %+v", when, after, before)
+		}
+	}
+	segments("with listeners")
+	check(t, m.d.ClearListeners(1, 0))
+	segments("without listeners")
+	check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
+
+	const each = 5
+	for _, cookies := range []string{"1", "2"} {
+		m.one.do(t, func() { sysctl(t, "net/ipv4/tcp_syncookies="+cookies) })
+		want := counts()
+		for range each {
+			for _, c := range []struct {
+				from     *namespace
+				fromAddr netip.AddrPort
+				to       netip.AddrPort
+			}{
+				{m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80)},
+				{m.remote, netip.AddrPort{}, at(m.a.v4, 8080)},
+				{m.remote, netip.AddrPort{}, at(m.a.v4, steer.Inbound.Port())},
+				// A tunnel between two pods of the tenant.
+				{m.one.namespace, at(m.c.v4, 0), at(m.a.v4, steer.Inbound.Port())},
+			} {
+				_, _, err := dial(t, c.from, c.fromAddr, c.to)
+				check(t, err)
+			}
+		}
+		want.steered += 4 * each
+		want.watched += 2 * each
+		want.listeners.Outbound += each
+		want.listeners.Plain += each
+		want.listeners.Inbound += 2 * each
+		want.ofPod.Outbound += each
+		want.ofPod.Plain += each
+		want.ofPod.Inbound += 2 * each
+		if after := counts(); after != want {
+			t.Errorf("tcp_syncookies=%s: counted %+v, want %+v", cookies, after, want)
+		}
 	}
 }
 

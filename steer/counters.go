@@ -2,9 +2,8 @@ package steer
 
 import "maps"
 
-// Counters are what has happened to one tenant since UpdateTenant made it. What
-// counts as a new connection isn't exactly the same for all: with eBPF a late packet
-// of one that has ended does, too, with nftables a SYN that is sent again.
+// Counters are what has happened to one tenant since UpdateTenant made it. A new
+// connection is a SYN that was led somewhere; one that is sent again can count once more.
 type Counters struct {
 	// Steered are new connections per generation.
 	Steered [Generations]uint64

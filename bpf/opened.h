@@ -1,0 +1,43 @@
+// SYNs on their way to a tenant. steer sees no flags of TCP, and by these tells a new
+// connection from what else finds no socket: an ACK that answers a SYN cookie, and
+// segments of connections that aren't the tenant's any more, or never were. Anybody can
+// send such, which would count as connections that fail.
+#pragma once
+
+// One is here while it gets from a veth into the tenant's namespace; one that finds a
+// socket there without steer, as a repeated one does, until others push it out. Who
+// pushes out another's on its way has a count lost, no connection.
+#define MAX_SYNS 16384
+
+struct syn {
+	struct flow flow;
+	__u32 tenant;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_SYNS);
+	__type(key, struct syn);
+	__type(value, __u8);
+} syns SEC(".maps");
+
+// opened is called with a SYN that goes to a tenant.
+static __noinline int opened(const struct flow *f, __u32 tenant)
+{
+	struct syn s = { .tenant = tenant };
+	__u8 one = 1;
+	if (!f)
+		return 0;
+	s.flow = *f;
+	return bpf_map_update_elem(&syns, &s, &one, BPF_ANY);
+}
+
+// was_opened tells whether what steer leads is such a SYN, once for each.
+static __noinline int was_opened(const struct flow *f, __u32 tenant)
+{
+	struct syn s = { .tenant = tenant };
+	if (!f)
+		return 0;
+	s.flow = *f;
+	return bpf_map_delete_elem(&syns, &s) == 0;
+}
