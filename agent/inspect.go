@@ -92,11 +92,14 @@ type InspectedGeneration struct {
 	Restarts int    `json:"restarts"`
 	LastExit string `json:"lastExit,omitempty"`
 	// DrainUntil is when it ends at the latest; nil while it is wanted.
-	DrainUntil   *time.Time        `json:"drainUntil,omitempty"`
-	Namespaces   map[string]string `json:"namespaces"`
-	Capabilities map[string]string `json:"capabilities"`
-	NoNewPrivs   bool              `json:"noNewPrivs"`
-	Seccomp      int               `json:"seccomp"`
+	DrainUntil *time.Time `json:"drainUntil,omitempty"`
+	// Figures are how it fares beside the other, of a canary with a share of connections
+	// and of what serves beside it, as the status says it.
+	Figures      *v1alpha1.GenerationFigures `json:"figures,omitempty"`
+	Namespaces   map[string]string           `json:"namespaces"`
+	Capabilities map[string]string           `json:"capabilities"`
+	NoNewPrivs   bool                        `json:"noNewPrivs"`
+	Seccomp      int                         `json:"seccomp"`
 }
 
 // InspectedPod is a steered pod.
@@ -156,6 +159,7 @@ func (a *Agent) inspect() (Inspection, error) {
 		t.read(state, counters)
 		for g, p := range state.Processes {
 			t.Generations[g].Role, t.Generations[g].Serving = string(o.round.placed[tp.tenant].role(p)), o.takes(tp.tenant, p)
+			t.Generations[g].Figures = o.figures[process{p.PID, p.StartTicks}]
 		}
 		if now.datapath != nil {
 			if t.Connections, err = now.Connections(state.Index); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
