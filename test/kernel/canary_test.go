@@ -159,11 +159,18 @@ func TestCanaryFigures(t *testing.T) {
 	}
 	until("what the kernel sees of a canary that keeps silent", func(first, canary *figures) error {
 		connect(5, app.GreetPort, 100*time.Millisecond, oneByte)
-		if first.Unread == "" || canary.Unread == "" {
-			return errors.New("it answers")
-		}
 		if canary.Connections < 5 || firstBytes(first) < 5 || firstBytes(canary) > 0 {
 			return errors.New("counting stands still")
+		}
+		return nil
+	})
+	// Silence is told of when it has lasted for 30 s, of which that took a part.
+	until("word of its silence", func(first, canary *figures) error {
+		if firstBytes(canary) > 0 {
+			t.Fatalf("who stands still answers: %+v", *canary)
+		}
+		if first.Unread == "" || canary.Unread == "" {
+			return errors.New("it answers")
 		}
 		return nil
 	})
