@@ -105,12 +105,16 @@ static __noinline int watch_answer(struct __sk_buff *skb, const struct flow *f, 
 	}
 	if (!(flags & (TCP_FIN | TCP_RST)))
 		return 1;
-	if (!w->closing && !w->answered)
-		c->unanswered++;
-	else if (!w->closing && flags & TCP_RST)
-		c->resets++;
+	int closing = w->closing, answered = w->answered;
 	// After a FIN it may be reset yet; who is still sending sees that.
-	if (flags & TCP_RST || !w->answered)
-		bpf_map_delete_elem(&watched, f);
+	if (answered && !(flags & TCP_RST))
+		return 1;
+	// Of two resets at once, on two CPUs, one counts: that which takes it away.
+	if (bpf_map_delete_elem(&watched, f) || closing)
+		return 1;
+	if (!answered)
+		c->unanswered++;
+	else
+		c->resets++;
 	return 1;
 }
