@@ -120,7 +120,7 @@ func (d *Datapath) install() error {
 		}
 	}
 	for _, protocol := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP} {
-		if err := c.SetAddElements(d.sets[setPorted], []nftables.SetElement{{Key: []byte{protocol, 0, 0, 0}}}); err != nil {
+		if err := c.SetAddElements(d.sets[setPorted], []nftables.SetElement{{Key: []byte{protocol}}}); err != nil {
 			return fmt.Errorf("write the protocols that have ports: %w", err)
 		}
 	}

@@ -129,7 +129,10 @@ const (
 func hostSets() map[string]*nftables.Set {
 	sets := map[string]*nftables.Set{}
 	add := func(name string, s nftables.Set, key ...nftables.SetDatatype) {
-		s.Table, s.Name, s.KeyType, s.Concatenation = steering, name, nftables.MustConcatSetType(key...), len(key) > 1
+		s.Table, s.Name, s.KeyType, s.Concatenation = steering, name, key[0], len(key) > 1
+		if s.Concatenation {
+			s.KeyType = nftables.MustConcatSetType(key...) // of one it would be padded, and nft can't list that
+		}
 		sets[name] = &s
 	}
 	ifindex, tenant, port := nftables.TypeIFIndex, nftables.TypeMark, nftables.TypeInetService
