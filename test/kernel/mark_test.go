@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -29,10 +30,10 @@ func testMark(t *testing.T, l *lab.Lab) {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(n.PinDir(), "maps", "config"), &ebpf.LoadPinOptions{ReadOnly: true})
 		lab.Check(t, err)
 		defer m.Close()
-		var settings [2]uint32
-		lab.Check(t, m.Lookup(uint32(0), &settings))
-		if settings != [2]uint32{mark, mark} {
-			t.Errorf("the programs' mark and mask are %#x", settings)
+		settings, err := m.LookupBytes(uint32(0))
+		lab.Check(t, err)
+		if got := [2]uint32{binary.NativeEndian.Uint32(settings), binary.NativeEndian.Uint32(settings[4:])}; got != [2]uint32{mark, mark} {
+			t.Errorf("the programs' mark and mask are %#x", got)
 		}
 	}
 	// Behind all that reads the mark on the way in, before all that does on the way out.
