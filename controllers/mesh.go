@@ -347,7 +347,11 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 		m.triggers.plans.add(name)
 		m.triggers.status.add(m.topologies.Names()...)
 	}
-	if had.Away != now.Away {
+	since := !had.ReadySince.Equal(now.ReadySince)
+	if since {
+		m.triggers.plans.add(name) // the plans' controller may have had this event first
+	}
+	if since || had.Away != now.Away {
 		m.triggers.rollouts.add(struct{}{})
 	}
 	var errs []error

@@ -286,45 +286,46 @@ func TestPlanLeavesTenantsBehind(t *testing.T) {
 	}
 }
 
+// A node that comes back is asked to say so, whichever controller has the Node's event
+// first, and rollouts are decided anew.
 func TestNodesAway(t *testing.T) {
 	r := newRolling(t)
+	r.triggers.plans.delay, r.triggers.rollouts.delay = 0, 0
+	start(t, &r.triggers.plans)
+	start(t, &r.triggers.rollouts)
 	var n corev1.Node
 	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &n))
-	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeDiskPressure, Status: corev1.ConditionFalse},
-		{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, LastTransitionTime: metav1.NewTime(born)}}
+	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeDiskPressure, Status: corev1.ConditionFalse}, {Type: corev1.NodeReady}}
 	stripped, err := stripNode(&n)
 	r.must(err)
-	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
-	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
+	node := stripped.(*corev1.Node)
+	becomes := func(ready corev1.ConditionStatus, at, asked time.Time) {
+		t.Helper()
+		c := &node.Status.Conditions[0]
+		c.Status, c.LastTransitionTime = ready, metav1.NewTime(at)
+		r.must(r.Status().Update(t.Context(), node))
+		r.must(r.w.writePlan(t.Context(), "n1")) // with what the mesh knew before
+		r.must(r.syncNode(t.Context(), "n1"))
+		handle(r.cluster, &r.triggers.plans, r.w.writePlan)
+		if got := r.nodeProxy("n1").Spec.ReadySince; (got == nil) != asked.IsZero() || got != nil && !got.Time.Equal(asked) {
+			t.Errorf("Ready is %s since %s: asked to say since %s, want %s", ready, at, got, asked)
+		}
+		if handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil }) == 0 {
+			t.Errorf("Ready is %s since %s: rollouts aren't decided anew", ready, at)
+		}
+	}
+	becomes(corev1.ConditionUnknown, born, time.Time{})
 	if away, _ := r.w.mesh.away(); len(away) != 1 || !strings.Contains(away["n1"], "isn't Ready since "+born.UTC().Format(time.RFC3339)) {
 		t.Errorf("away are %v", away)
 	}
 	if s := r.decide(); !strings.Contains(s.Message, "n1 (the node isn't Ready") {
 		t.Errorf("%s", s.Message)
 	}
-	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionTrue
-	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
-	asked := func(at time.Time) {
-		t.Helper()
-		r.must(r.w.writePlan(t.Context(), "n1"))
-		if got := r.nodeProxy("n1").Spec.ReadySince; (got == nil) != at.IsZero() || got != nil && !got.Time.Equal(at) {
-			t.Errorf("asked to say since %s, want %s", got, at)
-		}
-	}
-	asked(time.Time{})
-	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
-	asked(born)
-	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionFalse
-	stripped.(*corev1.Node).Status.Conditions[0].LastTransitionTime = metav1.NewTime(born.Add(time.Minute))
-	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
-	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
-	asked(born)
-	stripped.(*corev1.Node).Status.Conditions[0].Status = corev1.ConditionTrue
-	stripped.(*corev1.Node).Status.Conditions[0].LastTransitionTime = metav1.NewTime(born.Add(time.Hour))
-	r.must(r.Status().Update(t.Context(), stripped.(*corev1.Node)))
-	r.must(r.w.mesh.syncNode(t.Context(), "n1"))
-	asked(born.Add(time.Hour))
-	if away, since := r.w.mesh.away(); len(away) != 0 || !since["n1"].Equal(born.Add(time.Hour)) {
+	becomes(corev1.ConditionTrue, born, born)
+	becomes(corev1.ConditionFalse, born.Add(time.Minute), born)
+	becomes(corev1.ConditionTrue, born.Add(time.Hour), born.Add(time.Hour))
+	becomes(corev1.ConditionTrue, born.Add(2*time.Hour), born.Add(2*time.Hour)) // nobody saw that it was away
+	if away, since := r.w.mesh.away(); len(away) != 0 || !since["n1"].Equal(born.Add(2*time.Hour)) {
 		t.Errorf("away are %v, n1 is there since %v", away, since)
 	}
 }
