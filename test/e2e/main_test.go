@@ -8,6 +8,7 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"maps"
 	"net"
@@ -47,6 +48,7 @@ type env struct {
 var e *env
 
 func TestMain(m *testing.M) {
+	flag.Parse() // setUp asks which tests run
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	var err error
 	if e, err = setUp(ctx); err != nil {
