@@ -437,7 +437,9 @@ func keepTransitionTimes(s, before *v1alpha1.NodeProxyStatus) {
 	}
 }
 
-// write replaces the status as a merge patch: the status has no other writer.
+// write applies the status on the server's side: what this agent's field manager had
+// written and doesn't any more goes. A merge patch would leave what only a newer agent
+// knew, as readySince after a downgrade, which rollouts would take for this one's word.
 func (w *statusWriter) write(ctx context.Context, s *v1alpha1.NodeProxyStatus) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
