@@ -42,23 +42,26 @@ func TestSizeOfRoutes(t *testing.T) {
 	expressions := gatewayv1.HTTPRouteRule{Matches: matches(8, regex, "/api/v[0-9]+/things/[^/]+/.*"), BackendRefs: usual.BackendRefs}
 	for name, c := range map[string]struct {
 		route func(i int) *Route
-		n, in int // of so many routes, so many are in force
+		n     int // of so many routes
+		// so many are in force
+		least, most int
 	}{
-		"usual ones":        {func(i int) *Route { return route(i, usual) }, 128, 128},
-		"usual expressions": {func(i int) *Route { return route(i, expressions) }, 128, 128},
+		"usual ones":        {func(i int) *Route { return route(i, usual) }, 128, 128, 128},
+		"usual expressions": {func(i int) *Route { return route(i, expressions) }, 128, 128, 128},
 		"large filters": {func(i int) *Route {
 			return route(i, gatewayv1.HTTPRouteRule{Matches: matches(64, prefix, "/"), BackendRefs: []gatewayv1.HTTPBackendRef{to(strings.Repeat("x", 50_000))}})
-		}, 16, 1},
+		}, 16, 1, 1},
 		"one object": {func(i int) *Route {
 			return route(i, gatewayv1.HTTPRouteRule{Matches: matches(64, prefix, "/"), BackendRefs: []gatewayv1.HTTPBackendRef{to(strings.Repeat("x", 1_000_000))}})
-		}, 1, 0},
+		}, 1, 0, 0},
 		"large paths": {func(i int) *Route {
 			return route(i, gatewayv1.HTTPRouteRule{Matches: matches(64, prefix, "/"+strings.Repeat("x", 8000))})
-		}, 16, 7},
-		"large expressions": {func(i int) *Route { return route(i, gatewayv1.HTTPRouteRule{Matches: matches(8, regex, `/\pL`)}) }, 128, 23},
+		}, 16, 7, 7},
+		// How large depends on the version of Unicode that Go has.
+		"large expressions": {func(i int) *Route { return route(i, gatewayv1.HTTPRouteRule{Matches: matches(8, regex, `/\pL`)}) }, 128, 16, 32},
 		"many small headers": {func(i int) *Route {
 			return route(i, gatewayv1.HTTPRouteRule{Matches: matches(64, prefix, "/"), Filters: manyHeaders()})
-		}, 16, 7},
+		}, 16, 7, 7},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := &routeObjects{services: map[model.ServiceKey][]ServicePort{{Namespace: "a", Name: "web"}: {{Port: 80, Protocol: model.ProtocolHTTP}}}}
@@ -75,14 +78,17 @@ func TestSizeOfRoutes(t *testing.T) {
 			if size > MaxSize {
 				t.Errorf("%d bytes are in force", size)
 			}
+			in := 0
 			for i := range c.n {
-				want := ""
-				if i >= c.in {
-					want = ReasonLimitExceeded
+				got := outcomes[RouteKey{KindHTTPRoute, "a", fmt.Sprint("r", i)}][0].accepted
+				if got.isZero() && in == i {
+					in++
+				} else if got.reason != ReasonLimitExceeded {
+					t.Fatalf("route %d, of which the first %d are in force, says %+v", i, in, got)
 				}
-				if got := outcomes[RouteKey{KindHTTPRoute, "a", fmt.Sprint("r", i)}][0].accepted; got.reason != want {
-					t.Fatalf("route %d, of which %d may be, says %+v", i, c.in, got)
-				}
+			}
+			if in < c.least || in > c.most {
+				t.Errorf("%d routes of %d are in force; want %d to %d", in, c.n, c.least, c.most)
 			}
 		})
 	}
