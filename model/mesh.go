@@ -88,5 +88,10 @@ type ProxyKey struct {
 	Tenant Tenant
 }
 
+// MaxVersion is how many bytes the version of a resource may have that a proxy is given.
+// That of its outbound listener tells which chains the proxy has, so an agent takes back
+// whatever any operator may have given.
+const MaxVersion = 1024
+
 // Key returns the proxy's name.
 func (p Proxy) Key() ProxyKey { return ProxyKey{p.Node, p.Tenant} }

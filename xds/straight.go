@@ -15,6 +15,8 @@ import (
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	networkinputsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // A process that has an address's listener for HTTP and its routes reads requests to it
@@ -328,7 +330,7 @@ func chainMark(account string, vip netip.AddrPort) string {
 
 // chainMarks are those in a version of outbound, of what may be one of ours.
 func chainMarks(version string) map[string]struct{} {
-	if len(version) > maxVersion {
+	if len(version) > model.MaxVersion {
 		return nil
 	}
 	_, all, _ := strings.Cut(version, marksBegin)

@@ -437,8 +437,8 @@ func TestChainsAreBounded(t *testing.T) {
 	if len(first) != maxHTTPChains || len(led) != maxHTTPChains {
 		t.Fatalf("%d chains, %d led to; want %d", len(first), len(led), maxHTTPChains)
 	}
-	if n := len(f.has[resourceKey{TypeListener, listenerOutbound}].Version); n > maxVersion {
-		t.Errorf("the version has %d bytes; relays take %d", n, maxVersion)
+	if n := len(f.has[resourceKey{TypeListener, listenerOutbound}].Version); n > model.MaxVersion {
+		t.Errorf("the version has %d bytes; relays take %d", n, model.MaxVersion)
 	}
 	f.order = nil
 	m.must(m.store.SetProxy(oneMore("also-0", "also", "10.1.0.4"))) // first by name

@@ -25,10 +25,8 @@ const (
 	// maxUnanswered is how many responses may be under way to one proxy; with more,
 	// only this proxy waits.
 	maxUnanswered = 256
-	// maxName is the length beyond which a name can't be ours, and maxVersion a version.
-	// Relays take none that is longer either.
-	maxName    = 160
-	maxVersion = 1024
+	// maxName is the length beyond which a name can't be ours.
+	maxName = 160
 )
 
 // sendOrder is the order in which types are sent: what others refer to first.
@@ -206,7 +204,7 @@ func (st *stream) open(r *discoveryv3.DeltaDiscoveryRequest) bool {
 	sub := &subscription{names: map[string]struct{}{}, held: map[string]*held{}}
 	st.types[r.TypeUrl] = sub
 	for name, version := range r.InitialResourceVersions {
-		if len(sub.held) < st.server.opts.MaxNames+len(listenerNames) && len(name) <= maxName && len(version) <= maxVersion {
+		if len(sub.held) < st.server.opts.MaxNames+len(listenerNames) && len(name) <= maxName && len(version) <= model.MaxVersion {
 			sub.held[name] = &held{sent: version, acked: version}
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // TestRelaySlowTenant floods one proxy that doesn't read; the other one's changes
@@ -58,7 +60,7 @@ func TestRelayRefuses(t *testing.T) {
 		"control in name": {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{"a\nb"}},
 		"empty name":      {TypeUrl: TypeCluster, ResourceNamesSubscribe: []string{""}},
 		"too large":       {TypeUrl: TypeCluster, ResourceNamesSubscribe: slices.Repeat([]string{strings.Repeat("a", 1000)}, 10_000)},
-		"long version":    {TypeUrl: TypeCluster, InitialResourceVersions: map[string]string{"a": strings.Repeat("v", maxName+1)}},
+		"long version":    {TypeUrl: TypeCluster, InitialResourceVersions: map[string]string{"a": strings.Repeat("v", model.MaxVersion+1)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := setUp(t, nil)

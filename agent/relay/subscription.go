@@ -9,6 +9,8 @@ import (
 	"unicode/utf8"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // The types that a tenant proxy may ask for. Secrets are answered on the node,
@@ -43,8 +45,6 @@ const (
 	// maxNameBytes bounds one proxy's names of a type together: 16,384 of what they are
 	// in a cluster.
 	maxNameBytes = 4 << 20
-	// maxVersion is several times a version's length.
-	maxVersion = 128
 	// maxUnacked bounds the responses that a proxy hasn't answered yet.
 	maxUnacked = 512
 	// maxWildcard is more than there are static clusters and listeners.
@@ -109,7 +109,7 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 			if err := checkName(name); err != nil {
 				return c, err
 			}
-			if len(version) > maxVersion {
+			if len(version) > model.MaxVersion {
 				return c, fmt.Errorf("%w: a version of %d bytes", errRefused, len(version))
 			}
 			s.held[name] = version
