@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
@@ -174,4 +175,91 @@ func TestOperatorHearsOfReplacedListeners(t *testing.T) {
 	}
 	up.send(t, "1", resource(TypeListener, "outbound", "with chains"))
 	wantNames(t, fresh.next(), "outbound@with chains")
+}
+
+// A proxy that refuses what the operator has, and last good as well, settles: each time it
+// is offered last good, the operator's stream ends and it is sent the other again.
+func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
+	for name, late := range map[string]bool{"instead of the operator's": false, "before the operator's": true} {
+		t.Run(name, func(t *testing.T) {
+			f := setUp(t, func(o *Options) {
+				if !late {
+					o.Patience = time.Minute
+				}
+			})
+			p := f.proxy(teamA)
+			p.subscribe(TypeListener)
+			up := f.op.stream()
+			up.await(t, TypeListener, "")
+			up.send(t, "1", resource(TypeListener, "outbound", "good"))
+			p.next()
+			receive(t, "ACK", up.requests)
+
+			fresh := connect(t, f.socket(Key{Tenant: teamA}))
+			refuse := func(version string) {
+				t.Helper()
+				r := receive(t, "response", fresh.responses)
+				wantNames(t, r, "outbound@"+version)
+				fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: "bad"}})
+			}
+			fresh.subscribe(TypeListener)
+			up = f.op.stream()
+			up.await(t, TypeListener, "")
+			if !late {
+				up.send(t, "1", resource(TypeListener, "outbound", "bad"))
+				refuse("bad")
+			}
+			refuse("good")
+			receive(t, "end of the stream", up.gone)
+
+			up = f.op.stream()
+			up.await(t, TypeListener, "")
+			up.send(t, "1", resource(TypeListener, "outbound", "bad"))
+			refuse("bad")
+			if r := receive(t, "NACK", up.requests); r.ErrorDetail == nil {
+				t.Errorf("the operator is told %v", r)
+			}
+			fresh.subscribe(TypeCluster, "vip|a")
+			up.await(t, TypeCluster, "vip|a")
+			up.send(t, "2", resource(TypeCluster, "vip|a", "1"))
+			wantNames(t, fresh.next(), "vip|a@1") // and nothing before it
+			receive(t, "ACK", up.requests)
+			if n := len(f.op.streams); n > 0 {
+				t.Errorf("%d more streams to the operator", n)
+			}
+		})
+	}
+}
+
+// A proxy that asks again for what it has refused of last good doesn't get it again; other
+// names and other versions it gets.
+func TestRefusedLastGoodIsNotServedAgain(t *testing.T) {
+	f := setUp(t, nil)
+	p := f.proxy(teamA)
+	p.subscribe(TypeCluster, "vip|a", "vip|b")
+	up := f.op.stream()
+	up.await(t, TypeCluster, "vip|a")
+	up.send(t, "1", resource(TypeCluster, "vip|a", "1"), resource(TypeCluster, "vip|b", "1"))
+	p.next()
+	receive(t, "ACK", up.requests)
+
+	fresh := connect(t, f.socket(Key{Tenant: teamA})) // and the operator keeps silent
+	fresh.subscribe(TypeCluster, "vip|a")
+	r := receive(t, "last good", fresh.responses)
+	wantNames(t, r, "vip|a@1")
+	fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: "bad"}})
+	fresh.subscribe(TypeCluster, "vip|a", "vip|b")
+	wantNames(t, fresh.next(), "vip|b@1")
+
+	f.op.stream()
+	canary := f.proxyOf(Key{Tenant: teamA, Generation: 1})
+	canary.subscribe(TypeCluster, "vip|a")
+	up = f.op.stream()
+	up.await(t, TypeCluster, "vip|a")
+	up.send(t, "1", resource(TypeCluster, "vip|a", "2"))
+	for !slices.Equal(names(canary.next()), []string{"vip|a@2"}) {
+	} // last good first, if that took long
+	receive(t, "ACK", up.requests)
+	fresh.subscribe(TypeCluster, "vip|a")
+	wantNames(t, fresh.next(), "vip|a@2")
 }

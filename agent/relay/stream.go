@@ -56,7 +56,10 @@ type stream struct {
 	// goodListeners is the nonce of listeners of last good that the proxy hasn't
 	// answered; "" for none.
 	goodListeners string
-	secrets       *secretWatch
+	// refusedGood are the versions of last good that the proxy refused. None is offered
+	// again: each costs a stream to the operator.
+	refusedGood map[rejectionKey]string
+	secrets     *secretWatch
 	// warm tells of clusters to get ahead.
 	warm <-chan struct{}
 }
@@ -67,7 +70,7 @@ func newStream(r *Relay, e *endpoint, down downstream) *stream {
 	fallback.Stop()
 	return &stream{
 		key: key, relay: r, down: down, log: slog.New(e.log).With("tenant", key.Tenant.String(), "generation", key.Generation),
-		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback,
+		subs: map[string]*subscription{}, unacked: map[string]sent{}, fallback: fallback, refusedGood: map[rejectionKey]string{},
 		secrets: newSecretWatch(r.opts.Secrets, key.Tenant), good: r.good.set(key.Tenant, e.socket.Version), warm: e.warm,
 		pace: e.requests,
 	}
@@ -256,6 +259,11 @@ func (s *stream) acknowledge(r *discovery.DeltaDiscoveryRequest, sub *subscripti
 		message := printable(e.Message, 2048)
 		up.ErrorDetail = &status.Status{Code: e.Code, Message: message}
 		names := resourceNames(p.resources)
+		if p.epoch == 0 && r.TypeUrl != TypeSecret {
+			for _, g := range p.resources {
+				s.refusedGood[rejectionKey{r.TypeUrl, g.Name}] = g.Version
+			}
+		}
 		s.relay.rejected(s.key, r.TypeUrl, names, message)
 		s.log.Warn("proxy rejected configuration", "type", kinds[r.TypeUrl].short, "resources", names, "lastGood", p.epoch == 0, "reason", message)
 		if err := s.replace(r.TypeUrl, sub, p); err != nil {
@@ -296,7 +304,7 @@ func (s *stream) replace(typeURL string, sub *subscription, refused sent) error 
 			continue
 		}
 		g := s.good.get(typeURL, r.Name)
-		if g == nil || g.Version == r.Version {
+		if g == nil || g.Version == r.Version || s.hasRefused(typeURL, g) {
 			continue
 		}
 		s.log.Info("serving last good configuration instead of what was refused", "type", kinds[typeURL].short, "resource", r.Name)
@@ -431,7 +439,7 @@ func (s *stream) serveLastGood() error {
 		if sub == nil || len(sub.waiting) == 0 {
 			continue
 		}
-		resources := s.good.lookup(typeURL, sub)
+		resources := slices.DeleteFunc(s.good.lookup(typeURL, sub), func(g *discovery.Resource) bool { return s.hasRefused(typeURL, g) })
 		if len(resources) == 0 {
 			continue
 		}
@@ -442,6 +450,12 @@ func (s *stream) serveLastGood() error {
 		}
 	}
 	return nil
+}
+
+// hasRefused reports whether the proxy has been offered this version of last good in vain.
+func (s *stream) hasRefused(typeURL string, g *discovery.Resource) bool {
+	version, refused := s.refusedGood[rejectionKey{typeURL, g.Name}]
+	return refused && version == g.Version
 }
 
 func (s *stream) sendLastGood(typeURL string, resources []*discovery.Resource) error {
