@@ -11,12 +11,13 @@ import (
 )
 
 const (
-	// maxMessage holds 100,000 of the longest names: as many as pods may have made an
-	// Envoy ask for, which it repeats when it comes back.
+	// maxMessage holds 130,000 of the longest names and the versions of maxNames: as many
+	// as pods may have made an Envoy ask for, which it repeats when it comes back.
 	maxMessage = 8 << 20
-	// maxMessageNames are in one message: of the shortest ones there is room for
-	// millions, which take fifty times as much once they are read.
-	maxMessageNames = 1 << 17
+	// maxMessageNames are in one message, more than there is room for of real ones. Of the
+	// shortest there is room for millions, which take fifty times as much once they are
+	// read.
+	maxMessageNames = 1 << 19
 	// maxNode is several times what an Envoy says of itself, and maxError of what it
 	// cuts its complaints to.
 	maxNode  = 256 << 10
@@ -43,7 +44,7 @@ func (c requestCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 // checkSizes looks at a request before it is read.
 func checkSizes(b []byte) error {
-	names, node, failure := 0, 0, 0
+	names, versions, node, failure := 0, 0, 0, 0
 	for len(b) > 0 {
 		field, _, n := protowire.ConsumeField(b)
 		if n < 0 {
@@ -53,8 +54,10 @@ func checkSizes(b []byte) error {
 		switch field {
 		case 1:
 			node += n
-		case 3, 4, 5: // subscribe, unsubscribe, initial versions
+		case 3, 4: // subscribe, unsubscribe
 			names++
+		case 5: // initial versions, which take more than names do
+			versions++
 		case 7:
 			failure += n
 		case 8, 9:
@@ -63,6 +66,8 @@ func checkSizes(b []byte) error {
 		switch {
 		case names > maxMessageNames:
 			return fmt.Errorf("%w: more than %d names in one message", errRefused, maxMessageNames)
+		case versions > maxHeld:
+			return fmt.Errorf("%w: more than %d initial versions", errRefused, maxHeld)
 		case node > maxNode:
 			return fmt.Errorf("%w: a node of more than %d bytes", errRefused, maxNode)
 		case failure > maxError:

@@ -82,6 +82,50 @@ func TestRelayBoundsMemory(t *testing.T) {
 	}
 }
 
+// TestReadRequestsAreBounded: what is read of the largest requests that aren't refused takes
+// a few times maxMessage, too, though it is many objects.
+func TestReadRequestsAreBounded(t *testing.T) {
+	codec := requestCodec{encoding.GetCodecV2(grpcproto.Name)}
+	field := func(number protowire.Number, content string) []byte {
+		return protowire.AppendString(protowire.AppendTag(nil, number, protowire.BytesType), content)
+	}
+	repeated := func(times int, f func(i int) []byte) (b []byte) {
+		for i := range times {
+			b = append(b, f(i)...)
+		}
+		return b
+	}
+	for name, message := range map[string][]byte{
+		"names": repeated(maxMessageNames, func(i int) []byte { return field(3, fmt.Sprintf("%014d", i)) }),
+		"versions": repeated(maxHeld, func(i int) []byte {
+			return field(5, string(append(field(1, fmt.Sprintf("%0240d", i)), field(2, strings.Repeat("v", 240))...)))
+		}),
+		"empty versions": repeated(maxMessageNames, func(i int) []byte { return field(5, string(field(1, fmt.Sprintf("%07d", i)))) }),
+	} {
+		t.Run(name, func(t *testing.T) {
+			if len(message) > maxMessage {
+				t.Fatalf("a message of %d bytes", len(message))
+			}
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			var r discovery.DeltaDiscoveryRequest
+			err := codec.Unmarshal(mem.BufferSlice{mem.SliceBuffer(message)}, &r)
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			took := int64(after.HeapAlloc) - int64(before.HeapAlloc)
+			t.Logf("%d bytes take %d KiB: %v", len(message), took>>10, err)
+			if took > 3*maxMessage {
+				t.Errorf("%d bytes take %d MiB", len(message), took>>20)
+			}
+			if refused := err != nil; refused != (name == "empty versions") {
+				t.Errorf("it is read: %v", err)
+			}
+			runtime.KeepAlive(&r)
+		})
+	}
+}
+
 // TestRelayServesOneStream: another stream of the same proxy ends the one before, so that
 // no more than one takes memory.
 func TestRelayServesOneStream(t *testing.T) {

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -34,5 +35,27 @@ func TestRelayResumesChains(t *testing.T) {
 			up.send(t, "1", resource(TypeListener, "inbound", "1"))
 			wantNames(t, p.next(), "inbound@1")
 		})
+	}
+}
+
+// A pod may have made its proxy ask for 130,000 names, most of them in vain. The proxy tells
+// of all of them, and of the versions that it has, in one message when it comes back.
+func TestProxyAskedForTooMuchComesBack(t *testing.T) {
+	f := setUp(t, func(o *Options) { o.NamesPerSecond = 1e6 })
+	p := f.proxy(teamA)
+	names, held := make([]string, 130_000), map[string]string{}
+	for i := range names {
+		names[i] = fmt.Sprintf("vip|10.%d.%d.%d:80", i>>16, i>>8&255, i&255)
+		if i < maxNames {
+			held[names[i]] = strings.Repeat("f", 24)
+		}
+	}
+	p.send(&discovery.DeltaDiscoveryRequest{Node: envoyNode, TypeUrl: TypeCluster, ResourceNamesSubscribe: names, InitialResourceVersions: held})
+	if n := len(p.next().RemovedResources); n != len(names)-maxNames {
+		t.Errorf("%d names don't exist", n)
+	}
+	up := f.op.stream()
+	if r := receive(t, "request", up.requests); len(r.ResourceNamesSubscribe) != maxNames || len(r.InitialResourceVersions) != maxNames {
+		t.Errorf("the operator is told of %d names and %d versions", len(r.ResourceNamesSubscribe), len(r.InitialResourceVersions))
 	}
 }

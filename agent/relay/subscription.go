@@ -49,7 +49,10 @@ const (
 	maxUnacked = 512
 	// maxWildcard is more than there are static clusters and listeners.
 	maxWildcard = 256
-	wildcard    = "*"
+	// maxHeld are the versions that a proxy may tell of: beyond the names that it asked
+	// for, it has what the wildcard gave it.
+	maxHeld  = maxNames + maxWildcard
+	wildcard = "*"
 )
 
 // errRefused is what a proxy gets whose request no Envoy would send.
@@ -101,9 +104,8 @@ func (s *subscription) apply(r *discovery.DeltaDiscoveryRequest, first bool) (ch
 	}
 	var c change
 	if first {
-		// Beyond the names that it asked for, it has what the wildcard gave it.
-		if len(r.InitialResourceVersions) > maxNames+maxWildcard {
-			return c, fmt.Errorf("%w: %d initial versions, at most %d", errRefused, len(r.InitialResourceVersions), maxNames+maxWildcard)
+		if len(r.InitialResourceVersions) > maxHeld {
+			return c, fmt.Errorf("%w: %d initial versions, at most %d", errRefused, len(r.InitialResourceVersions), maxHeld)
 		}
 		for name, version := range r.InitialResourceVersions {
 			if err := checkName(name); err != nil {
