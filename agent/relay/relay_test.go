@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/xds"
 )
 
 const testTime = 10 * time.Second
@@ -57,7 +58,7 @@ func startOperator(t *testing.T, addr string) *operator {
 		l, err = net.Listen("tcp", addr)
 		return err == nil
 	})
-	o.addr, o.server = l.Addr().String(), grpc.NewServer()
+	o.addr, o.server = l.Addr().String(), grpc.NewServer(xds.GRPCOptions()...)
 	discovery.RegisterAggregatedDiscoveryServiceServer(o.server, o)
 	go o.server.Serve(l)
 	t.Cleanup(o.server.Stop)

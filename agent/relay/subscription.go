@@ -42,9 +42,12 @@ const (
 	maxNames = 16384
 	// maxName is the longest resource name. A SPIFFE ID has at most 588 bytes.
 	maxName = 1024
-	// maxNameBytes bounds one proxy's names of a type together: 16,384 of what they are
-	// in a cluster.
-	maxNameBytes = 4 << 20
+	// maxNameBytes bounds one proxy's names of a type together: 16,384 of the longest that
+	// pods can dial, with a fifth to spare.
+	maxNameBytes = 1 << 20
+	// maxToldBytes bounds what the operator is told in one message of the versions that a
+	// proxy has. It takes 4 MiB, with the names.
+	maxToldBytes = 5 << 19
 	// maxUnacked bounds the responses that a proxy hasn't answered yet.
 	maxUnacked = 512
 	// maxWildcard is more than there are static clusters and listeners.
@@ -206,7 +209,7 @@ func (s *subscription) makeRoom(length int) (gone []string, ok bool) {
 // resume is the first request of a type on a new stream to the operator: all
 // that the proxy wants, and what it has.
 func (s *subscription) resume(typeURL string) *discovery.DeltaDiscoveryRequest {
-	r := &discovery.DeltaDiscoveryRequest{TypeUrl: typeURL, InitialResourceVersions: maps.Clone(s.held)}
+	r := &discovery.DeltaDiscoveryRequest{TypeUrl: typeURL, InitialResourceVersions: s.told()}
 	if len(s.names) == 0 {
 		return r // the wildcard in its implicit form, if the type has one
 	}
@@ -215,6 +218,19 @@ func (s *subscription) resume(typeURL string) *discovery.DeltaDiscoveryRequest {
 	}
 	r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, slices.Sorted(maps.Keys(s.names))...)
 	return r
+}
+
+// told are the versions that the proxy has, as far as they may be told: the operator sends
+// what is left out once more. That is nothing of names that pods can dial.
+func (s *subscription) told() map[string]string {
+	told, room := make(map[string]string, len(s.held)), maxToldBytes
+	for name, version := range s.held {
+		if size := len(name) + len(version) + 16; size <= room { // with tags and lengths
+			told[name] = version
+			room -= size
+		}
+	}
+	return told
 }
 
 // idle reports that there is nothing to ask the operator for.
