@@ -164,7 +164,9 @@ func farServices(t *testing.T, version string, ttl time.Duration) (e *envoy, ask
 }
 
 // tunnelHosts is a figure of the cache of hosts for tunnels.
-func (e *envoy) tunnelHosts(figure string) int { return e.count(`^dns_cache\.tunnels\.` + figure + `$`) }
+func (e *envoy) tunnelHosts(figure string) int {
+	return e.count(`^dns_cache\.tunnels\.` + figure + `$`)
+}
 
 // editing changes each message of type M in another one, however deep it is packed.
 func editing[M proto.Message](edit func(M)) func(proto.Message) error {
