@@ -323,7 +323,7 @@ func TestWhatOpensNothing(t *testing.T) {
 	m.one.Connections = steer.ConnectionLimits{}
 	check(t, m.d.UpdateTenant(m.one.Tenant))
 	for i := range uint16(tries) {
-		forgeValidPacket(t, m.a.namespace, at(m.a.v4, 30000+i), to, 2)
+		forgeValidPacket(t, m.a.namespace, at(m.a.v4, 30000+i), to, 2, 0)
 	}
 	has := m.pod1("a")
 	if n := has.Outbound - had.Outbound; n < tries {

@@ -281,14 +281,14 @@ func addrPortOf(a net.Addr) netip.AddrPort { return unmapped(a.(*net.TCPAddr).Ad
 // forgePacket sends a packet of IPv4 with the sequence number 0, which no end takes.
 func forgePacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte) {
 	t.Helper()
-	sendSegment(t, n, from, to, flags, 0)
+	sendSegment(t, n, from, to, flags, 0, 0)
 }
 
-// forgeValidPacket sends one with a checksum that fits.
-func forgeValidPacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte) {
+// forgeValidPacket sends one with a checksum that fits, and any sequence number.
+func forgeValidPacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte, sequence uint16) {
 	t.Helper()
 	const length = 20
-	sum := uint32(unix.IPPROTO_TCP + length + 5<<12 + int(flags) + int(from.Port()) + int(to.Port()))
+	sum := uint32(unix.IPPROTO_TCP + length + acknowledged + 5<<12 + int(flags) + int(sequence) + int(from.Port()) + int(to.Port()))
 	for _, a := range []netip.Addr{from.Addr(), to.Addr()} {
 		b := a.As4()
 		sum += uint32(b[0])<<8 + uint32(b[1]) + uint32(b[2])<<8 + uint32(b[3])
@@ -296,10 +296,13 @@ func forgeValidPacket(t *testing.T, n *namespace, from, to netip.AddrPort, flags
 	for sum > 0xffff {
 		sum = sum>>16 + sum&0xffff
 	}
-	sendSegment(t, n, from, to, flags, ^uint16(sum))
+	sendSegment(t, n, from, to, flags, sequence, ^uint16(sum))
 }
 
-func sendSegment(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte, checksum uint16) {
+// acknowledged is what forged segments acknowledge; a reset that answers one begins there.
+const acknowledged = 1
+
+func sendSegment(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte, sequence, checksum uint16) {
 	t.Helper()
 	n.do(t, func() {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
@@ -310,6 +313,8 @@ func sendSegment(t *testing.T, n *namespace, from, to netip.AddrPort, flags byte
 		packet := make([]byte, 20)
 		packet[0], packet[1] = byte(from.Port()>>8), byte(from.Port())
 		packet[2], packet[3] = byte(to.Port()>>8), byte(to.Port())
+		packet[6], packet[7] = byte(sequence>>8), byte(sequence)
+		packet[11] = acknowledged
 		packet[12], packet[13] = 5<<4, flags
 		packet[16], packet[17] = byte(checksum>>8), byte(checksum)
 		check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: to.Addr().As4()}))

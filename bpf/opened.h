@@ -5,9 +5,12 @@
 #pragma once
 
 // One is here while it gets from a veth into the tenant's namespace; one that finds a
-// socket there without steer, as a repeated one does, until others push it out. Who
-// pushes out another's on its way has a count lost, no connection.
+// socket there without steer, as a repeated one does, until others push it out or a
+// segment without one comes. Who pushes out another's on its way has a count lost, no
+// connection.
 #define MAX_SYNS 16384
+// How long one may be on its way, in nanoseconds: who sent it repeats it then.
+#define SYN_TAKES 1000000000ULL
 
 struct syn {
 	struct flow flow;
@@ -18,18 +21,19 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_SYNS);
 	__type(key, struct syn);
-	__type(value, __u8);
+	// When it came: nanoseconds of CLOCK_MONOTONIC.
+	__type(value, __u64);
 } syns SEC(".maps");
 
 // opened is called with a SYN that goes to a tenant.
 static __noinline int opened(const struct flow *f, __u32 tenant)
 {
 	struct syn s = { .tenant = tenant };
-	__u8 one = 1;
+	__u64 now = bpf_ktime_get_ns();
 	if (!f)
 		return 0;
 	s.flow = *f;
-	return bpf_map_update_elem(&syns, &s, &one, BPF_ANY);
+	return bpf_map_update_elem(&syns, &s, &now, BPF_ANY);
 }
 
 // was_opened tells whether what steer leads is such a SYN, once for each.
@@ -39,5 +43,9 @@ static __noinline int was_opened(const struct flow *f, __u32 tenant)
 	if (!f)
 		return 0;
 	s.flow = *f;
-	return bpf_map_delete_elem(&syns, &s) == 0;
+	__u64 *came = bpf_map_lookup_elem(&syns, &s);
+	if (!came)
+		return 0;
+	int late = *came + SYN_TAKES < bpf_ktime_get_ns();
+	return bpf_map_delete_elem(&syns, &s) == 0 && !late;
 }

@@ -87,10 +87,10 @@ static __noinline int watch_answer(struct __sk_buff *skb, const struct flow *f, 
 		return 0;
 	struct generation g = { .tenant = tenant, .generation = w->generation };
 	struct generation_counters *c = bpf_map_lookup_elem(&per_generation, &g);
-	__u8 header;
-	if (!c || bpf_skb_load_bytes(skb, offset + 12, &header, sizeof(header)))
+	struct tcphdr tcp;
+	if (!c || bpf_skb_load_bytes(skb, offset, &tcp, sizeof(tcp)))
 		return 1;
-	if (!w->answered && skb->len > offset + (header >> 4) * 4) {
+	if (!w->answered && skb->len > offset + tcp.doff * 4) {
 		__u64 units = (bpf_ktime_get_ns() - w->began) >> 17; // of 131 µs
 		__u32 bucket = 0;
 #pragma unroll
@@ -106,6 +106,11 @@ static __noinline int watch_answer(struct __sk_buff *skb, const struct flow *f, 
 	if (!(flags & (TCP_FIN | TCP_RST)))
 		return 1;
 	int closing = w->closing, answered = w->answered;
+	// Who sends a SYN, and then a segment that fits no handshake, is answered by a reset
+	// of the kernel's: that is none of the generation's. It acknowledges nothing, or has
+	// the sequence number 0 (RFC 9293, 3.10.7.1); a connection's own is otherwise.
+	if (!answered && (flags & TCP_RST) && (!(flags & TCP_ACK) || !tcp.seq))
+		return 1;
 	// After a FIN it may be reset yet; who is still sending sees that.
 	if (answered && !(flags & TCP_RST))
 		return 1;
