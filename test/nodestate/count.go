@@ -16,7 +16,7 @@ import (
 )
 
 // Count says how much of a mesh is on the node of whom host is the root directory:
-// files, cgroups, mounts, proxies, entries of each BPF map, and of agent and operator
+// files, cgroups, mounts, proxies, entries of BPF maps, and of agent and operator
 // the open files and the private memory in KiB. The caller must be in the node's
 // network and pid namespace.
 func Count(host string) (map[string]int, error) {
@@ -120,7 +120,7 @@ func privateMemory(dir string) (kib int, err error) {
 	return kib, nil
 }
 
-// countMaps counts the entries of maps that aren't arrays.
+// countMaps counts the entries of maps.
 func countMaps(host string, counts map[string]int) error {
 	entries, err := MapEntries(filepath.Join(host, "sys/fs/bpf", name, "maps"))
 	for name, n := range entries {
@@ -129,8 +129,9 @@ func countMaps(host string, counts map[string]int) error {
 	return err
 }
 
-// MapEntries says how many entries the BPF maps have that are pinned in a folder, but for
-// arrays, by name. A folder that isn't there has none.
+// MapEntries says how many entries the BPF maps have that are pinned in a folder, by name:
+// but for arrays, and for those of which the kernel drops the oldest when they are full.
+// A folder that isn't there has none.
 func MapEntries(dir string) (map[string]int, error) {
 	pins, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -140,7 +141,7 @@ func MapEntries(dir string) (map[string]int, error) {
 		return nil, err
 	}
 	entries := map[string]int{}
-	hashes := []ebpf.MapType{ebpf.Hash, ebpf.PerCPUHash, ebpf.LRUHash, ebpf.LPMTrie}
+	hashes := []ebpf.MapType{ebpf.Hash, ebpf.PerCPUHash, ebpf.LPMTrie}
 	for _, pin := range pins {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, pin.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
