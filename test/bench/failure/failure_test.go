@@ -3,6 +3,7 @@ package failure
 import (
 	"cmp"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -163,13 +164,14 @@ func untilServed(b *testing.B, to string, since time.Time) (last time.Duration) 
 
 func greeted(to string) bool {
 	c, err := greet(to)
-	if err != nil {
-		return false
+	if c != nil {
+		err = errors.Join(err, c.Close())
 	}
-	return c.Close() == nil
+	return err == nil
 }
 
-// greet makes a connection, and waits for the server's first byte on it.
+// greet makes a connection, and waits for the server's first byte on it. Also one on which
+// none comes is the caller's to close.
 func greet(to string) (net.Conn, error) {
 	c, err := net.DialTimeout("tcp", to, 200*time.Millisecond)
 	if err != nil {
@@ -178,9 +180,5 @@ func greet(to string) (net.Conn, error) {
 	if err = c.SetDeadline(time.Now().Add(200 * time.Millisecond)); err == nil {
 		_, err = c.Read(make([]byte, 1))
 	}
-	if err != nil {
-		c.Close()
-		return nil, err
-	}
-	return c, nil
+	return c, err
 }
