@@ -81,9 +81,14 @@ func TestEventGroupIsTaken(t *testing.T) {
 		t.Error("a tenant is told of whose group another process has")
 	}
 	const metric = `bulkhead_tenant_events_lost_total{namespace="team-a",tenant="team-a"} `
-	if lost := n.Tenant("team-a").EventsLost; lost == 0 || !strings.Contains(n.Metrics(t), metric+fmt.Sprint(lost)+"\n") {
-		t.Errorf("%d events are lost, and the metrics say\n%s", lost, n.Metrics(t))
-	}
+	// Once nothing comes between the two.
+	lab.Eventually(t, "lost events", func() error {
+		lost, metrics := n.Tenant("team-a").EventsLost, n.Metrics(t)
+		if lost == 0 || !strings.Contains(metrics, metric+fmt.Sprint(lost)+"\n") {
+			return fmt.Errorf("%d are lost, and the metrics say\n%s", lost, metrics)
+		}
+		return nil
+	})
 	if text := n.AgentLog(t); !strings.Contains(text, "A tenant's connection events aren't read") {
 		t.Errorf("the agent's log doesn't tell of it: %s", text)
 	}
