@@ -52,8 +52,8 @@ type Datapath struct {
 
 	mu   sync.Mutex
 	snap *snapshot
-	// written are the chains whose rules are this process's, and what they hang on.
-	written map[string]string
+	// written are the chains whose rules are this process's.
+	written map[string]writing
 	// node's addresses, as SetNodeAddresses said.
 	node []netip.Addr
 	// Of tenants that UpdateTenant was called for: what is in their namespaces.
@@ -83,7 +83,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, lost: map[uint16]uint64{}, written: map[string]string{}}
+	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, lost: map[uint16]uint64{}, written: map[string]writing{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}
@@ -141,7 +141,39 @@ func (d *Datapath) install() error {
 	if err := replaceRules(steering, chains); err != nil {
 		return fmt.Errorf("write the table %s: %w", TableName, err)
 	}
+	if err := forgetMapsOfChains(c); err != nil {
+		return fmt.Errorf("remove what a former version led to tenants' chains by: %w", err)
+	}
 	return nil
+}
+
+// forgetMapsOfChains removes maps to the chains of each tenant with a pace, which can't be
+// removed before: a former version's.
+func forgetMapsOfChains(c *nftables.Conn) error {
+	former, by := []string{"paces"}, []string{}
+	for _, f := range families {
+		former, by = append(former, "begins"+f.version, "answers"+f.version), append(by, "beside_in"+f.version)
+	}
+	chains, err := c.ListChainsOfTableFamily(steering.Family)
+	if err != nil {
+		return fmt.Errorf("list chains: %w", err)
+	}
+	for _, ch := range chains {
+		if ch.Table.Name == TableName && slices.Contains(by, ch.Name) {
+			c.FlushChain(ch)
+			c.DelChain(ch)
+		}
+	}
+	sets, err := c.GetSets(steering)
+	if err != nil {
+		return fmt.Errorf("list sets: %w", err)
+	}
+	for _, s := range sets {
+		if slices.Contains(former, s.Name) {
+			c.DelSet(s)
+		}
+	}
+	return c.Flush()
 }
 
 // Close leaves all of it at work, and ends the reader of events.

@@ -7,15 +7,20 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
 // What pods begin beside their tenant is paced by chains of the tenant: flows of other
 // protocols than TCP, TCP to the node itself, of which conntrack takes more than SYNs for
-// a beginning, and SYNs that are excluded. Each tenant that has a pace has sets of its
-// own, so that none can fill another's: of what its pods have begun, and of what others
-// have, which pods may answer. Whatever finds no room in there counts with each packet.
+// a beginning, and SYNs that are excluded. Only the pods' own chains lead there: the
+// kernel walks through all that a packet of a pod can come to with each change, so that
+// what all share may not lead to the chains of every tenant.
+//
+// Each tenant that has a pace has sets of its own, so that none can fill another's: of
+// what its pods have begun, and of what others have, which pods may answer. Whatever finds
+// no room in there counts with each packet.
 //
 // A flow is what conntrack takes for one, so that the veth isn't in its key: who forges a
 // source begins nothing where the entry is there.
@@ -26,14 +31,9 @@ const (
 	begunKept    = time.Minute
 	answeredKept = 30 * time.Second
 
-	// What a pod sends beside its tenant goes through the first of each family, what it
-	// gets through the second.
-	chainBesideOut, chainBesideIn = "beside_out", "beside_in"
-	// Of a tenant, the first three for each family: its index is behind it, and where the
-	// pace is in it, the pace.
-	chainBegins, chainCounts, chainAnswers, chainPace = "begins", "counts", "answers", "pace"
-	// markTooFast is no tenant's.
-	markTooFast = 1 << 16
+	// Of a tenant, one of each for each family, and one pace: its index and the pace are
+	// behind it.
+	chainBegins, chainCounts, chainExcludes, chainAnswers, chainPace = "begins", "counts", "excludes", "answers", "pace"
 )
 
 // flowSet has flows of either family for keys: the pod's address and port, the peer's,
@@ -43,9 +43,13 @@ func flowSet(name string, size uint32) *nftables.Set {
 		KeyType: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeInetProto)}
 }
 
-func directSets(tenant uint16) (begun, answered *nftables.Set) {
+func flowsOf(tenant uint16) (begun, answered *nftables.Set) {
 	n := strconv.Itoa(int(tenant))
 	return flowSet(setBegun+n, maxBegun), flowSet(setAnswered+n, maxAnswered)
+}
+
+func isFlowSet(name string) bool {
+	return slices.ContainsFunc([]string{setBegun, setAnswered}, func(of string) bool { return strings.HasPrefix(name, of) })
 }
 
 // kind is one of packets, by what conntrack tells their flows apart besides ends and
@@ -88,134 +92,161 @@ func (f family) flowOf(k kind, podIsSource bool) rule {
 // them, nothing is put together.
 func (f family) isLater(then rule) rule { return f.fragment(0x1fff, 0xfff8, then) }
 
-// besideOut is the chain of what a pod sends beside its tenant.
+// besideOut is for what passes beside the tenant of a pod without a pace.
 func (f family) besideOut() chain {
-	answers := join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, f.icmp), transport(0, 1, regTemp))
-	for _, request := range f.requests {
-		answers = join(answers, differs(regTemp, request))
-	}
-	return chain{chainBesideOut + f.version, append(append([]rule{f.isLater(accept()), join(answers, accept())}, ofTenant(iif, setBegins+f.version)...), onlyMark(0), accept())}
+	return chain{chainBesideOut + f.version, []rule{f.isExcluded(goTo(chainExempted + f.version)), accept()}}
 }
 
-// besideIn remembers what a pod gets beside its tenant, and may answer.
-func (f family) besideIn() chain {
-	isICMP := join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, f.icmp))
-	return chain{chainBesideIn + f.version, append([]rule{f.isLater(back()), join(isICMP, back())}, ofTenant(oif, setAnswers+f.version)...)}
+// isExcluded matches, of what passes beside a tenant, TCP that isn't for the node.
+func (f family) isExcluded(then rule) rule {
+	return isTCP(join(network(f.destination, f.length, regKey), isNotIn(setNode+f.version, regKey), then))
 }
 
-// ofTenant leads to where a map says for the tenant of the pod, and then on.
-func ofTenant(device func(uint32) rule, to string) []rule {
-	return []rule{
-		onlyMark(0),
-		join(device(regKey), find(setPods, regKey, regFound), markFound()),
-		join(theMark(regKey), find(to, regKey, unix.NFT_REG_VERDICT)),
-	}
-}
-
-// paced are the rules that drop a pod's packet that is too fast for the tenant of the
-// mark, and leave the mark as it is otherwise.
-func paced() []rule {
-	return []rule{join(theMark(regKey), find(setPaces, regKey, unix.NFT_REG_VERDICT)), dropTooFast()}
-}
-
-func dropTooFast() rule { return join(markIs(markTooFast), goTo(dropChain(dropDirectTooFast, false))) }
-
-// paceChain marks what is too fast of what a tenant's pods begin beside it, for all
+// paceChain drops what is too fast of what a tenant's pods begin beside it, for all
 // protocols and both families together.
 func paceChain(tenant uint16, perSecond uint32) chain {
 	// Like eBPF's: a second's worth at once, after a rest.
 	return chain{directChain(chainPace, tenant) + "_" + strconv.Itoa(int(perSecond)), []rule{join(
-		rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(perSecond), Unit: expr.LimitTimeSecond, Burst: perSecond, Over: true}}, onlyMark(markTooFast))}}
+		rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(perSecond), Unit: expr.LimitTimeSecond, Burst: perSecond, Over: true}},
+		goTo(dropChain(dropDirectTooFast, false)))}}
 }
 
 func directChain(kind string, tenant uint16) string { return kind + "_" + strconv.Itoa(int(tenant)) }
 
-// direct are the chains of what a tenant's pods begin, of what of it counts, and of what
-// they get. The kernel walks through all that a pod's packets can come to with each
-// change, so they are short.
-func (f family) direct(tenant uint16, perSecond uint32) (begins, counts, answers chain) {
-	begun, answered := directSets(tenant)
-	rate := "_" + strconv.Itoa(int(perSecond))
-	begins.name, counts.name = directChain(chainBegins+f.version, tenant)+rate, directChain(chainCounts+f.version, tenant)+rate
-	answers.name = directChain(chainAnswers+f.version, tenant)
-	passes := join(onlyMark(0), accept())
-	// A SYN begins another one in any case.
-	begins.rules = []rule{join(isTCP(nil), opens(), goTo(counts.name))}
-	counts.rules = []rule{jump(paceChain(tenant, perSecond).name), dropTooFast()}
+// direct are the chains of what a tenant's pods begin, of what of it counts, of what is
+// excluded, and of what they get. None changes the packet's mark.
+func (f family) direct(tenant uint16, perSecond uint32) (begins, counts, excludes, answers chain) {
+	setOfBegun, setOfAnswered := flowsOf(tenant)
+	begun, answered := setOfBegun.Name, setOfAnswered.Name
+	named := func(kind string) string { return f.directChain(kind, tenant, perSecond) }
+	begins.name, counts.name, excludes.name, answers.name = named(chainBegins), named(chainCounts), named(chainExcludes), named(chainAnswers)
+	pace := jump(paceChain(tenant, perSecond).name)
+	isICMP := join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, f.icmp))
+	isAnswer := join(isICMP, transport(0, 1, regTemp))
+	for _, request := range f.requests {
+		isAnswer = join(isAnswer, differs(regTemp, request))
+	}
+	begins.rules = []rule{f.isExcluded(goTo(excludes.name)), f.isLater(accept()), join(isAnswer, accept()),
+		join(isTCP(nil), opens(), goTo(counts.name))} // a SYN begins another one in any case
+	counts.rules = []rule{pace}
+	excludes.rules = []rule{pace, goTo(chainExempted + f.version)}
+	answers.rules = []rule{f.isLater(accept()), join(isICMP, accept())}
 	for _, k := range f.kinds() {
 		is := f.flowOf(k, true)
-		begins.rules = append(begins.rules,
-			join(is, isIn(answered.Name, regKey), put(answered.Name, regKey, 0, answeredKept), passes),
-			join(is, isIn(begun.Name, regKey), put(begun.Name, regKey, 0, begunKept), passes))
-		counts.rules = append(counts.rules, join(is, put(begun.Name, regKey, 0, begunKept), passes))
+		if k.isAnswered {
+			begins.rules = append(begins.rules,
+				join(is, isIn(answered, regKey), put(answered, regKey, 0, answeredKept), accept()))
+		}
+		begins.rules = append(begins.rules, join(is, isIn(begun, regKey), put(begun, regKey, 0, begunKept), accept()))
+		counts.rules = append(counts.rules, join(is, put(begun, regKey, 0, begunKept), accept()))
 		if !k.isAnswered {
 			continue
 		}
 		is = f.flowOf(k, false)
 		answers.rules = append(answers.rules,
-			join(is, isIn(begun.Name, regKey), put(begun.Name, regKey, 0, begunKept), back()),
-			join(is, put(answered.Name, regKey, 0, answeredKept), back()))
+			join(is, isIn(begun, regKey), put(begun, regKey, 0, begunKept), accept()),
+			join(is, put(answered, regKey, 0, answeredKept), accept()))
 	}
 	begins.rules = append(begins.rules, goTo(counts.name))
-	counts.rules = append(counts.rules, passes)
-	return begins, counts, answers
+	counts.rules = append(counts.rules, accept())
+	answers.rules = append(answers.rules, accept())
+	return begins, counts, excludes, answers
+}
+
+func (f family) directChain(kind string, tenant uint16, perSecond uint32) string {
+	return directChain(kind+f.version, tenant) + "_" + strconv.Itoa(int(perSecond))
+}
+
+// podRules are those of the chains of a pod's veth: what the shared ones let back passes
+// beside the tenant.
+func podRules(tenant uint16, perSecond uint32) (in, out []rule) {
+	if perSecond == 0 {
+		return []rule{goTo(chainFromPod)}, []rule{goTo(chainToPod)}
+	}
+	in, out = []rule{jump(chainSteerFrom)}, []rule{jump(chainSteerTo)}
+	for _, f := range families {
+		in = append(in, join(f.isEtherType(), goTo(f.directChain(chainBegins, tenant, perSecond))))
+		out = append(out, join(f.isEtherType(), goTo(f.directChain(chainAnswers, tenant, perSecond))))
+	}
+	return append(in, accept()), append(out, accept())
+}
+
+// leadPod makes what passes beside a pod's tenant keep the tenant's pace, or 0 for none.
+func (c *change) leadPod(veth uint32, tenant uint16, perSecond uint32) {
+	to := ""
+	if perSecond > 0 {
+		to = strconv.Itoa(int(tenant)) + "_" + strconv.Itoa(int(perSecond))
+	}
+	in, out := podChains(veth)
+	c.rules[in], c.rules[out] = podRules(tenant, perSecond)
+	c.leads[in], c.leads[out] = to, to
 }
 
 // pace makes what a tenant's pods begin beside it keep a pace, or with 0 leaves it alone.
 func (c *change) pace(tenant uint16, perSecond uint32) {
-	k, there := native(uint32(tenant)), false
 	for name := range c.snap.chains {
 		if isDirectChain(name, tenant) {
-			there = true
 			c.unhook(name)
 		}
 	}
-	c.delete(setPaces, k)
-	for _, f := range families {
-		c.delete(setBegins+f.version, k)
-		c.delete(setAnswers+f.version, k)
-	}
-	begun, answered := directSets(tenant)
-	if perSecond == 0 {
-		if there {
-			c.unmade = append(c.unmade, begun, answered)
+	wanted := map[string]bool{}
+	if perSecond > 0 {
+		begun, answered := flowsOf(tenant)
+		for _, s := range []*nftables.Set{begun, answered} {
+			c.made = append(c.made, s)
+			wanted[s.Name] = true
 		}
-		return
+		pace := paceChain(tenant, perSecond)
+		c.stateful[pace.name] = true
+		c.branch(pace)
+		for _, f := range families {
+			begins, counts, excludes, answers := f.direct(tenant, perSecond)
+			for _, of := range []chain{begins, counts, excludes, answers} {
+				c.branch(of)
+			}
+		}
 	}
-	c.made = append(c.made, begun, answered)
-	lead := func(set string, kind expr.VerdictKind, to chain) {
-		c.branch(to)
-		c.set(set, k, &element{verdict: &expr.Verdict{Kind: kind, Chain: to.name}, comment: to.name})
+	for name, s := range c.snap.flows {
+		if !wanted[name] && isOfTenant(name, tenant, setBegun, setAnswered) {
+			c.unmade = append(c.unmade, s)
+		}
 	}
-	pace := paceChain(tenant, perSecond)
-	c.stateful[pace.name] = true
-	lead(setPaces, expr.VerdictJump, pace)
-	for _, f := range families {
-		begins, counts, answers := f.direct(tenant, perSecond)
-		c.branch(counts)
-		lead(setBegins+f.version, expr.VerdictGoto, begins)
-		lead(setAnswers+f.version, expr.VerdictGoto, answers)
+	for veth, e := range c.snap.sets[setPods] {
+		if string(e.value) == string(native(uint32(tenant))) {
+			c.leadPod(binaryutil.NativeEndian.Uint32([]byte(veth)), tenant, perSecond)
+		}
 	}
 }
 
 // isDirectChain reports whether a chain is a tenant's, whatever the pace.
 func isDirectChain(name string, tenant uint16) bool {
-	kinds := []string{chainPace}
+	kinds := []string{chainPace + "_"}
 	for _, f := range families {
-		kinds = append(kinds, chainBegins+f.version, chainCounts+f.version, chainAnswers+f.version)
+		for _, kind := range []string{chainBegins, chainCounts, chainExcludes, chainAnswers} {
+			kinds = append(kinds, kind+f.version+"_")
+		}
 	}
-	return slices.ContainsFunc(kinds, func(kind string) bool {
-		of := directChain(kind, tenant)
-		return name == of || strings.HasPrefix(name, of+"_")
+	return isOfTenant(name, tenant, kinds...)
+}
+
+// isOfTenant reports whether behind one of the beginnings of a name is a tenant's index.
+func isOfTenant(name string, tenant uint16, beginnings ...string) bool {
+	return slices.ContainsFunc(beginnings, func(beginning string) bool {
+		index, ok := strings.CutPrefix(name, beginning)
+		index, _, _ = strings.Cut(index, "_")
+		return ok && index == strconv.Itoa(int(tenant))
 	})
 }
 
 // paceOf is the pace that the tables have for a tenant, 0 for none.
 func (s *snapshot) paceOf(tenant uint16) uint32 {
-	e := s.sets[setPaces][string(native(uint32(tenant)))]
-	n, err := strconv.ParseUint(e.comment[strings.LastIndexByte(e.comment, '_')+1:], 10, 32)
-	if err != nil {
-		return 0 // none is there: nobody else writes into it
+	for name := range s.chains {
+		if rate, ok := strings.CutPrefix(name, directChain(chainPace, tenant)+"_"); ok {
+			// A former version's has no such chain, until the tenant is updated.
+			if n, err := strconv.ParseUint(rate, 10, 32); err == nil && s.chains[families[0].directChain(chainAnswers, tenant, uint32(n))] {
+				return uint32(n)
+			}
+		}
 	}
-	return uint32(n)
+	return 0
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"maps"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/google/nftables"
@@ -20,7 +19,7 @@ func pacing(t *testing.T) (names []string, limits map[string][]uint64) {
 	c, err := open(0)
 	check(t, err)
 	ours := func(name string) bool {
-		return slices.ContainsFunc([]string{chainBegins + "4_", chainBegins + "6_", chainCounts + "4_", chainCounts + "6_", chainAnswers + "4_", chainAnswers + "6_", chainPace + "_", setBegun, setAnswered}, func(p string) bool { return strings.HasPrefix(name, p) })
+		return isFlowSet(name) || slices.ContainsFunc([]uint16{1, 2}, func(tenant uint16) bool { return isDirectChain(name, tenant) })
 	}
 	chains, err := c.ListChainsOfTableFamily(steering.Family)
 	check(t, err)
@@ -58,15 +57,21 @@ func TestDirectPaceChanges(t *testing.T) {
 		one, two := tenant(t, 1), tenant(t, 2)
 		two.Connections.DirectPerSecond = 7
 		check(t, d.UpdateTenant(two))
-		others := []string{"answered_2", "answers4_2", "answers6_2", "begins4_2_7", "begins6_2_7", "begun_2", "counts4_2_7", "counts6_2_7", "pace_2_7"}
-		flow := nftables.SetElement{Key: slices.Concat(make([]byte, 10), []byte{0xff, 0xff, 10, 0, 0, 1}, portKey(53), make([]byte, 16), portKey(53), []byte{17, 0, 0, 0}), Timeout: begunKept}
+		of := func(tenant, rate string) (names []string) {
+			for _, chain := range []string{"begins4", "begins6", "counts4", "counts6", "excludes4", "excludes6", "answers4", "answers6", "pace"} {
+				names = append(names, chain+"_"+tenant+"_"+rate)
+			}
+			return append(names, "begun_"+tenant, "answered_"+tenant)
+		}
+		others := of("2", "7")
+		flow := nftables.SetElement{Key: flowElement(53, 53), Timeout: begunKept}
 		for _, step := range []struct {
 			rate uint32
 			want []string
 		}{
-			{50, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_50", "begins6_1_50", "begun_1", "counts4_1_50", "counts6_1_50", "pace_1_50"}},
-			{60, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_60", "begins6_1_60", "begun_1", "counts4_1_60", "counts6_1_60", "pace_1_60"}},
-			{0, nil}, {0, nil}, {1_000_000, []string{"answered_1", "answers4_1", "answers6_1", "begins4_1_1000000", "begins6_1_1000000", "begun_1", "counts4_1_1000000", "counts6_1_1000000", "pace_1_1000000"}},
+			{50, of("1", "50")},
+			{60, of("1", "60")},
+			{0, nil}, {0, nil}, {1_000_000, of("1", "1000000")},
 		} {
 			one.Connections.DirectPerSecond = step.rate
 			check(t, d.UpdateTenant(one))
@@ -79,7 +84,7 @@ func TestDirectPaceChanges(t *testing.T) {
 				t.Errorf("with a pace of %d the limits are %v", step.rate, limits)
 			}
 			if step.rate == 50 {
-				begun, _ := directSets(1)
+				begun, _ := flowsOf(1)
 				c, err := open(0)
 				check(t, err)
 				check(t, c.SetAddElements(begun, []nftables.SetElement{flow}))
@@ -105,7 +110,7 @@ func TestDirectPaceChanges(t *testing.T) {
 				}
 			}
 			if step.rate == 60 {
-				begun, _ := directSets(1)
+				begun, _ := flowsOf(1)
 				c, err := open(0)
 				check(t, err)
 				if flows, err := c.GetSetElements(begun); err != nil || len(flows) != 1 {
@@ -129,7 +134,7 @@ func TestDirectPaceChanges(t *testing.T) {
 			t.Errorf("what another version paced by is left, %v", err)
 		}
 		check(t, d.DeleteTenant(1))
-		if have, _ := pacing(t); !slices.Equal(have, others) {
+		if have, _ := pacing(t); !slices.Equal(have, slices.Sorted(slices.Values(others))) {
 			t.Errorf("of a tenant that is gone there are %v left", have)
 		}
 		check(t, d.DeleteTenant(2))

@@ -134,6 +134,7 @@ func (d *Datapath) learn(uid string, tenant uint16) error {
 	}
 	for _, veth := range ch.snap.podVeths(uid) {
 		ch.put(setPods, native(veth), native(uint32(tenant)), uid)
+		ch.leadPod(veth, tenant, ch.snap.paceOf(tenant))
 		for _, a := range ch.snap.podAddresses([]uint32{veth}) {
 			ch.forgetAddress(veth, a)
 			ch.putAddress(veth, a, tenant, true)

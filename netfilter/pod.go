@@ -86,8 +86,9 @@ func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 	ch.exclude(veth, p.Exclusions, p.Bypass)
 	ch.put(setPods, native(veth), native(uint32(p.Tenant)), p.UID)
 	in, out := podChains(veth)
-	ch.hook(in, nftables.ChainHookIngress, link.Attrs().Name, goTo(chainFromPod))
-	ch.hook(out, nftables.ChainHookEgress, link.Attrs().Name, goTo(chainToPod))
+	ch.hook(in, nftables.ChainHookIngress, link.Attrs().Name)
+	ch.hook(out, nftables.ChainHookEgress, link.Attrs().Name)
+	ch.leadPod(veth, p.Tenant, ch.snap.paceOf(p.Tenant))
 	if t := d.tenants[p.Tenant]; t != nil {
 		if err := d.syncTenant(p.Tenant, t, p); err != nil {
 			return err

@@ -22,8 +22,15 @@ const (
 const (
 	portInbound = 15008
 
-	chainFromPod    = "from_pod"
-	chainToPod      = "to_pod"
+	// Of a pod whose tenant has no pace for what it begins beside it.
+	chainFromPod = "from_pod"
+	chainToPod   = "to_pod"
+	// What passes beside the tenant these let back to where they were called.
+	chainSteerFrom = "steer_from_pod"
+	chainSteerTo   = "steer_to_pod"
+	chainBesideOut = "beside_out"
+	// chainExempted is of SYNs that are excluded, when they have kept the pace.
+	chainExempted   = "out_exempted"
 	chainFromTenant = "from_tenant"
 	// chainBack sends a packet back to the tenant that it came from.
 	chainBack = "back_to_tenant"
@@ -65,8 +72,10 @@ func hostChains(pass, own uint32) []chain {
 			chain{"tell_direct_ends_" + way.name, tell(way.device, setDirectPace, directPerSecond, prefixDirectClosed)})
 	}
 	chains = append(chains,
-		chain{chainFromPod, byProtocol(chainFromPod, accept())},
-		chain{chainToPod, byProtocol(chainToPod, accept())},
+		chain{chainFromPod, append([]rule{jump(chainSteerFrom)}, byProtocol(chainBesideOut, accept())...)},
+		chain{chainToPod, []rule{jump(chainSteerTo), accept()}},
+		chain{chainSteerFrom, byProtocol(chainFromPod, accept())},
+		chain{chainSteerTo, byProtocol(chainToPod, accept())},
 		chain{chainFromTenant, append([]rule{join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(unix.ETH_P_ARP)...), accept())},
 			byProtocol(chainFromTenant, goTo(dropChain(dropMalformed, false)))...)},
 		chain{chainBack, []rule{
@@ -77,7 +86,7 @@ func hostChains(pass, own uint32) []chain {
 	for _, f := range families {
 		chains = append(chains, f.fromPod(own)...)
 		chains = append(chains, f.toPod(pass)...)
-		chains = append(chains, f.besideOut(), f.besideIn())
+		chains = append(chains, f.besideOut())
 		chains = append(chains, f.fromTenant(pass)...)
 	}
 	return chains
@@ -169,14 +178,14 @@ func (f family) fromPod(priority uint32) []chain {
 	v := f.version
 	tcp, own, self := "from_pod_tcp"+v, "from_pod_own"+v, "from_pod_self"+v
 	chains := []chain{
-		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(goTo(chainBesideOut + v)), goTo(dropChain(dropMalformed, false))}},
+		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(back()), goTo(dropChain(dropMalformed, false))}},
 		{tcp, []rule{
 			join(iif(regKey), network(f.source, f.length, regKey+1), isIn(setSent+v, regKey), goTo(own)),
 			goTo(dropChain(dropSpoofed, false)),
 		}},
 		{own, []rule{
 			f.isFragment(goTo(dropChain(dropFragment, false))),
-			join(network(f.destination, f.length, regKey), isIn(setNode+v, regKey), goTo(chainBesideOut+v)),
+			join(network(f.destination, f.length, regKey), isIn(setNode+v, regKey), back()),
 			join(network(f.destination, f.length, regKey), equal(regKey, f.self.AsSlice()...), goTo(self)),
 			join(opens(), goTo("out_opens"+v)),
 			goTo("out" + v),
@@ -197,7 +206,7 @@ func (f family) toPod(pass uint32) []chain {
 	address := join(oif(regKey), network(f.destination, f.length, regKey+1))
 	chains := []chain{
 		{chainToPod + v, append(append([]rule{isTCP(goTo(tcp))}, f.quotesTCP(goTo(icmp))...),
-			isOther(jump(chainBesideIn+v)), isOther(accept()), goTo(dropChain(dropMalformed, true)))},
+			isOther(back()), goTo(dropChain(dropMalformed, true)))},
 		{tcp, []rule{
 			// What the node made, or a tenant delivers.
 			join(hasMark(pass), goTo(given)),
@@ -210,8 +219,9 @@ func (f family) toPod(pass uint32) []chain {
 			goTo("in" + v),
 		}},
 		{given, []rule{
-			join(network(f.source, f.length, regKey), isIn(setNode+v, regKey), jump(chainBesideIn+v)),
-			join(address, isIn(setReceived+v, regKey), accept()), accept(),
+			join(address, isIn(setReceived+v, regKey)), // counts
+			join(network(f.source, f.length, regKey), isIn(setNode+v, regKey), back()),
+			accept(),
 		}},
 		{icmp, []rule{
 			join(hasMark(pass), transport(8+f.destination, f.length, regKey), isIn(setNode+v, regKey), accept()),
@@ -257,9 +267,8 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	var goesOn []rule // what doesn't open a flow, and belongs to none that is written down
 	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
-	var inTime []rule
+	excluded := passes(passedExcluded, goTo(way+"_clear"+v))
 	if podIsSource {
-		inTime = paced()
 		// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
 		// look like the proxy's own, and its answers would stay in there.
 		tunnel := isPort(2, portInbound)
@@ -267,14 +276,13 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		steered = append([]rule{join(tunnel, flow, put(setRefused+v, regKey, 0, refusedLinger), goTo(chainRefuse)), goesOn[0]}, steered...)
 		steered = append(steered, join(isPort(0, portInbound), network(f.destination, f.length, regKey), isIn(setOwners+v, regKey), flow, put(setDialled+v, regKey, 0, openedLinger)))
 	}
-	return []chain{
+	chains := []chain{
 		{way + "_opens" + v, append(append(f.forget(flow),
 			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
 			onlyMark(0), tenant,
 			// A pod that isn't in the mesh (any more).
 			join(markIs(0), goTo(way+"_clear"+v))),
 			f.exempt(way, device, podIsSource)...)},
-		{way + "_excluded" + v, append(inTime, passes(passedExcluded, goTo(way+"_clear"+v))...)},
 		// At no pace: the bound is for what passes beside a proxy that works.
 		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
 		// What opens in the clear is written down.
@@ -298,6 +306,11 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		}},
 		{way + "_direct" + v, direct},
 	}
+	if podIsSource {
+		// Its tenant may have a pace.
+		return append(chains, chain{way + "_excluded" + v, []rule{back()}}, chain{chainExempted + v, excluded})
+	}
+	return append(chains, chain{way + "_excluded" + v, excluded})
 }
 
 // forget deletes a flow that has ended, when another begins with the same ports.

@@ -109,9 +109,6 @@ const (
 	// setFormers: tenants with an address of a pod that has left them, for which they
 	// go on to open what its connections need.
 	setFormers = "formers"
-	// setBegins, setAnswers and, for both families, setPaces: a tenant with a pace for
-	// what its pods begin beside it to its chains, with their names as a comment.
-	setBegins, setAnswers, setPaces = "begins", "answers", "paces"
 	// setPorted: protocols that have ports, where TCP has them.
 	setPorted = "ported"
 )
@@ -151,11 +148,8 @@ func hostSets() map[string]*nftables.Set {
 	add(setDirectPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: maxVeths}, ifindex)
 	add(setUntold, nftables.Set{Dynamic: true, Counter: true, Size: 2 * maxVeths}, ifindex)
 	add(setPorted, nftables.Set{Size: 256}, nftables.TypeInetProto)
-	add(setPaces, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
 	for _, f := range families {
 		v, address := f.version, f.kind
-		add(setBegins+v, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
-		add(setAnswers+v, nftables.Set{IsMap: true, DataType: nftables.TypeVerdict, Size: maxVeths}, tenant)
 		add(setSent+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setReceived+v, nftables.Set{Counter: true, Size: maxVeths}, ifindex, address)
 		add(setAddresses+v, nftables.Set{IsMap: true, DataType: ifindex, Size: maxVeths}, address)

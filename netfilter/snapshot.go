@@ -11,7 +11,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,9 +20,6 @@ type element struct {
 	// end is the last key of a range.
 	end     []byte
 	comment string
-	// verdict is what to do, instead of a value. It isn't read back: the comment says
-	// whether it is another one.
-	verdict *expr.Verdict
 }
 
 // snapshot is what the agent has written into the node's tables. The flows aren't
@@ -33,6 +29,8 @@ type snapshot struct {
 	sets       map[string]map[string]element
 	// chains that there are, by name.
 	chains map[string]bool
+	// flows are the sets of single tenants, by name.
+	flows map[string]*nftables.Set
 }
 
 // dynamic sets are the rules' to write.
@@ -63,7 +61,7 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 			return nil, err
 		}
 	}
-	s := &snapshot{generation: gen, sets: map[string]map[string]element{}, chains: map[string]bool{}}
+	s := &snapshot{generation: gen, sets: map[string]map[string]element{}, chains: map[string]bool{}, flows: map[string]*nftables.Set{}}
 	for name, set := range d.sets {
 		if dynamic(set) {
 			continue
@@ -84,6 +82,15 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 	for _, ch := range chains {
 		if ch.Table != nil && ch.Table.Name == TableName {
 			s.chains[ch.Name] = true
+		}
+	}
+	sets, err := c.GetSets(steering)
+	if err != nil {
+		return nil, fmt.Errorf("list sets: %w", err)
+	}
+	for _, set := range sets {
+		if isFlowSet(set.Name) {
+			s.flows[set.Name] = set
 		}
 	}
 	d.snap = s
@@ -134,6 +141,9 @@ type change struct {
 	chains map[string]*nftables.Chain
 	rules  map[string][]rule
 	gone   map[string]bool
+	// leads says of chains of pods' veths whose pace they keep, also of such that are there
+	// and stay.
+	leads map[string]string
 	// stateful chains stay if they are as they should be: rules that are new have forgotten
 	// what was taken of a pace.
 	stateful map[string]bool
@@ -146,7 +156,7 @@ func (d *Datapath) change() (*change, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &change{d: d, snap: s, elements: map[string]map[string]*element{}, chains: map[string]*nftables.Chain{}, rules: map[string][]rule{}, gone: map[string]bool{}, stateful: map[string]bool{}}, nil
+	return &change{d: d, snap: s, elements: map[string]map[string]*element{}, chains: map[string]*nftables.Chain{}, rules: map[string][]rule{}, gone: map[string]bool{}, leads: map[string]string{}, stateful: map[string]bool{}}, nil
 }
 
 func (c *change) set(set string, k []byte, e *element) {
@@ -182,8 +192,13 @@ func (c *change) unhook(name string) { c.gone[name] = true }
 // chunk keeps a message's list below 64 KiB.
 const chunk = 256
 
-// hookOf is what a chain that was written hangs on, "-" for one that others lead to.
-func hookOf(c *nftables.Chain) string { return cmp.Or(c.Device, "-") }
+// writing is what a chain that was written hangs on, "-" for one that others lead to, and
+// whose pace it keeps.
+type writing struct{ hook, leads string }
+
+func (c *change) writingOf(name string) writing {
+	return writing{cmp.Or(c.chains[name].Device, "-"), c.leads[name]}
+}
 
 // commit does what isn't so yet, in one step.
 func (c *change) commit() error {
@@ -192,13 +207,12 @@ func (c *change) commit() error {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	changed := false
-	var added []func() error
 	for _, name := range slices.Sorted(maps.Keys(c.elements)) {
 		set, have := c.d.sets[name], c.snap.sets[name]
 		var del, add []nftables.SetElement
 		for k, want := range c.elements[name] {
 			old, there := have[k]
-			if want != nil && there && (want.verdict != nil || bytes.Equal(old.value, want.value)) && bytes.Equal(old.end, want.end) && old.comment == want.comment {
+			if want != nil && there && bytes.Equal(old.value, want.value) && bytes.Equal(old.end, want.end) && old.comment == want.comment {
 				continue
 			}
 			if there {
@@ -206,7 +220,7 @@ func (c *change) commit() error {
 				del = append(del, nftables.SetElement{Key: []byte(k), KeyEnd: old.end})
 			}
 			if want != nil {
-				add = append(add, nftables.SetElement{Key: []byte(k), KeyEnd: want.end, Val: want.value, VerdictData: want.verdict, Comment: want.comment})
+				add = append(add, nftables.SetElement{Key: []byte(k), KeyEnd: want.end, Val: want.value, Comment: want.comment})
 			}
 		}
 		changed = changed || len(del)+len(add) > 0
@@ -216,7 +230,9 @@ func (c *change) commit() error {
 			}
 		}
 		for part := range slices.Chunk(add, chunk) {
-			added = append(added, func() error { return conn.SetAddElements(set, part) })
+			if err := conn.SetAddElements(set, part); err != nil {
+				return err
+			}
 		}
 	}
 	for _, s := range c.made {
@@ -226,11 +242,18 @@ func (c *change) commit() error {
 	}
 	// A rule may lead to a chain that comes later.
 	var missing, gone []*nftables.Chain
+	written := map[string]writing{}
 	for _, name := range slices.Sorted(maps.Keys(c.chains)) {
+		want, have := c.writingOf(name), c.d.written[name]
 		switch {
 		case !c.snap.chains[name]:
 			missing = append(missing, conn.AddChain(c.chains[name]))
-		case c.d.written[name] != hookOf(c.chains[name]):
+		case have == want:
+			continue
+		case have.hook == want.hook:
+			missing = append(missing, c.chains[name])
+			conn.FlushChain(c.chains[name])
+		default:
 			// By a former process, which may have been another version, or of an interface
 			// that has another name now: since Linux 6.16 a hook goes by the name.
 			if c.stateful[name] {
@@ -239,7 +262,7 @@ func (c *change) commit() error {
 					return err
 				}
 				if same {
-					c.d.written[name] = hookOf(c.chains[name])
+					c.d.written[name] = want
 					continue
 				}
 			}
@@ -250,16 +273,24 @@ func (c *change) commit() error {
 				conn.AddChain(c.chains[name])
 			}
 		}
+		written[name] = want
+	}
+	// Of pods that are there, wherever their chains hang.
+	for _, name := range slices.Sorted(maps.Keys(c.leads)) {
+		have, known := c.d.written[name]
+		if c.chains[name] != nil || !c.snap.chains[name] || c.gone[name] || known && have.leads == c.leads[name] {
+			continue
+		}
+		of := &nftables.Chain{Name: name, Table: steering}
+		missing = append(missing, of)
+		conn.FlushChain(of)
+		if known {
+			written[name] = writing{have.hook, c.leads[name]}
+		}
 	}
 	for _, of := range missing {
 		for _, r := range c.rules[of.Name] {
 			conn.AddRule(&nftables.Rule{Table: steering, Chain: of, Exprs: r})
-		}
-	}
-	// Elements may lead to chains.
-	for _, add := range added {
-		if err := add(); err != nil {
-			return err
 		}
 	}
 	for name := range c.gone {
@@ -276,7 +307,7 @@ func (c *change) commit() error {
 	for _, s := range c.unmade {
 		conn.DelSet(s)
 	}
-	changed = changed || len(missing)+len(gone) > 0
+	changed = changed || len(missing)+len(gone)+len(c.unmade) > 0
 	if !changed {
 		return nil
 	}
@@ -287,8 +318,6 @@ func (c *change) commit() error {
 		}
 		return err
 	}
-	for _, of := range missing {
-		c.d.written[of.Name] = hookOf(of)
-	}
+	maps.Copy(c.d.written, written)
 	return nil
 }

@@ -1,0 +1,320 @@
+package netfilter
+
+import (
+	"encoding/binary"
+	"errors"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+// The pod's and the node's addresses on a wire.
+var wirePod, wireNode = netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.254")
+
+// wire makes a pod whose veth leads to a network namespace of its own, in which do works.
+func wire(t *testing.T, uid string, tenant uint16) (p steer.Pod, do func(func())) {
+	t.Helper()
+	namespaces := make(chan *os.File)
+	work, done := make(chan func()), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine
+		var ns *os.File
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			ns, err = os.Open("/proc/thread-self/ns/net")
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		namespaces <- ns
+		for f := range work {
+			f()
+			done <- struct{}{}
+		}
+	}()
+	t.Cleanup(func() { close(work) })
+	do = func(f func()) {
+		work <- f
+		<-done
+	}
+	ns := <-namespaces
+	if ns == nil {
+		t.FailNow()
+	}
+	defer ns.Close()
+	host := veth(t, "pod"+uid, ns)
+	address := func(a netip.Addr) *netlink.Addr {
+		return &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(24, 32)}}
+	}
+	check(t, errors.Join(netlink.LinkSetUp(host), netlink.AddrAdd(host, address(wireNode))))
+	do(func() {
+		link, err := netlink.LinkByName("pod" + uid + "x")
+		if err == nil {
+			err = errors.Join(netlink.LinkSetUp(link), netlink.AddrAdd(link, address(wirePod)))
+		}
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p.MAC = link.Attrs().HardwareAddr
+	})
+	p.UID, p.Tenant, p.Ifindex, p.IPs = uid, tenant, host.Attrs().Index, []netip.Addr{wirePod}
+	return p, do
+}
+
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("no %s in time", what)
+		}
+	}
+}
+
+// rawSocket is one whose sender chooses the ports.
+func rawSocket(t *testing.T, protocol int) int {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
+	check(t, err)
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+func datagram(from, to uint16) []byte {
+	b := binary.BigEndian.AppendUint16(nil, from)
+	b = binary.BigEndian.AppendUint16(b, to)
+	return append(b, 0, 9, 0, 0, 'x') // without a checksum
+}
+
+// server answers datagrams to the pod's port 53.
+func server(t *testing.T, do func(func())) {
+	t.Helper()
+	var conn *net.UDPConn
+	var err error
+	do(func() { conn, err = net.ListenUDP("udp4", &net.UDPAddr{Port: 53}) })
+	check(t, err)
+	t.Cleanup(func() { conn.Close() })
+	go func() {
+		for b := make([]byte, 8); ; {
+			n, from, err := conn.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			conn.WriteToUDPAddrPort(b[:n], from)
+		}
+	}()
+}
+
+// flowElement is the key of a flow between a port of the pod and one of the node.
+func flowElement(pod, peer uint16) []byte {
+	mapped := func(a netip.Addr) []byte { b := a.As16(); b[10], b[11] = 0xff, 0xff; return b[:] }
+	return key(mapped(wirePod), portKey(pod), mapped(wireNode), portKey(peer), []byte{unix.IPPROTO_UDP, 0, 0, 0})
+}
+
+// What passes beside a tenant keeps the mark that others have given it, with a pace and
+// without; to a pod with the steering's bit.
+func TestMarksStay(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		const foreign = 0x40
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		p, do := wire(t, "a", 1)
+		check(t, errors.Join(d.SetNodeAddresses([]netip.Addr{wireNode}), d.UpdateTenant(one), d.UpdatePod(p)))
+		server(t, do) // an error would be one more packet of ICMP
+		seen := marks(t, "poda", foreign)
+		node := rawSocket(t, unix.IPPROTO_UDP)
+		check(t, unix.SetsockoptInt(node, unix.SOL_SOCKET, unix.SO_MARK, foreign))
+		for _, rate := range []uint32{0, 50} {
+			one.Connections.DirectPerSecond = rate
+			check(t, d.UpdateTenant(one))
+			was := seen()
+			check(t, unix.Sendto(node, datagram(1001, 53), 0, &unix.SockaddrInet4{Addr: wirePod.As4()}))
+			var sent error
+			do(func() {
+				back := &unix.SockaddrInet4{Addr: wireNode.As4()}
+				sent = errors.Join(unix.Sendto(rawSocket(t, unix.IPPROTO_UDP), datagram(2001, 9), 0, back),
+					unix.Sendto(rawSocket(t, unix.IPPROTO_ICMP), []byte{8, 0, 0, 0, 0, 1, 0, 1}, 0, back),
+					unix.Sendto(rawSocket(t, unix.IPPROTO_TCP), slices.Concat(datagram(2002, 9)[:4], make([]byte, 8), []byte{5 << 4, 2}, make([]byte, 6)), 0, back))
+			})
+			check(t, sent)
+			for protocol, n := range map[string]uint64{"UDP": 2, "ICMP": 1, "TCP": 1, "to the pod": 1} {
+				eventually(t, protocol+" with its mark", func() bool { return seen()[protocol] == was[protocol]+n })
+			}
+		}
+	})
+}
+
+// marks gives what comes from a veth a mark, and counts what still has it in the node's
+// input, and what goes to the veth with it and the steering's.
+func marks(t *testing.T, veth string, mark uint32) (seen func() map[string]uint64) {
+	t.Helper()
+	c, err := open(0)
+	check(t, err)
+	ahead := c.AddTable(&nftables.Table{Name: "ahead", Family: nftables.TableFamilyNetdev})
+	input := c.AddTable(&nftables.Table{Name: "behind", Family: nftables.TableFamilyINet})
+	hook := func(table *nftables.Table, at *nftables.ChainHook, priority nftables.ChainPriority, device string) *nftables.Chain {
+		return c.AddChain(&nftables.Chain{Name: "c" + device + string(rune('0'+*at)), Table: table, Type: nftables.ChainTypeFilter, Hooknum: at, Priority: &priority, Device: device})
+	}
+	first := hook(ahead, nftables.ChainHookIngress, chainPriority-1, veth)
+	c.AddRule(&nftables.Rule{Table: ahead, Chain: first, Exprs: onlyMark(mark)})
+	last := hook(ahead, nftables.ChainHookEgress, chainPriority+1, veth)
+	c.AddRule(&nftables.Rule{Table: ahead, Chain: last, Exprs: join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_UDP), markIs(DefaultMark|mark), rule{counter()})})
+	in := hook(input, nftables.ChainHookInput, 0, "")
+	for _, protocol := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_ICMP, unix.IPPROTO_TCP} {
+		c.AddRule(&nftables.Rule{Table: input, Chain: in, Exprs: join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), markIs(mark), rule{counter()})})
+	}
+	check(t, c.Flush())
+	return func() map[string]uint64 {
+		counted := map[string]uint64{}
+		for _, of := range []*nftables.Chain{in, last} {
+			rules, err := c.GetRules(of.Table, of)
+			check(t, err)
+			for i, r := range rules {
+				name := "to the pod"
+				if of == in {
+					name = []string{"UDP", "ICMP", "TCP"}[i]
+				}
+				counted[name] = r.Exprs[len(r.Exprs)-1].(*expr.Counter).Packets
+			}
+		}
+		return counted
+	}
+}
+
+// reached are the chains of single tenants' paces that a chain leads to.
+func reached(t *testing.T, from string) map[string]bool {
+	t.Helper()
+	c, err := open(0)
+	check(t, err)
+	all, ours := map[string]bool{from: true}, map[string]bool{}
+	for list := []string{from}; len(list) > 0; list = list[1:] {
+		rules, err := c.GetRules(steering, &nftables.Chain{Name: list[0], Table: steering})
+		check(t, err)
+		for _, r := range rules {
+			for _, e := range r.Exprs {
+				if l, is := e.(*expr.Lookup); is && l.IsDestRegSet && l.DestRegister == unix.NFT_REG_VERDICT {
+					t.Errorf("a packet of chain %s goes where the map %s says", list[0], l.SetName)
+				}
+				v, is := e.(*expr.Verdict)
+				if !is || v.Chain == "" || all[v.Chain] {
+					continue
+				}
+				all[v.Chain] = true
+				list = append(list, v.Chain)
+				if slices.ContainsFunc([]uint16{1, 2}, func(tenant uint16) bool { return isDirectChain(v.Chain, tenant) }) {
+					ours[v.Chain[strings.IndexByte(v.Chain, '_')+1:]] = true
+				}
+			}
+		}
+	}
+	return ours
+}
+
+// A pod leads to the chains of the pace of its own tenant only, and to none without one,
+// also when tenant or pace change, whichever process does it.
+func TestPodsLeadToTheirPace(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one, two := tenant(t, 1), tenant(t, 2)
+		two.Connections.DirectPerSecond = 7
+		a, b := pod(t, "a", 1, "10.0.0.1"), pod(t, "b", 2, "10.0.0.2")
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdateTenant(two), d.UpdatePod(a), d.UpdatePod(b)))
+		lead := func(after string, p steer.Pod, want ...string) {
+			t.Helper()
+			in, out := podChains(uint32(p.Ifindex))
+			for _, chain := range []string{in, out} {
+				if got := slices.Sorted(maps.Keys(reached(t, chain))); !slices.Equal(got, want) {
+					t.Errorf("after %s pod %s leads to the paces %v by %s, want %v", after, p.UID, got, chain, want)
+				}
+			}
+		}
+		pace := func(perSecond uint32) {
+			t.Helper()
+			one.Connections.DirectPerSecond = perSecond
+			check(t, d.UpdateTenant(one))
+		}
+		next := func() {
+			t.Helper()
+			check(t, d.Close())
+			d, err = Open(Options{})
+			check(t, err)
+		}
+		lead("the beginning", a)
+		lead("the beginning", b, "2_7")
+		pace(50)
+		lead("a pace", a, "1_50")
+		pace(60)
+		lead("another pace", a, "1_60")
+		next()
+		pace(70)
+		lead("the next process's pace", a, "1_70")
+		check(t, d.UpdatePod(a))
+		lead("the next process", a, "1_70")
+		check(t, d.UpdateTenant(two))
+		a.Tenant = 2
+		check(t, d.MovePod(a, nil))
+		lead("a move", a, "2_7")
+		check(t, d.ReleasePod("a", nil))
+		lead("its release", a)
+		a.Tenant = 1
+		check(t, d.MovePod(a, nil))
+		lead("its return", a, "1_70")
+		pace(0)
+		lead("no pace", a)
+		pace(80)
+		next()
+		pace(0)
+		lead("the next process's end of the pace", a)
+		pace(80)
+		check(t, d.DeleteTenant(1))
+		lead("its tenant's end", a)
+		lead("all", b, "2_7")
+	})
+}
+
+// What a former version led to tenants' chains by is gone, and holds none of them.
+func TestMapsOfChainsGo(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.DirectPerSecond = 50
+		check(t, d.UpdateTenant(one))
+		c, err := open(0)
+		check(t, err)
+		to := families[0].directChain(chainAnswers, 1, 50)
+		answers := &nftables.Set{Table: steering, Name: "answers4", IsMap: true, KeyType: nftables.TypeMark, DataType: nftables.TypeVerdict, Size: maxVeths}
+		check(t, c.AddSet(answers, []nftables.SetElement{{Key: native(1), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: to}}}))
+		by := c.AddChain(&nftables.Chain{Name: "beside_in4", Table: steering})
+		c.AddRule(&nftables.Rule{Table: steering, Chain: by, Exprs: join(theMark(regKey), find("answers4", regKey, unix.NFT_REG_VERDICT))})
+		check(t, c.Flush())
+		check(t, d.Close())
+		d, err = Open(Options{})
+		check(t, err)
+		one.Connections.DirectPerSecond = 60
+		check(t, d.UpdateTenant(one))
+		s, err := d.snapshotNow()
+		check(t, err)
+		sets, err := c.GetSets(steering)
+		check(t, err)
+		if s.chains[to] || s.chains["beside_in4"] || slices.ContainsFunc(sets, func(s *nftables.Set) bool { return s.Name == "answers4" }) {
+			t.Errorf("there are the chains %v", slices.Sorted(maps.Keys(s.chains)))
+		}
+	})
+}
