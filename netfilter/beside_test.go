@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -100,14 +101,15 @@ func datagram(from, to uint16) []byte {
 	return append(b, 0, 9, 0, 0, 'x') // without a checksum
 }
 
-// server answers datagrams to the pod's port 53.
-func server(t *testing.T, do func(func())) {
+// server answers datagrams to the pod's port 53, and counts them.
+func server(t *testing.T, do func(func())) *atomic.Int64 {
 	t.Helper()
 	var conn *net.UDPConn
 	var err error
 	do(func() { conn, err = net.ListenUDP("udp4", &net.UDPAddr{Port: 53}) })
 	check(t, err)
 	t.Cleanup(func() { conn.Close() })
+	answered := &atomic.Int64{}
 	go func() {
 		for b := make([]byte, 8); ; {
 			n, from, err := conn.ReadFromUDPAddrPort(b)
@@ -115,14 +117,111 @@ func server(t *testing.T, do func(func())) {
 				return
 			}
 			conn.WriteToUDPAddrPort(b[:n], from)
+			answered.Add(1)
 		}
 	}()
+	return answered
+}
+
+func droppedTooFast(t *testing.T, d *Datapath) uint64 {
+	t.Helper()
+	all, err := d.PodCounters()
+	check(t, err)
+	return all["a"].Dropped.DirectTooFast
 }
 
 // flowElement is the key of a flow between a port of the pod and one of the node.
 func flowElement(pod, peer uint16) []byte {
 	mapped := func(a netip.Addr) []byte { b := a.As16(); b[10], b[11] = 0xff, 0xff; return b[:] }
 	return key(mapped(wirePod), portKey(pod), mapped(wireNode), portKey(peer), []byte{unix.IPPROTO_UDP, 0, 0, 0})
+}
+
+func elementsOf(t *testing.T, s *nftables.Set) []nftables.SetElement {
+	t.Helper()
+	c, err := open(0)
+	check(t, err)
+	list, err := c.GetSetElements(s)
+	check(t, err)
+	return list
+}
+
+// A server of a tenant with a pace far below answers all of what asks it, from more ports
+// than there is room for, for longer than they are remembered.
+func TestAnswersHaveNoPace(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		const flows, ports = maxHeard + 14464, 60000
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.DirectPerSecond = 5
+		p, do := wire(t, "a", 1)
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(p)))
+		answered := server(t, do)
+		fd, to := rawSocket(t, unix.IPPROTO_UDP), &unix.SockaddrInet4{Addr: wirePod.As4()}
+		host, err := netlink.LinkByIndex(p.Ifindex)
+		check(t, err)
+		second := wireNode.Prev()
+		check(t, netlink.AddrAdd(host, &netlink.Addr{IPNet: &net.IPNet{IP: second.AsSlice(), Mask: net.CIDRMask(24, 32)}}))
+		other := rawSocket(t, unix.IPPROTO_UDP)
+		check(t, errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: wireNode.As4()}), unix.Bind(other, &unix.SockaddrInet4{Addr: second.As4()})))
+		// 8,000 a second: the room is for twice as many.
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		began := time.Now()
+		for i := 0; i < flows; {
+			<-tick.C
+			for range min(80, flows-i) {
+				from := fd
+				if i >= ports {
+					from = other
+				}
+				check(t, unix.Sendto(from, datagram(uint16(1024+i%ports), 53), 0, to))
+				i++
+			}
+			eventually(t, "answer", func() bool { return answered.Load() > int64(i-100) })
+		}
+		eventually(t, "last answer", func() bool { return answered.Load() >= flows-100 })
+		t.Logf("%d flows in %s", flows, time.Since(began))
+		if n := droppedTooFast(t, d); n > 0 {
+			t.Errorf("%d answers of %d were dropped", n, answered.Load())
+		}
+	})
+}
+
+// What a pod has answered it may go on with after a while, which it may not with what it
+// hasn't.
+func TestAnsweredFlowsStay(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.DirectPerSecond = 50
+		p, do := wire(t, "a", 1)
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(p)))
+		answered, flows := server(t, do), flowsOf(1, 50)
+		node, to := rawSocket(t, unix.IPPROTO_UDP), &unix.SockaddrInet4{Addr: wirePod.As4()}
+		check(t, errors.Join(unix.Sendto(node, datagram(1001, 53), 0, to), unix.Sendto(node, datagram(1002, 54), 0, to)))
+		eventually(t, "answer", func() bool { return answered.Load() == 1 && len(elementsOf(t, flows.heard)) == 2 })
+		began := time.Now()
+		eventually(t, "end of what the pod has heard", func() bool { return len(elementsOf(t, flows.heard)) == 0 })
+		if took := time.Since(began); took > 3*heardKept {
+			t.Errorf("it was remembered for %s", took)
+		}
+		var sent error
+		do(func() {
+			fd := rawSocket(t, unix.IPPROTO_UDP)
+			back := &unix.SockaddrInet4{Addr: wireNode.As4()}
+			sent = errors.Join(unix.Sendto(fd, datagram(53, 1001), 0, back), unix.Sendto(fd, datagram(54, 1002), 0, back))
+		})
+		check(t, sent)
+		eventually(t, "flow that the pod begins", func() bool { return len(elementsOf(t, flows.begun)) > 0 })
+		if begun := elementsOf(t, flows.begun); len(begun) != 1 || string(begun[0].Key) != string(flowElement(54, 1002)) {
+			t.Errorf("the pod has begun %v", begun)
+		}
+		if answered := elementsOf(t, flows.answered); len(answered) != 1 || string(answered[0].Key) != string(flowElement(53, 1001)) {
+			t.Errorf("the pod has answered %v", answered)
+		}
+	})
 }
 
 // What passes beside a tenant keeps the mark that others have given it, with a pace and

@@ -25,10 +25,15 @@ import (
 // A flow is what conntrack takes for one, so that the veth isn't in its key: who forges a
 // source begins nothing where the entry is there.
 const (
-	setBegun, setAnswered = "begun_", "answered_"
-	maxBegun, maxAnswered = 65536, 16384
+	// setHeard are flows of others that nobody may have answered: anybody fills it, so that
+	// they don't stay for long. What a pod answers goes into setAnswered, and passes without
+	// if there is no room.
+	setBegun, setHeard, setAnswered = "begun_", "heard_", "answered_"
+	leastBegun, mostBegun           = 65536, maxFlows
+	maxHeard, maxAnswered           = 65536, 16384
 	// begunKept is after a flow's last packet, about as long as conntrack keeps it.
 	begunKept    = time.Minute
+	heardKept    = 3 * time.Second
 	answeredKept = 30 * time.Second
 
 	// Of a tenant, one of each for each family, and one pace: its index and the pace are
@@ -43,14 +48,27 @@ func flowSet(name string, size uint32) *nftables.Set {
 		KeyType: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeInetProto)}
 }
 
-func flowsOf(tenant uint16) (begun, answered *nftables.Set) {
+// pacedFlows are a tenant's sets.
+type pacedFlows struct{ begun, heard, answered *nftables.Set }
+
+// flowsOf are the sets of a tenant with a pace: there is room for what can begin while it
+// is remembered.
+func flowsOf(tenant uint16, perSecond uint32) pacedFlows {
 	n := strconv.Itoa(int(tenant))
-	return flowSet(setBegun+n, maxBegun), flowSet(setAnswered+n, maxAnswered)
+	// A second's worth more comes at once, and the kernel sweeps once a second.
+	most, begun := uint64(perSecond)*uint64(begunKept/time.Second+2), uint32(leastBegun)
+	for begun < mostBegun && uint64(begun) < most {
+		begun *= 2
+	}
+	// The size of a set can't be changed, so that its name has it.
+	return pacedFlows{flowSet(setBegun+n+"_"+strconv.Itoa(int(begun)), begun), flowSet(setHeard+n, maxHeard), flowSet(setAnswered+n, maxAnswered)}
 }
 
 func isFlowSet(name string) bool {
-	return slices.ContainsFunc([]string{setBegun, setAnswered}, func(of string) bool { return strings.HasPrefix(name, of) })
+	return slices.ContainsFunc([]string{setBegun, setHeard, setAnswered}, func(of string) bool { return strings.HasPrefix(name, of) })
 }
+
+func (p pacedFlows) all() []*nftables.Set { return []*nftables.Set{p.begun, p.heard, p.answered} }
 
 // kind is one of packets, by what conntrack tells their flows apart besides ends and
 // protocol: what the pod's side of a key has, and its peer's.
@@ -116,8 +134,8 @@ func directChain(kind string, tenant uint16) string { return kind + "_" + strcon
 // direct are the chains of what a tenant's pods begin, of what of it counts, of what is
 // excluded, and of what they get. None changes the packet's mark.
 func (f family) direct(tenant uint16, perSecond uint32) (begins, counts, excludes, answers chain) {
-	setOfBegun, setOfAnswered := flowsOf(tenant)
-	begun, answered := setOfBegun.Name, setOfAnswered.Name
+	flows := flowsOf(tenant, perSecond)
+	begun, heard, answered := flows.begun.Name, flows.heard.Name, flows.answered.Name
 	named := func(kind string) string { return f.directChain(kind, tenant, perSecond) }
 	begins.name, counts.name, excludes.name, answers.name = named(chainBegins), named(chainCounts), named(chainExcludes), named(chainAnswers)
 	pace := jump(paceChain(tenant, perSecond).name)
@@ -135,7 +153,9 @@ func (f family) direct(tenant uint16, perSecond uint32) (begins, counts, exclude
 		is := f.flowOf(k, true)
 		if k.isAnswered {
 			begins.rules = append(begins.rules,
-				join(is, isIn(answered, regKey), put(answered, regKey, 0, answeredKept), accept()))
+				join(is, isIn(answered, regKey), put(answered, regKey, 0, answeredKept), accept()),
+				join(is, isIn(heard, regKey), put(answered, regKey, 0, answeredKept), accept()),
+				join(is, isIn(heard, regKey), accept()))
 		}
 		begins.rules = append(begins.rules, join(is, isIn(begun, regKey), put(begun, regKey, 0, begunKept), accept()))
 		counts.rules = append(counts.rules, join(is, put(begun, regKey, 0, begunKept), accept()))
@@ -145,7 +165,8 @@ func (f family) direct(tenant uint16, perSecond uint32) (begins, counts, exclude
 		is = f.flowOf(k, false)
 		answers.rules = append(answers.rules,
 			join(is, isIn(begun, regKey), put(begun, regKey, 0, begunKept), accept()),
-			join(is, put(answered, regKey, 0, answeredKept), accept()))
+			join(is, isIn(answered, regKey), put(answered, regKey, 0, answeredKept), accept()),
+			join(is, put(heard, regKey, 0, heardKept), accept()))
 	}
 	begins.rules = append(begins.rules, goTo(counts.name))
 	counts.rules = append(counts.rules, accept())
@@ -191,8 +212,7 @@ func (c *change) pace(tenant uint16, perSecond uint32) {
 	}
 	wanted := map[string]bool{}
 	if perSecond > 0 {
-		begun, answered := flowsOf(tenant)
-		for _, s := range []*nftables.Set{begun, answered} {
+		for _, s := range flowsOf(tenant, perSecond).all() {
 			c.made = append(c.made, s)
 			wanted[s.Name] = true
 		}
@@ -207,7 +227,7 @@ func (c *change) pace(tenant uint16, perSecond uint32) {
 		}
 	}
 	for name, s := range c.snap.flows {
-		if !wanted[name] && isOfTenant(name, tenant, setBegun, setAnswered) {
+		if !wanted[name] && isOfTenant(name, tenant, setBegun, setHeard, setAnswered) {
 			c.unmade = append(c.unmade, s)
 		}
 	}

@@ -57,21 +57,21 @@ func TestDirectPaceChanges(t *testing.T) {
 		one, two := tenant(t, 1), tenant(t, 2)
 		two.Connections.DirectPerSecond = 7
 		check(t, d.UpdateTenant(two))
-		of := func(tenant, rate string) (names []string) {
+		of := func(tenant, rate, begun string) (names []string) {
 			for _, chain := range []string{"begins4", "begins6", "counts4", "counts6", "excludes4", "excludes6", "answers4", "answers6", "pace"} {
 				names = append(names, chain+"_"+tenant+"_"+rate)
 			}
-			return append(names, "begun_"+tenant, "answered_"+tenant)
+			return append(names, "begun_"+tenant+"_"+begun, "heard_"+tenant, "answered_"+tenant)
 		}
-		others := of("2", "7")
+		others := of("2", "7", "65536")
 		flow := nftables.SetElement{Key: flowElement(53, 53), Timeout: begunKept}
 		for _, step := range []struct {
 			rate uint32
 			want []string
 		}{
-			{50, of("1", "50")},
-			{60, of("1", "60")},
-			{0, nil}, {0, nil}, {1_000_000, of("1", "1000000")},
+			{50, of("1", "50", "65536")},
+			{60, of("1", "60", "65536")},
+			{0, nil}, {0, nil}, {2000, of("1", "2000", "131072")}, {1_000_000, of("1", "1000000", "262144")},
 		} {
 			one.Connections.DirectPerSecond = step.rate
 			check(t, d.UpdateTenant(one))
@@ -84,7 +84,7 @@ func TestDirectPaceChanges(t *testing.T) {
 				t.Errorf("with a pace of %d the limits are %v", step.rate, limits)
 			}
 			if step.rate == 50 {
-				begun, _ := flowsOf(1)
+				begun := flowsOf(1, step.rate).begun
 				c, err := open(0)
 				check(t, err)
 				check(t, c.SetAddElements(begun, []nftables.SetElement{flow}))
@@ -110,7 +110,7 @@ func TestDirectPaceChanges(t *testing.T) {
 				}
 			}
 			if step.rate == 60 {
-				begun, _ := flowsOf(1)
+				begun := flowsOf(1, step.rate).begun
 				c, err := open(0)
 				check(t, err)
 				if flows, err := c.GetSetElements(begun); err != nil || len(flows) != 1 {
