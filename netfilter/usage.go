@@ -2,13 +2,15 @@ package netfilter
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// Usage returns how full each of the node's sets is that can be filled, by name.
+// Usage returns how full each of the node's sets is that can be filled, by name, those of
+// single tenants, too.
 func (d *Datapath) Usage() ([]steer.Usage, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -21,7 +23,9 @@ func (d *Datapath) Usage() ([]steer.Usage, error) {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	var all []steer.Usage
-	for name, set := range d.sets {
+	sets := maps.Clone(d.sets)
+	maps.Copy(sets, s.flows)
+	for name, set := range sets {
 		n := len(s.sets[name])
 		if dynamic(set) {
 			elements, err := c.GetSetElements(set)

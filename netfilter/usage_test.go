@@ -57,3 +57,29 @@ func TestUsage(t *testing.T) {
 		want(t, d, []string{"a", "filler"}, []uint16{1})
 	})
 }
+
+// A set of a single tenant is told of, too.
+func TestUsageOfTenant(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.DirectPerSecond = 1
+		check(t, d.UpdateTenant(one))
+		c, err := open(0)
+		check(t, err)
+		var list []nftables.SetElement
+		for i := range maxAnswered*9/10 + 1 {
+			list = append(list, nftables.SetElement{Key: flowElement(uint16(i), 53), Timeout: answeredKept})
+		}
+		for part := range slices.Chunk(list, chunk) {
+			check(t, c.SetAddElements(flowsOf(1, 1).answered, part))
+		}
+		check(t, c.Flush())
+		all, err := d.Usage()
+		check(t, err)
+		if err := steer.NearlyFull(all); !errors.Is(err, steer.ErrNearlyFull) || !strings.Contains(err.Error(), "nftables set answered_1 has 14746 of 16384 entries") {
+			t.Errorf("it says %v", err)
+		}
+	})
+}
