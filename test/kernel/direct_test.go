@@ -2,7 +2,6 @@ package kernel
 
 import (
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"testing"
@@ -80,30 +79,6 @@ func segment(t *testing.T, h *lab.Host, to netip.Addr, from, port uint16, flags 
 	sendOther(t, h, unix.IPPROTO_TCP, to, []byte{byte(from >> 8), byte(from), byte(port >> 8), byte(port), 0, 0, 0, 1, 0, 0, 0, 1, 5 << 4, flags, 255, 255, 0, 0, 0, 0})
 }
 
-// echoStreams sends back what comes over TCP to a port of a host.
-func echoStreams(t *testing.T, do func(func()), port int) {
-	t.Helper()
-	var listener net.Listener
-	do(func() {
-		var err error
-		listener, err = net.Listen("tcp", fmt.Sprint(":", port))
-		lab.Check(t, err)
-	})
-	t.Cleanup(func() { listener.Close() })
-	go func() {
-		for {
-			c, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				io.Copy(c, c)
-				c.Close()
-			}()
-		}
-	}()
-}
-
 // Of what pods begin beside their proxy each kind keeps to the pace, and what has begun,
 // and what they answer, goes on beyond it.
 func TestDirectPace(t *testing.T) { eachRedirection(t, testDirectPace) }
@@ -121,8 +96,8 @@ func testDirectPace(t *testing.T, l *lab.Lab) {
 	})
 	echoDatagrams(t, l.Outside, 5300)
 	echoDatagrams(t, l.B1, 5301)
-	echoStreams(t, func(f func()) { n.Do(t, f) }, 5302)
-	echoStreams(t, func(f func()) { l.B1.Do(t, f) }, 5303)
+	echo(t, n.Namespace, 5302)
+	echo(t, l.B1.Namespace, 5303)
 	dropped := func() int { return int(n.Tenant("team-b").Drops["directTooFast"]) }
 	syn := func(h *lab.Host, to netip.AddrPort) {
 		h.Do(t, func() {

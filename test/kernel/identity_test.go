@@ -22,13 +22,13 @@ import (
 
 const echoPort = 9000
 
-// echo answers on a pod what it is sent.
-func echo(t *testing.T, h *lab.Host) {
+// echo sends back what comes over TCP to a port of a pod or a node.
+func echo(t *testing.T, n *lab.Namespace, port int) {
 	t.Helper()
 	var listener net.Listener
-	h.Do(t, func() {
+	n.Do(t, func() {
 		var err error
-		listener, err = net.Listen("tcp", fmt.Sprintf("[::]:%d", echoPort))
+		listener, err = net.Listen("tcp", fmt.Sprintf("[::]:%d", port))
 		lab.Check(t, err)
 	})
 	t.Cleanup(func() { listener.Close() })
@@ -68,7 +68,7 @@ func startPairs(t *testing.T, l *lab.Lab, pairs int, pause time.Duration) *pairL
 	}
 	for i := range pairs {
 		c, s := clients[fmt.Sprint("c", i)], servers[fmt.Sprint("s", i)]
-		echo(t, s)
+		echo(t, s.Namespace, echoPort)
 		to := lab.At(s.V4, echoPort).String()
 		dial := func() (conn net.Conn, err error) {
 			done := make(chan struct{})

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/sys/unix"
 
@@ -38,22 +36,15 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 	var refused atomic.Int64
 	l := lab.NewWith(t, lab.Options{Redirection: r,
 		Rewrite: func(node string, _ model.Tenant, r *discoveryv3.Resource) {
-			var a endpointv3.ClusterLoadAssignment
-			if !spoils.Load() || node != "node1" || r.Resource.UnmarshalTo(&a) != nil {
+			if !spoils.Load() || node != "node1" {
 				return
 			}
-			for _, locality := range a.Endpoints {
-				for _, e := range locality.LbEndpoints {
-					e.GetEndpoint().Address = &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
-						Address: "no-address", PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 1}}}}
-				}
-			}
-			if err := r.Resource.MarshalFrom(&a); err != nil {
+			if err := lab.SpoilEndpoints(r); err != nil {
 				t.Error(err)
 			}
 		},
 		OnReject: func(r xds.Rejection) {
-			if !strings.Contains(r.Message, "no-address") {
+			if !strings.Contains(r.Message, lab.NoAddress) {
 				t.Errorf("Envoy refused %+v", r)
 			}
 			refused.Add(1)

@@ -23,7 +23,7 @@ import (
 func TestReplacedByAnotherIdentity(t *testing.T) {
 	const held = 40
 	l := lab.New(t)
-	echo(t, l.B2)
+	echo(t, l.B2.Namespace, echoPort)
 	old := l.A1
 	// By the pod's address, and by a service's, whose tunnels begin elsewhere.
 	ways := []struct {

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"golang.org/x/sys/unix"
 
@@ -48,27 +46,18 @@ type spoiler struct {
 	changes int
 }
 
-const spoiled = "no-address"
-
 func (s *spoiler) rewrite(node string, _ model.Tenant, r *discoveryv3.Resource) {
-	var a endpointv3.ClusterLoadAssignment
-	if !s.on.Load() || node != "node1" || r.Resource.UnmarshalTo(&a) != nil {
+	if !s.on.Load() || node != "node1" {
 		return
 	}
-	for _, locality := range a.Endpoints {
-		for _, e := range locality.LbEndpoints {
-			e.GetEndpoint().Address = &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
-				Address: spoiled, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: load.RequestPort}}}}
-		}
-	}
-	if err := r.Resource.MarshalFrom(&a); err != nil {
+	if err := lab.SpoilEndpoints(r); err != nil {
 		text := err.Error()
 		s.failed.Store(&text)
 	}
 }
 
 func (s *spoiler) onReject(r xds.Rejection) {
-	if !strings.Contains(r.Message, spoiled) {
+	if !strings.Contains(r.Message, lab.NoAddress) {
 		text := fmt.Sprintf("Envoy refused %+v", r)
 		s.failed.Store(&text)
 	}
