@@ -59,13 +59,7 @@ func TestLateOperatorHearsOfLastGood(t *testing.T) {
 	for name, answer := range map[string]*status.Status{"taken": nil, "refused": {Code: 13, Message: "bad"}} {
 		t.Run(name, func(t *testing.T) {
 			f := setUp(t, nil)
-			p := f.proxy(teamA)
-			p.subscribe(TypeListener)
-			up := f.op.stream()
-			up.await(t, TypeListener, "")
-			up.send(t, "1", resource(TypeListener, "outbound", "chains"))
-			p.next()
-			receive(t, "ACK", up.requests)
+			f.takeOutbound("chains")
 
 			fresh := connect(t, f.socket(Key{Tenant: teamA}))
 			fresh.subscribe(TypeListener)
@@ -148,13 +142,7 @@ func TestLastGoodReplacesNothing(t *testing.T) {
 // another process's chains then. The operator hears of it before it sends another.
 func TestOperatorHearsOfReplacedListeners(t *testing.T) {
 	f := setUp(t, nil)
-	p := f.proxy(teamA)
-	p.subscribe(TypeListener)
-	up := f.op.stream()
-	up.await(t, TypeListener, "")
-	up.send(t, "1", resource(TypeListener, "outbound", "chains"))
-	p.next()
-	receive(t, "ACK", up.requests)
+	up := f.takeOutbound("chains")
 
 	fresh := connect(t, f.socket(Key{Tenant: teamA}))
 	fresh.subscribe(TypeListener)
@@ -187,13 +175,7 @@ func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
 					o.Patience = time.Minute
 				}
 			})
-			p := f.proxy(teamA)
-			p.subscribe(TypeListener)
-			up := f.op.stream()
-			up.await(t, TypeListener, "")
-			up.send(t, "1", resource(TypeListener, "outbound", "good"))
-			p.next()
-			receive(t, "ACK", up.requests)
+			up := f.takeOutbound("good")
 
 			fresh := connect(t, f.socket(Key{Tenant: teamA}))
 			refuse := func(version string) {
@@ -262,4 +244,18 @@ func TestRefusedLastGoodIsNotServedAgain(t *testing.T) {
 	receive(t, "ACK", up.requests)
 	fresh.subscribe(TypeCluster, "vip|a")
 	wantNames(t, fresh.next(), "vip|a@2")
+}
+
+// takeOutbound has a proxy of team A acknowledge a listener, which is last good then. It
+// returns the operator's stream.
+func (f *fixture) takeOutbound(version string) *operatorStream {
+	f.t.Helper()
+	p := f.proxy(teamA)
+	p.subscribe(TypeListener)
+	up := f.op.stream()
+	up.await(f.t, TypeListener, "")
+	up.send(f.t, "1", resource(TypeListener, "outbound", version))
+	p.next()
+	receive(f.t, "ACK", up.requests)
+	return up
 }
