@@ -142,11 +142,11 @@ func TestLastGoodReplacesNothing(t *testing.T) {
 // another process's chains then. The operator hears of it before it sends another.
 func TestOperatorHearsOfReplacedListeners(t *testing.T) {
 	f := setUp(t, nil)
-	up := f.takeOutbound("chains")
+	f.takeOutbound("chains")
 
 	fresh := connect(t, f.socket(Key{Tenant: teamA}))
 	fresh.subscribe(TypeListener)
-	up = f.op.stream()
+	up := f.op.stream()
 	up.await(t, TypeListener, "")
 	up.send(t, "1", resource(TypeListener, "outbound", "bad"))
 	refused := receive(t, "response", fresh.responses)
@@ -175,7 +175,7 @@ func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
 					o.Patience = time.Minute
 				}
 			})
-			up := f.takeOutbound("good")
+			f.takeOutbound("good")
 
 			fresh := connect(t, f.socket(Key{Tenant: teamA}))
 			refuse := func(version string) {
@@ -185,7 +185,7 @@ func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
 				fresh.send(&discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: "bad"}})
 			}
 			fresh.subscribe(TypeListener)
-			up = f.op.stream()
+			up := f.op.stream()
 			up.await(t, TypeListener, "")
 			if !late {
 				up.send(t, "1", resource(TypeListener, "outbound", "bad"))
@@ -246,9 +246,8 @@ func TestRefusedLastGoodIsNotServedAgain(t *testing.T) {
 	wantNames(t, fresh.next(), "vip|a@2")
 }
 
-// takeOutbound has a proxy of team A acknowledge a listener, which is last good then. It
-// returns the operator's stream.
-func (f *fixture) takeOutbound(version string) *operatorStream {
+// takeOutbound has a proxy of team A acknowledge a listener, which is last good then.
+func (f *fixture) takeOutbound(version string) {
 	f.t.Helper()
 	p := f.proxy(teamA)
 	p.subscribe(TypeListener)
@@ -257,5 +256,4 @@ func (f *fixture) takeOutbound(version string) *operatorStream {
 	up.send(f.t, "1", resource(TypeListener, "outbound", version))
 	p.next()
 	receive(f.t, "ACK", up.requests)
-	return up
 }
