@@ -202,10 +202,11 @@ func forge(t *testing.T, h *lab.Host, from, to netip.AddrPort, flags byte) {
 }
 
 // elements returns how many connections of team-b are in sets of its proxy's namespace,
-// and how many of them for less than a minute.
+// and how many of them for less than a minute. A reading that a change cuts in two can
+// show what is written anew twice, or not at all: the same twice in a row is believed.
 func elements(t *testing.T, l *lab.Lab, sets ...string) (short, all int) {
 	t.Helper()
-	l.Node1.Proxy("team-b").Do(t, func() {
+	read := func() (short, all int) {
 		c := &nftables.Conn{}
 		for _, name := range sets {
 			set, err := c.GetSetByName(&nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyINet}, name)
@@ -218,6 +219,12 @@ func elements(t *testing.T, l *lab.Lab, sets ...string) (short, all int) {
 					short++
 				}
 			}
+		}
+		return short, all
+	}
+	l.Node1.Proxy("team-b").Do(t, func() {
+		for s, a := read(); short != s || all != a; s, a = read() {
+			short, all = s, a
 		}
 	})
 	return short, all
