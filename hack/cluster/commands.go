@@ -59,7 +59,7 @@ func (c cluster) load(ctx context.Context, bin build.Binaries, n int, archives .
 	}
 	root := fmt.Sprintf("/proc/%d/root", m.PID)
 	socket := root + containerdSocket
-	if err := wait(ctx, 30*time.Second, "containerd of "+nodeName(n), func(context.Context) error {
+	if err := wait(ctx, patience, "containerd of "+nodeName(n), func(context.Context) error {
 		_, err := os.Stat(socket)
 		return err
 	}); err != nil {
@@ -67,9 +67,15 @@ func (c cluster) load(ctx context.Context, bin build.Binaries, n int, archives .
 	}
 	for _, archive := range archives {
 		// All layers, whatever the platform: the archives hold one.
-		cmd := exec.CommandContext(ctx, bin.Path("ctr"), "--address", socket, "--namespace", "k8s.io", "images", "import", "--local", archive)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("load %s into %s: %w: %s", archive, nodeName(n), err, strings.TrimSpace(string(out)))
+		// Its socket is there before it serves, and to load an image again is no harm.
+		if err := wait(ctx, time.Minute, filepath.Base(archive)+" in "+nodeName(n), func(ctx context.Context) error {
+			cmd := exec.CommandContext(ctx, bin.Path("ctr"), "--address", socket, "--namespace", "k8s.io", "images", "import", "--local", archive)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				return fmt.Errorf("load %s: %w: %s", archive, err, strings.TrimSpace(string(out)))
+			}
+			return nil
+		}); err != nil {
+			return err
 		}
 	}
 	return nil

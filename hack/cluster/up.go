@@ -32,6 +32,9 @@ const kubeletClient = "kube-apiserver-kubelet-client"
 // spare: a disk that fills up takes other work with it.
 const minFree = 5 << 30
 
+// patience with each part of a cluster that starts: seconds on an idle machine.
+const patience = 5 * time.Minute
+
 // machineSysctls are set by kubelets for the whole machine.
 var machineSysctls = []string{"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
 	"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"}
@@ -119,7 +122,10 @@ func (c cluster) start(ctx context.Context, bin build.Binaries) error {
 	if err := c.waitAPI(ctx); err != nil {
 		return err
 	}
-	if err := c.kubectl(ctx, bin, c.addonManifests(), "apply", "--server-side", "-f", "-"); err != nil {
+	// The API server makes the namespaces that these are in when it serves already.
+	if err := wait(ctx, time.Minute, "what goes with a cluster", func(ctx context.Context) error {
+		return c.kubectl(ctx, bin, c.addonManifests(), "apply", "--server-side", "-f", "-")
+	}); err != nil {
 		return err
 	}
 	for n := 1; n <= c.Nodes; n++ {
@@ -189,11 +195,13 @@ func (c cluster) makeNode(ctx context.Context, n int) error {
 		node.Spec.PodCIDRs = append(node.Spec.PodCIDRs, p.String())
 	}
 	node.Spec.PodCIDR = node.Spec.PodCIDRs[0]
-	_, err = client.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{})
-	if apierrors.IsAlreadyExists(err) {
-		return nil
-	}
-	return err
+	return wait(ctx, time.Minute, nodeName(n), func(ctx context.Context) error {
+		_, err := client.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{})
+		if apierrors.IsAlreadyExists(err) {
+			return nil
+		}
+		return err
+	})
 }
 
 func (c cluster) waitAPI(ctx context.Context) error {
@@ -201,7 +209,7 @@ func (c cluster) waitAPI(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return wait(ctx, 90*time.Second, "the API server", func(ctx context.Context) error {
+	return wait(ctx, patience, "the API server", func(ctx context.Context) error {
 		_, err := client.RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
 		return err
 	})
@@ -213,7 +221,7 @@ func (c cluster) waitReady(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return wait(ctx, 3*time.Minute, "the nodes and DNS", func(ctx context.Context) error {
+	return wait(ctx, patience, "the nodes and DNS", func(ctx context.Context) error {
 		for n := 1; n <= c.Nodes; n++ {
 			node, err := client.CoreV1().Nodes().Get(ctx, nodeName(n), metav1.GetOptions{})
 			if err != nil {

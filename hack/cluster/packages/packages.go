@@ -16,6 +16,12 @@ import (
 	"time"
 )
 
+// tries are how often the lists are updated for packages that can't be installed.
+const tries = 3
+
+// pause is how long it is to the second time; it grows.
+var pause = 5 * time.Second
+
 // sbin is where distributions put commands that PATH of a plain user lacks.
 var sbin = []string{"/usr/local/sbin", "/usr/sbin", "/sbin"}
 
@@ -51,12 +57,21 @@ func ensure(ctx context.Context, packages map[string]string, log func(format str
 	// good enough: update them only if they are not.
 	install := append([]string{"install", "--yes", "--no-install-recommends"}, names...)
 	first := run(ctx, apt, install...)
-	if first != nil {
-		if err := run(ctx, apt, "update"); err != nil {
+	for try := 1; first != nil; try++ {
+		err := run(ctx, apt, "update")
+		if err == nil {
+			err = run(ctx, apt, install...)
+		}
+		if err == nil {
+			break
+		}
+		// A mirror that is being changed has lists of what it doesn't have.
+		if try == tries || ctx.Err() != nil {
 			return fmt.Errorf("%w: %w", hint, errors.Join(first, err))
 		}
-		if err := run(ctx, apt, install...); err != nil {
-			return fmt.Errorf("%w: %w", hint, err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause * time.Duration(try)):
 		}
 	}
 	if absent := missing(packages); len(absent) > 0 {
@@ -114,7 +129,7 @@ func isDebian(osRelease string) bool {
 
 func run(ctx context.Context, apt string, args ...string) error {
 	// Another apt may be at work, such as unattended upgrades.
-	cmd := exec.CommandContext(ctx, apt, append([]string{"-qq", "-o", "DPkg::Lock::Timeout=120"}, args...)...)
+	cmd := exec.CommandContext(ctx, apt, append([]string{"-qq", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=5"}, args...)...)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
 	// Killed midway it would leave packages half configured.
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestIsDebian(t *testing.T) {
@@ -36,20 +37,27 @@ func TestEnsure(t *testing.T) {
 	// lists it fails, as in a fresh container.
 	const apt = `echo "$@" >>"$DIR/called"
 case "$*" in
-*update*) : >"$DIR/lists" ;;
+*update*)
+  if [ -e "$DIR/outage" ]; then /bin/rm "$DIR/outage"; exit 100; fi
+  : >"$DIR/lists" ;;
 *"install --yes --no-install-recommends p1 p3")
   [ -e "$DIR/lists" ] || exit 100
   for c in $MAKES; do printf '#!/bin/sh\n' >"$DIR/$c"; /bin/chmod +x "$DIR/$c"; done ;;
 *) exit 1 ;;
 esac`
+	before := pause
+	pause = time.Millisecond
+	t.Cleanup(func() { pause = before })
 	for _, tc := range []struct {
 		name, makes, wantErr string
 		mayInstall, lists    bool
+		outage               bool // of the mirror, when it is first asked
 		calls                int
 	}{
 		{name: "may not install", wantErr: "missing commands: x-one, x-three, x-two; install them (Debian packages: p1 p3)"},
 		{name: "installs", mayInstall: true, lists: true, makes: "x-one x-two x-three", calls: 1},
 		{name: "updates first", mayInstall: true, makes: "x-one x-two x-three", calls: 3},
+		{name: "updates again", mayInstall: true, outage: true, makes: "x-one x-two x-three", calls: 4},
 		{name: "wrong package", mayInstall: true, lists: true, makes: "x-one x-two", calls: 1, wantErr: "still missing: x-three"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -59,8 +67,11 @@ esac`
 			t.Setenv("MAKES", tc.makes)
 			script(t, dir, "apt-get", apt)
 			script(t, dir, "x-have", "")
-			if tc.lists {
-				if err := os.WriteFile(filepath.Join(dir, "lists"), nil, 0o644); err != nil {
+			for file, is := range map[string]bool{"lists": tc.lists, "outage": tc.outage} {
+				if !is {
+					continue
+				}
+				if err := os.WriteFile(filepath.Join(dir, file), nil, 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}

