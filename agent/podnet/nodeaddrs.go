@@ -2,6 +2,7 @@ package podnet
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,16 +11,33 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// serviceLinks hold addresses of Services for IPVS, kube-proxy's and kube-router's. These
+// aren't the node: whoever may make a Service with externalIPs would choose what passes
+// all tenants' proxies by, and every Service would.
+var serviceLinks = []string{"kube-ipvs0", "kube-dummy-if"}
+
 // NodeAddresses returns the addresses of the node itself, sorted, without
-// loopback's.
+// loopback's and those that IPVS has of Services.
 func NodeAddresses() ([]netip.Addr, error) {
+	// Names first: what such an interface has later is known for what it is.
+	services := map[int]bool{}
+	for _, name := range serviceLinks {
+		link, err := netlink.LinkByName(name)
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("find interface %s: %w", name, err)
+		}
+		services[link.Attrs().Index] = true
+	}
 	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list node's addresses: %w", err)
 	}
 	var out []netip.Addr
 	for _, a := range all {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok && !ip.IsLoopback() {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && !ip.IsLoopback() && !services[a.LinkIndex] {
 			out = append(out, ip.Unmap())
 		}
 	}

@@ -8,10 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestPodOf(t *testing.T) {
@@ -107,6 +110,35 @@ func TestInspect(t *testing.T) {
 	ip(t, "-n", ns, "link", "add", "inner", "type", "veth", "peer", "name", "inner2")
 	if _, err := Inspect(path, "inner"); err == nil {
 		t.Error("a veth within the namespace passes for a pod's")
+	}
+}
+
+// What IPVS has of Services isn't the node: connections to it go through proxies.
+func TestServicesAreNotTheNode(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs root: make test-kernel")
+	}
+	// Its thread ends with the test, in a network namespace of its own.
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	ip(t, "link", "add", "eth0", "type", "veth", "peer", "name", "other")
+	ip(t, "addr", "add", "10.77.1.1/24", "dev", "eth0")
+	ip(t, "addr", "add", "10.77.1.3/32", "dev", "eth0")
+	for i, name := range []string{"kube-ipvs0", "kube-dummy-if"} {
+		ip(t, "link", "add", name, "type", "veth", "peer", "name", fmt.Sprint("peer", i)) // not every kernel has dummies
+		ip(t, "addr", "add", fmt.Sprintf("10.96.%d.1/32", i), "dev", name)
+		ip(t, "addr", "add", fmt.Sprintf("fd96::%d/128", i+1), "dev", name, "nodad")
+		// The externalIP of a Service; the node's own stays its own.
+		ip(t, "addr", "add", "10.77.1.3/32", "dev", name)
+	}
+	a, err := NodeAddresses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []netip.Addr{netip.MustParseAddr("10.77.1.1"), netip.MustParseAddr("10.77.1.3")}; !slices.Equal(a, want) {
+		t.Errorf("the node's addresses are %v, want %v", a, want)
 	}
 }
 
