@@ -113,6 +113,11 @@ func capped(p *v1alpha1.ProxyLimits, b Bounds) string {
 	return strings.Join(cut, ", ")
 }
 
+// boundsProxies reports whether a policy says anything of its namespace's own proxies.
+func boundsProxies(s *v1alpha1.ProxyLimits) bool {
+	return s.WarmStandby != nil || proxyLimits(s) != (v1alpha1.Limits{})
+}
+
 func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 	var l v1alpha1.Limits
 	if s == nil {
@@ -190,16 +195,26 @@ func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {
 	}
 }
 
-// enforces reports whether a proxy has what was wanted, but for what its node says
-// that it can't hold. The kernel of cgroup v1 counts CPU shares in other units.
+// pages are the largest that a kernel counts memory in, in bytes.
+const pages = 64 << 10
+
+// enforces reports whether a proxy has what was wanted, neither more nor less, but for
+// what its node says that it can't hold. The kernel of cgroup v1 counts CPU shares in
+// other units.
 func enforces(n v1alpha1.NodeTenantStatus, want v1alpha1.Limits) bool {
 	const weightSlack = 1
 	have := n.Limits
-	within := func(have, want int64) bool { return want == 0 || have != 0 && have <= want }
+	told := func(what string) bool {
+		return slices.ContainsFunc(n.Unenforced, func(s string) bool { return strings.HasPrefix(s, what) })
+	}
+	lacks := func(controller string, have int64) bool { return have == 0 && told(controller+":") }
 	same := func(have, want int64) bool { return have == want || have == 0 && len(n.Unenforced) > 0 }
-	weight := want.CPUWeight == 0 || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
-	return weight && within(have.CPUMillis, want.CPUMillis) && (want.CPUMillis != 0 || have.CPUMillis == 0) &&
-		within(have.MemoryMax, want.MemoryMax) && within(have.Pids, want.Pids) && (have.MemoryHigh == 0 || within(have.MemoryHigh, want.MemoryHigh)) &&
+	weight := want.CPUWeight == 0 || lacks("cpu", have.CPUWeight) || have.CPUWeight >= want.CPUWeight-weightSlack && have.CPUWeight <= want.CPUWeight+weightSlack
+	// Version 1 has no quota above that of all proxies together, which is told as well.
+	cpu := have.CPUMillis == want.CPUMillis || lacks("cpu", have.CPUMillis) || have.CPUMillis < want.CPUMillis && have.CPUMillis != 0 && told("cpu limit")
+	inPages := func(have, want int64) bool { return have <= want && want-have < pages }
+	return weight && cpu && (inPages(have.MemoryMax, want.MemoryMax) || lacks("memory", have.MemoryMax)) &&
+		(have.Pids == want.Pids || lacks("pids", have.Pids)) && (have.MemoryHigh == 0 || inPages(have.MemoryHigh, want.MemoryHigh)) &&
 		same(have.Connections, want.Connections) && same(have.NewConnections, want.NewConnections) && same(have.NewDirect, want.NewDirect) &&
 		same(have.Egress, want.Egress) && same(have.Ingress, want.Ingress)
 }

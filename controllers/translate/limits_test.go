@@ -137,3 +137,126 @@ func TestPolicyStatusOfBounds(t *testing.T) {
 		t.Errorf("ready: %+v", c)
 	}
 }
+
+// A policy is enforced once each kernel has what is wanted, neither more nor less, and
+// what it has instead is told of.
+func TestEnforced(t *testing.T) {
+	limits := v1alpha1.Limits{CPUWeight: 200, CPUMillis: 1000, MemoryHigh: 80 << 20, MemoryMax: 100 << 20, Pids: 200, Connections: 50, NewConnections: 20, NewDirect: 90, Egress: 1 << 20, Ingress: 2 << 20}
+	without := func(change func(*v1alpha1.Limits)) v1alpha1.Limits {
+		l := limits
+		change(&l)
+		return l
+	}
+	for _, test := range []struct {
+		name       string
+		have, want v1alpha1.Limits
+		unenforced []string
+		reason     string
+	}{
+		{"as wanted", limits, limits, nil, ReasonEnforced},
+		{"in pages and shares", without(func(l *v1alpha1.Limits) { l.MemoryMax -= 4095; l.MemoryHigh -= 4095; l.CPUWeight-- }), limits, nil, ReasonEnforced},
+		{"no controller of memory", without(func(l *v1alpha1.Limits) { l.MemoryMax, l.MemoryHigh = 0, 0 }), limits, []string{"memory: the node has none"}, ReasonPartlyEnforced},
+		{"no controller of CPU", without(func(l *v1alpha1.Limits) { l.CPUMillis, l.CPUWeight = 0, 0 }), limits, []string{"cpu: the node has none"}, ReasonPartlyEnforced},
+		{"no controller of pids", without(func(l *v1alpha1.Limits) { l.Pids = 0 }), limits, []string{"pids: the node has none"}, ReasonPartlyEnforced},
+		{"not above all proxies together", without(func(l *v1alpha1.Limits) { l.CPUMillis = 400 }), limits, []string{"cpu limit 1000m: all proxies have only 400m"}, ReasonPartlyEnforced},
+		{"another limit can't be held", without(func(l *v1alpha1.Limits) { l.MemoryMax = 0 }), limits, []string{"memory high: no"}, ReasonProgressing},
+		{"another than the quota is below all", without(func(l *v1alpha1.Limits) { l.CPUMillis = 400 }), limits, []string{"memory max 9: no"}, ReasonProgressing},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			wantReady(t, test.have, test.want, test.unenforced, test.reason)
+		})
+	}
+	// On its way up or down, come or gone: each field is waited for. Concurrency is told
+	// by the node.
+	for _, f := range fields {
+		if f.name == "concurrency" || f.name == "memoryHigh" {
+			continue
+		}
+		for what, n := range map[string]int64{"above": *f.of(&limits) + pages, "below": *f.of(&limits) / 2, "none yet": 0} {
+			other := limits
+			*f.of(&other) = n
+			t.Run(f.name+"/"+what, func(t *testing.T) { wantReady(t, other, limits, nil, ReasonProgressing) })
+			if f.name != "cpuWeight" && n != 0 { // no weight is the kernel's own
+				none := without(func(l *v1alpha1.Limits) { *f.of(l) = 0 })
+				t.Run(f.name+"/"+what+" and none wanted", func(t *testing.T) { wantReady(t, other, none, nil, ReasonProgressing) })
+			}
+		}
+	}
+}
+
+func wantReady(t *testing.T, have, want v1alpha1.Limits, unenforced []string, reason string) {
+	t.Helper()
+	node := NodeView{Node: "n1", Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true,
+		Status: v1alpha1.NodeTenantStatus{Limits: have, Unenforced: unenforced, Reason: "limit memory of a to 1: busy"}}
+	s := IsolationPolicyStatus(&v1alpha1.IsolationPolicy{}, PolicyInput{Member: true, Want: want, Nodes: []NodeView{node}}, metav1.NewTime(born))
+	c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionReady)
+	if c == nil || c.Reason != reason {
+		t.Fatalf("%+v", c)
+	}
+	if reason == ReasonProgressing && !strings.Contains(c.Message, "n1: limit memory of a to 1: busy") {
+		t.Errorf("the owner isn't told why: %s", c.Message)
+	}
+}
+
+// No policy bounds a proxy that namespaces share, whatever it asks for of proxies.
+func TestPolicyOfASharedProxy(t *testing.T) {
+	node := NodeView{Node: "n1", Tenant: model.Tenant{Scope: model.ScopeNode}, Pods: 1, Reported: true}
+	for name, test := range map[string]struct {
+		spec v1alpha1.IsolationPolicySpec
+		want string
+	}{
+		"a limit":    {v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{CPU: cpuLimit("1")}}, ReasonSharedProxy},
+		"a standby":  {v1alpha1.IsolationPolicySpec{ProxyLimits: v1alpha1.ProxyLimits{WarmStandby: new(true)}}, ReasonSharedProxy},
+		"plain text": {v1alpha1.IsolationPolicySpec{PlainText: v1alpha1.PlainTextStrict}, ReasonAccepted},
+	} {
+		p := v1alpha1.IsolationPolicy{Spec: test.spec}
+		s := IsolationPolicyStatus(&p, PolicyInput{Member: true, Nodes: []NodeView{node}}, metav1.NewTime(born))
+		if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionAccepted); c.Reason != test.want {
+			t.Errorf("%s: %+v", name, c)
+		}
+	}
+}
+
+// Of several policies the strictest value of each field counts, whichever comes first, and
+// nothing of any gets above a ceiling.
+func TestStrictestOfEachField(t *testing.T) {
+	spec := func(n int64) v1alpha1.IsolationPolicy {
+		q := func(n int64) *resource.Quantity { return resource.NewQuantity(n, resource.BinarySI) }
+		return policyOf(v1alpha1.ProxyLimits{CPU: &v1alpha1.CPUIsolation{Weight: &n, Limit: resource.NewMilliQuantity(n, resource.DecimalSI)},
+			Memory: &v1alpha1.MemoryIsolation{High: q(n), Max: q(n)}, Pids: &n, Concurrency: &n, Bandwidth: &v1alpha1.BandwidthIsolation{Egress: q(n), Ingress: q(n)},
+			Connections: &v1alpha1.ConnectionIsolation{Concurrent: &n, NewPerSecond: &n, NewDirectPerSecond: &n}})
+	}
+	const strict, lax, ceiling = 20, 30, 25
+	all := func(n int64) (l v1alpha1.Limits) {
+		for _, f := range fields {
+			*f.of(&l) = n
+		}
+		return l
+	}
+	if read := spec(strict); proxyLimits(&read.Spec.ProxyLimits) != all(strict) {
+		t.Fatalf("read is %+v", proxyLimits(&read.Spec.ProxyLimits))
+	}
+	for _, f := range fields {
+		one, other := all(lax), all(lax)
+		*f.of(&one) = strict
+		for _, order := range [][2]v1alpha1.Limits{{one, other}, {other, one}} {
+			l := order[0]
+			if stricter(&l, order[1]); l != one {
+				t.Errorf("%s: of %+v come %+v", f.name, order, l)
+			}
+		}
+		b := Bounds{Ceilings: all(0)}
+		*f.of(&b.Ceilings) = ceiling
+		got := Limits([]v1alpha1.IsolationPolicy{spec(lax), spec(lax)}, b)
+		if *f.of(&got) != ceiling {
+			t.Errorf("%s: %d with a ceiling of %d is %d", f.name, lax, ceiling, *f.of(&got))
+		}
+		wanted := spec(lax).Spec.ProxyLimits
+		if cut := capped(&wanted, b); cut != f.name+" 30 is cut to 25" {
+			t.Errorf("%s: the owner is told %q", f.name, cut)
+		}
+	}
+	if got := Limits([]v1alpha1.IsolationPolicy{spec(lax), spec(strict), spec(lax)}, Bounds{}); got != all(strict) {
+		t.Errorf("of three come %+v", got)
+	}
+}

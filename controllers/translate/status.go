@@ -177,7 +177,11 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 				Unenforced: n.Status.Unenforced, Hits: n.Status.Hits})
 		}
 		if !n.Reported || !enforces(n.Status, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
-			waiting = append(waiting, n.Node)
+			why := n.Node
+			if n.Reported && n.Status.Reason != "" {
+				why += ": " + n.Status.Reason
+			}
+			waiting = append(waiting, why)
 		}
 	}
 	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: ReasonAccepted, Message: "the policy is in force", ObservedGeneration: p.Generation}
@@ -185,7 +189,7 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 	if cut := capped(&p.Spec.ProxyLimits, in.Bounds); cut != "" {
 		accepted.Reason, accepted.Message = ReasonCapped, "the policy is in force within the ceilings of the namespace's MeshTopology: "+cut
 	}
-	if shared && proxyLimits(&p.Spec.ProxyLimits) != (v1alpha1.Limits{}) {
+	if shared && boundsProxies(&p.Spec.ProxyLimits) {
 		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonSharedProxy
 		accepted.Message = "pods of the namespace share a proxy with others on each node (isolation: Node), which no namespace's policy bounds"
 	}
