@@ -167,6 +167,16 @@ func (h *hierarchy) mkdir(dir string) error {
 	return nil
 }
 
+// limitsOfAll are those of all tenants together that are wanted.
+func (c *cgroups) limitsOfAll() Limits {
+	c.limitingAll.Lock()
+	defer c.limitingAll.Unlock()
+	if c.all == nil {
+		return Limits{}
+	}
+	return *c.all
+}
+
 func (c *cgroups) dirs(tenant string) (dirs []string) {
 	for _, h := range c.hierarchies {
 		dirs = append(dirs, filepath.Join(h.mount, c.name, tenant))

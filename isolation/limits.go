@@ -168,6 +168,9 @@ func (c *cgroups) write(tenant string, l Limits) (refused, failed error) {
 				continue
 			}
 			told := fmt.Errorf("limit %s of %s to %s: %w", controller, whose(tenant), s.value, err)
+			if errors.Is(err, unix.EBUSY) {
+				told = fmt.Errorf("%w: more is in use than that, and what was in force stays; set a higher limit, or use less", told)
+			}
 			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ERANGE) || errors.Is(err, unix.EBUSY) {
 				refused = errors.Join(refused, told)
 			} else {
@@ -195,11 +198,23 @@ func (c *cgroups) unenforced(tenant string, l Limits) (told []string) {
 		told = append(told, "memory high: cgroup version 1 takes it only for a wish, when the whole node is short; "+
 			"boot with cgroup version 2 to have it, or set a lower memory max")
 	}
+	all := Limits{}
+	if tenant != everyone {
+		all = c.limitsOfAll()
+	}
+	const noBound = "so that it bounds nothing"
 	if cpus := int64(runtime.NumCPU()) * 1000; l.CPUMillis > cpus {
-		told = append(told, fmt.Sprintf("cpu limit %dm: the node has only %dm, so that it bounds nothing", l.CPUMillis, cpus))
+		told = append(told, fmt.Sprintf("cpu limit %dm: the node has only %dm, %s", l.CPUMillis, cpus, noBound))
+	} else if all.CPUMillis > 0 && l.CPUMillis > all.CPUMillis {
+		told = append(told, fmt.Sprintf("cpu limit %dm: all proxies of the node have only %dm together, %s", l.CPUMillis, all.CPUMillis, noBound))
 	}
 	if total := memoryOfNode(); total > 0 && l.MemoryMax > total {
-		told = append(told, fmt.Sprintf("memory max %d: the node has only %d bytes, so that it bounds nothing", l.MemoryMax, total))
+		told = append(told, fmt.Sprintf("memory max %d: the node has only %d bytes, %s", l.MemoryMax, total, noBound))
+	} else if all.MemoryMax > 0 && l.MemoryMax > all.MemoryMax {
+		told = append(told, fmt.Sprintf("memory max %d: all proxies of the node have only %d bytes together, %s", l.MemoryMax, all.MemoryMax, noBound))
+	}
+	if all.Pids > 0 && l.Pids > all.Pids {
+		told = append(told, fmt.Sprintf("pids %d: all proxies of the node have only %d together, %s", l.Pids, all.Pids, noBound))
 	}
 	return told
 }

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -183,5 +185,75 @@ func TestCgroupParent(t *testing.T) {
 	c, err := openCgroups("/sys/fs/cgroup", "/bht-nowhere", "bht")
 	if err == nil || !strings.Contains(err.Error(), "cgroup parent /bht-nowhere") {
 		t.Errorf("opened %+v, %v", c, err)
+	}
+}
+
+// Both versions' own files, which say the same in other words and units.
+func TestHitsOfEitherVersion(t *testing.T) {
+	want := Hits{Throttled: 7, ThrottledFor: 1500 * time.Millisecond, OOMKills: 3, Pids: 5}
+	for _, c := range []struct {
+		v2    bool
+		files map[string]string
+		high  uint64
+	}{
+		{false, map[string]string{
+			"cpu.stat":           "nr_periods 900\nnr_throttled 7\nthrottled_time 1500000000\nnr_bursts 1\nburst_time 2\n",
+			"memory.oom_control": "oom_kill_disable 0\nunder_oom 1\noom_kill 3\n",
+			"pids.events":        "max 5\n",
+		}, 0},
+		{true, map[string]string{
+			"cpu.stat":      "usage_usec 99\nuser_usec 98\nsystem_usec 1\nnr_periods 900\nnr_throttled 7\nthrottled_usec 1500000\nnr_bursts 1\nburst_usec 2\n",
+			"memory.events": "low 10\nhigh 11\nmax 12\noom 13\noom_kill 3\noom_group_kill 14\n",
+			"pids.events":   "max 5\n",
+		}, 11},
+	} {
+		mount := t.TempDir()
+		dir := filepath.Join(mount, "all", "a")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for file, text := range c.files {
+			if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cg := &cgroups{name: "all", hierarchies: []hierarchy{{mount: mount, v2: c.v2, controllers: limiting}}}
+		want.MemoryHigh = c.high
+		if got := cg.hits("a"); got != want {
+			t.Errorf("version 2 %t: %+v, want %+v", c.v2, got, want)
+		}
+		if u := cg.usage("a"); u.Throttled != want.ThrottledFor || u.OOMKills != want.OOMKills {
+			t.Errorf("version 2 %t: usage %+v", c.v2, u)
+		}
+		if got := cg.hits("b"); got != (Hits{}) {
+			t.Errorf("version 2 %t: nobody has %+v", c.v2, got)
+		}
+	}
+}
+
+// Limits that bound nothing, as the node or all its proxies together have less, are told.
+func TestLimitsAboveWhatThereIs(t *testing.T) {
+	c := &cgroups{hierarchies: []hierarchy{{mount: t.TempDir(), v2: true, controllers: limiting}}, all: &Limits{CPUMillis: 500, MemoryMax: 1 << 30, Pids: 300}}
+	for _, test := range []struct {
+		tenant string
+		l      Limits
+		want   []string
+	}{
+		{"a", Limits{CPUMillis: 500, MemoryMax: 1 << 30, Pids: 300}, nil},
+		{"a", Limits{}, nil},
+		{"a", Limits{CPUMillis: 501}, []string{"cpu limit 501m: all proxies of the node have only 500m together"}},
+		{"a", Limits{MemoryMax: 1<<30 + 1}, []string{"memory max 1073741825: all proxies of the node have only 1073741824 bytes together"}},
+		{"a", Limits{Pids: 301}, []string{"pids 301: all proxies of the node have only 300 together"}},
+		{"a", Limits{CPUMillis: 1 << 30, MemoryMax: 1 << 60}, []string{"cpu limit 1073741824m: the node has only", "memory max 1152921504606846976: the node has only"}},
+		{everyone, Limits{CPUMillis: 501, MemoryMax: 1<<30 + 1, Pids: 301}, nil},
+	} {
+		got := c.unenforced(test.tenant, test.l)
+		same := len(got) == len(test.want)
+		for i := range test.want {
+			same = same && strings.HasPrefix(got[i], test.want[i])
+		}
+		if !same {
+			t.Errorf("%q %+v: %q, want %q", test.tenant, test.l, got, test.want)
+		}
 	}
 }

@@ -106,7 +106,7 @@ func TestLimitsChangeInPlace(t *testing.T) {
 	if !v2 {
 		// Version 1 refuses what is in use already, and that is told.
 		err := m.Update(t.Context(), Spec{Tenant: tenantA, Limits: Limits{MemoryMax: 64 << 10}, Generations: []Generation{{1, standinVersion}}})
-		if s, _ := m.State(tenantA); !errors.Is(err, unix.EBUSY) || !strings.Contains(s.Problem, "limit memory of bhi-a to 65536") {
+		if s, _ := m.State(tenantA); !errors.Is(err, unix.EBUSY) || !strings.Contains(s.Problem, "limit memory of bhi-a to 65536") || !strings.Contains(s.Problem, "set a higher limit") {
 			t.Errorf("less than it uses: %v, problem %q", err, s.Problem)
 		}
 	}
