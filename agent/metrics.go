@@ -7,6 +7,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/bulkhead-mesh/bulkhead/agent/cost"
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -141,37 +143,58 @@ func (m tenantMetrics) Collect(c chan<- prometheus.Metric) {
 	}
 	for n, t := range makeStatus(o).Tenants {
 		tenant := o.round.plan.tenants[n].tenant
-		s := tenantSink{c: c, tenant: tenant}
-		ready := 0.0
-		if t.Ready {
-			ready = 1
-		}
-		s.gauge(tenantReady, ready)
-		s.gauge(tenantPods, float64(t.Pods))
-		s.gauge(tenantRejected, float64(len(t.Rejected)))
-		for _, g := range t.Generations {
-			s.counter(tenantRestarts, float64(g.Restarts), strconv.Itoa(int(g.Generation)))
-		}
-		if t.Limits.MemoryMax > 0 {
-			s.gauge(tenantMemoryMax, float64(t.Limits.MemoryMax))
-		}
+		f := tenantFigures{status: t}
 		if u, ok := usages[tenant]; ok {
-			s.usage(u)
+			f.usage = &u
 		}
 		if account, ok := m.costs.Account(tenant); ok {
-			s.counter(tenantSent, float64(account.BytesSent))
-			s.counter(tenantReceived, float64(account.BytesReceived))
+			f.account = &account
 		}
 		if count, ok := counters[o.states[tenant].Index]; ok {
-			s.counters(count)
+			f.counters = &count
 		}
+		tenantSink{c: c, tenant: tenant}.all(f)
 	}
+}
+
+// tenantFigures are what is known of a tenant; nil is not yet.
+type tenantFigures struct {
+	status   v1alpha1.NodeTenantStatus
+	usage    *isolation.Usage
+	account  *cost.Account
+	counters *steer.Counters
 }
 
 // tenantSink takes one tenant's metrics.
 type tenantSink struct {
 	c      chan<- prometheus.Metric
 	tenant model.Tenant
+}
+
+func (s tenantSink) all(f tenantFigures) {
+	ready := 0.0
+	if f.status.Ready {
+		ready = 1
+	}
+	s.gauge(tenantReady, ready)
+	s.gauge(tenantPods, float64(f.status.Pods))
+	s.gauge(tenantRejected, float64(len(f.status.Rejected)))
+	for _, g := range f.status.Generations {
+		s.counter(tenantRestarts, float64(g.Restarts), strconv.Itoa(int(g.Generation)))
+	}
+	if most := f.status.Limits.MemoryMax; most > 0 {
+		s.gauge(tenantMemoryMax, float64(most))
+	}
+	if f.usage != nil {
+		s.usage(*f.usage)
+	}
+	if f.account != nil {
+		s.counter(tenantSent, float64(f.account.BytesSent))
+		s.counter(tenantReceived, float64(f.account.BytesReceived))
+	}
+	if f.counters != nil {
+		s.counters(*f.counters)
+	}
 }
 
 func (s tenantSink) add(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels []string) {
