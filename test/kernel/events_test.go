@@ -34,7 +34,8 @@ type eventLog struct {
 func watchEvents(t *testing.T, l *lab.Lab) (log *eventLog, stop func()) {
 	t.Helper()
 	log = &eventLog{}
-	ctx, cancel := context.WithCancel(t.Context())
+	// Not the test's own context, which ends before stop has heard that nothing else did.
+	ctx, cancel := context.WithCancel(context.Background())
 	r, w := io.Pipe()
 	ended := make(chan error, 1)
 	go func() {
