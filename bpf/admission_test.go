@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -381,6 +382,49 @@ func TestConnectionsAreChecked(t *testing.T) {
 	}
 	if _, err := m.d.CheckConnections(1, "/nowhere"); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a namespace that isn't there: %v", err)
+	}
+}
+
+// What is shed takes nothing of the pace: however many came too fast, those after them are
+// taken again as soon as the pace says, and not when it would have let all of them through.
+func TestShedTakesNoPace(t *testing.T) {
+	m := newMesh(t)
+	const rate, flood = 50, 100 * 50 // 100 seconds' worth
+	m.one.Connections = steer.ConnectionLimits{NewPerSecond: rate, DirectPerSecond: rate}
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 5304}}))
+	receiving(t, m.remote, 5300, true)
+	out, in := at(remoteAddresses.v4, 80), at(m.a.v4, 8080)
+	tooFast := func() uint64 { return m.counters(1).Dropped.TooFast }
+	directTooFast := func() uint64 { return m.counters(1).Dropped.DirectTooFast }
+	direct := func() bool {
+		return answered(t, flow(t, m.a.namespace, at(remoteAddresses.v4, 5300)), 50*time.Millisecond)
+	}
+	for _, c := range []struct {
+		name    string
+		from    *namespace
+		to      netip.AddrPort
+		dropped func() uint64
+		passes  func() bool
+	}{
+		{"connections of the pod", m.a.namespace, out, tooFast, func() bool { return !shed(t, m.a.namespace, out) }},
+		{"connections to the pod", m.remote, in, tooFast, func() bool { return !shed(t, m.remote, in) }},
+		{"connections that are excluded", m.a.namespace, at(remoteAddresses.v4, 5304), directTooFast, direct},
+		{"connections to the node", m.a.namespace, at(nodeAddresses.v4, 5302), directTooFast, direct},
+	} {
+		before, begun := c.dropped(), time.Now()
+		rawEach(t, c.from, syscall.IPPROTO_TCP, c.to.Addr(), flood, func(i int) []byte { return segment(uint16(20000+i), c.to.Port(), tcpSYN) })
+		took := time.Since(begun)
+		if n := c.dropped() - before; n < flood/2 {
+			t.Fatalf("of %d %s within %s %d were shed", flood, c.name, took, n)
+		}
+		begun = time.Now()
+		for !c.passes() {
+			if time.Since(begun) > 6*patience {
+				t.Fatalf("%s after %d %s none passes", time.Since(begun), flood, c.name)
+			}
+		}
+		t.Logf("%d %s in %s, the next one passes after %s", flood, c.name, took, time.Since(begun))
 	}
 }
 

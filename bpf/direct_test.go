@@ -302,6 +302,12 @@ func echoType(a netip.Addr) byte {
 // raw sends a packet behind an IP header of the kernel's.
 func raw(t *testing.T, n *namespace, protocol int, to netip.Addr, payload []byte) {
 	t.Helper()
+	rawEach(t, n, protocol, to, 1, func(int) []byte { return payload })
+}
+
+// rawEach sends so many packets, as fast as it can.
+func rawEach(t *testing.T, n *namespace, protocol int, to netip.Addr, packets int, payload func(i int) []byte) {
+	t.Helper()
 	n.do(t, func() {
 		family, address := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{})
 		if to.Is4() {
@@ -312,6 +318,8 @@ func raw(t *testing.T, n *namespace, protocol int, to netip.Addr, payload []byte
 		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 		check(t, err)
 		defer unix.Close(fd)
-		check(t, unix.Sendto(fd, payload, 0, address))
+		for i := range packets {
+			check(t, unix.Sendto(fd, payload(i), 0, address))
+		}
 	})
 }
