@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 			churn(os.Args[2])
 		case "filtered":
 			filtered(os.Args[2])
+		case "burn":
+			burning()
 		}
 	}
 	os.Exit(m.Run())
