@@ -17,19 +17,21 @@ type aggression struct {
 	run  func(context.Context, *bench, way)
 	// meshOnly: sidecars here have a static configuration.
 	meshOnly bool
+	// begins: what it has too much of are beginnings, which a pace bounds.
+	begins bool
 }
 
 var aggressions = []aggression{
-	{"nothing", func(ctx context.Context, _ *bench, _ way) { <-ctx.Done() }, false},
-	{"requests as fast as they go, 64 connections", flood(load.RequestPort, load.Options{Connections: 64}), false},
-	{"connections as fast as they go, 64 at a time", flood(load.RequestPort, load.Options{Connections: 64, New: true}), false},
-	{"four streams as fast as they go", flood(load.BulkPort, load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true}), false},
-	{"HTTP with 50 KiB of headers and 1 MiB of body, 8 at a time", huge, false},
+	{"nothing", func(ctx context.Context, _ *bench, _ way) { <-ctx.Done() }, false, true},
+	{"requests as fast as they go, 64 connections", flood(load.RequestPort, load.Options{Connections: 64}), false, false},
+	{"connections as fast as they go, 64 at a time", flood(load.RequestPort, load.Options{Connections: 64, New: true}), false, true},
+	{"four streams as fast as they go", flood(load.BulkPort, load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true}, load.Options{Bulk: true}), false, false},
+	{"HTTP with 50 KiB of headers and 1 MiB of body, 8 at a time", huge, false, false},
 	{"300 connections whose answers nobody reads", func(ctx context.Context, g *bench, w way) {
 		g.repeat(ctx, w.from, "unread", load.Options{To: lab.At(w.to.V4, load.FlowPort), Connections: 300, Duration: time.Minute})
-	}, false},
-	{"20 changes a second of 200 services' endpoints", churn, true},
-	{"SYNs and UDP from all ports, as many as conntrack holds", scan, false},
+	}, false, false},
+	{"20 changes a second of 200 services' endpoints", churn, true, false},
+	{"SYNs and UDP from all ports, as many as conntrack holds", scan, false, true},
 }
 
 // flood makes loads of these kinds, each again when it ends.

@@ -7,8 +7,12 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/bulkhead-mesh/bulkhead/test/bench/container"
 	"github.com/bulkhead-mesh/bulkhead/test/bench/load"
@@ -78,8 +82,10 @@ type measured struct {
 	// what the victim's client was late by itself at the 99th percentile, in µs; cpu is
 	// that of the victim's proxies, in ms for 1,000 requests, where they are its alone.
 	wait, late, cpu report.Samples
-	failed, all     int
-	first           string
+	// tracked are the connections in the node's table in the end.
+	tracked     report.Samples
+	failed, all int
+	first       string
 }
 
 func BenchmarkFairness(b *testing.B) {
@@ -109,7 +115,7 @@ func BenchmarkFairness(b *testing.B) {
 			j = (j + round) % len(variants) // nobody is always the first
 			v, ready := variants[j], false
 			for i, a := range aggressions {
-				if a.meshOnly && v.sidecars || !wanted.MatchString(a.name+"/"+v.name()) {
+				if a.meshOnly && v.sidecars || v.pace > 0 && !a.begins || !wanted.MatchString(a.name+"/"+v.name()) {
 					continue
 				}
 				if !ready {
@@ -120,6 +126,7 @@ func BenchmarkFairness(b *testing.B) {
 					ready = true
 				}
 				found[i][j].add(g.measure(v, a))
+				found[i][j].tracked = append(found[i][j].tracked, g.tracked())
 			}
 		}
 		fmt.Fprintf(os.Stderr, "fairness: round %d of %d\n", round+1, *report.Rounds)
@@ -133,6 +140,7 @@ func (g *bench) measure(v variant, a aggression) (r load.PacedResult, sched load
 	// A first one makes what is made on demand.
 	o := load.PacedOptions{To: lab.At(w.to.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 100 * time.Millisecond, Patience: 5 * time.Second}
 	g.Exchange(w.from, o, "victim", victim())
+	g.forgetTracked()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() { defer close(ended); a.run(ctx, g, g.n.way(v, "team-b")) }()
@@ -147,6 +155,25 @@ func (g *bench) measure(v variant, a aggression) (r load.PacedResult, sched load
 		g.b.Fatalf("%s, %s: a proxy of the victim ended: %v", v.name(), a.name, err)
 	}
 	return r, after.Minus(before)
+}
+
+// forgetTracked empties the nodes' tables of connections: what was left would be the next
+// one's.
+func (g *bench) forgetTracked() {
+	for _, h := range []*lab.Node{g.n.Node1, g.n.Node2} {
+		h.Do(g.b, func() { lab.Check(g.b, netlink.ConntrackTableFlush(netlink.ConntrackTable)) })
+	}
+}
+
+// tracked are the connections in the table of the node that the loads come from.
+func (g *bench) tracked() (n float64) {
+	g.n.Node1.Do(g.b, func() {
+		text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+		lab.Check(g.b, err)
+		n, err = strconv.ParseFloat(strings.TrimSpace(string(text)), 64)
+		lab.Check(g.b, err)
+	})
+	return n
 }
 
 func (m *measured) add(r load.PacedResult, sched load.Sched) {

@@ -9,9 +9,9 @@ import (
 // results are the tables, of what was measured.
 func results(found [][]measured) []report.Table {
 	all := report.Table{Title: "A neighbour that misbehaves",
-		Text: fmt.Sprintf("team-a makes %d requests a second from node to node, on %d connections and every %dth on one of its own, and counts from when a request was due; team-b, on the same two nodes, does what the first column says, its load bounded to %d thousandths of a CPU at either end. \"Waited\" is for how long a thread of team-a's proxies waited for a CPU, on average each time that it got one; \"late\" is by how much team-a's client was late by itself at the 99th percentile, before any proxy.",
+		Text: fmt.Sprintf("team-a makes %d requests a second from node to node, on %d connections and every %dth on one of its own, and counts from when a request was due; team-b, on the same two nodes, does what the first column says, its load bounded to %d thousandths of a CPU at either end. \"Waited\" is for how long a thread of team-a's proxies waited for a CPU, on average each time that it got one; \"late\" is by how much team-a's client was late by itself at the 99th percentile, before any proxy; \"tracked\" are the connections in the table of the node from which both loads come, which was empty before. Where 50 are new a second, an IsolationPolicy has them as `connections.newPerSecond` and `newDirectPerSecond`; that is measured where team-b begins too many.",
 			rate, connections, newEvery, generatorCPU),
-		Header: []string{"team-b", "isolation", "redirection", "p50 ms", "p99 ms", "to alone", "p99.9 ms", "failed", "waited µs", "late µs"}}
+		Header: []string{"team-b", "isolation", "redirection", "p50 ms", "p99 ms", "to alone", "p99.9 ms", "failed", "waited µs", "late µs", "tracked"}}
 	plot := report.Bars{Title: "p99 of a tenant while its neighbour misbehaves", Unit: "ms", Log: true}
 	for _, v := range variants {
 		plot.Series = append(plot.Series, report.Series{Name: v.name()})
@@ -21,7 +21,7 @@ func results(found [][]measured) []report.Table {
 		for j, v := range variants {
 			m := found[i][j]
 			if len(m.p99) > 0 {
-				all.Rows = append(all.Rows, []string{a.name, v.isolation, string(v.redirection), m.p50.String(), m.p99.Spread(), toAlone(m, found[0][j]), m.p999.Spread(), m.failures(), m.wait.String(), m.late.String()})
+				all.Rows = append(all.Rows, []string{a.name, v.isolation, string(v.redirection), m.p50.String(), m.p99.Spread(), toAlone(m, found[0][j]), m.p999.Spread(), m.failures(), m.wait.String(), m.late.String(), m.tracked.String()})
 				shown = true
 			}
 		}

@@ -21,8 +21,9 @@ type variant struct {
 	isolation   string
 	redirection v1alpha1.Redirection
 	tenant      func(*lab.Host) model.Tenant
-	// cpuMillis limits team-b's proxies.
-	cpuMillis int64
+	// cpuMillis limits team-b's proxies, and pace what its pods may begin in a second:
+	// connections through their proxy, and flows beside it.
+	cpuMillis, pace int64
 	// sidecars are what the mesh is compared with: pods of their own have them.
 	sidecars bool
 }
@@ -38,12 +39,19 @@ const (
 )
 
 var variants = []variant{
-	{"Node", ebpf, ofNode, 0, false},
-	{"Node", nft, ofNode, 0, false},
-	{"Namespace", ebpf, ofNamespace, 0, false},
-	{"Namespace", nft, ofNamespace, 0, false},
-	{"Namespace, cpu.limit 250m", ebpf, ofNamespace, 250, false},
-	{"sidecars", "iptables", nil, 0, true},
+	{"Node", ebpf, ofNode, 0, 0, false},
+	{"Node", nft, ofNode, 0, 0, false},
+	{"Namespace", ebpf, ofNamespace, 0, 0, false},
+	{"Namespace", nft, ofNamespace, 0, 0, false},
+	{"Namespace, cpu.limit 250m", ebpf, ofNamespace, 250, 0, false},
+	{"Namespace, 50 new a second", ebpf, ofNamespace, 0, 50, false},
+	{"Namespace, 50 new a second", nft, ofNamespace, 0, 50, false},
+	{"sidecars", "iptables", nil, 0, 0, true},
+}
+
+// limits of team-b's proxies and pods.
+func (v variant) limits() v1alpha1.Limits {
+	return v1alpha1.Limits{MemoryMax: proxyMemory, CPUMillis: v.cpuMillis, NewConnections: v.pace, NewDirect: v.pace}
 }
 
 func (v variant) name() string { return v.isolation + " · " + string(v.redirection) }
@@ -140,7 +148,7 @@ func (n *nodes) use(v variant) {
 	_, proxies := cpus()
 	for _, node := range []*lab.Node{n.Node1, n.Node2} {
 		node.Redirection = v.redirection
-		node.Limits = map[string]v1alpha1.Limits{"team-a": {MemoryMax: proxyMemory}, "team-b": {MemoryMax: proxyMemory, CPUMillis: v.cpuMillis}, "_node": {MemoryMax: 2 * proxyMemory}}
+		node.Limits = map[string]v1alpha1.Limits{"team-a": {MemoryMax: proxyMemory}, "team-b": v.limits(), "_node": {MemoryMax: 2 * proxyMemory}}
 		node.WritePlan()
 	}
 	for _, node := range []*lab.Node{n.Node1, n.Node2} {
@@ -174,8 +182,10 @@ func settled(node *lab.Node, v variant) error {
 	if len(i.Tenants) != len(wanted) {
 		return fmt.Errorf("%d tenants, want %v", len(i.Tenants), wanted)
 	}
+	limits := v.limits()
 	for _, t := range i.Tenants {
-		if !slices.Contains(wanted, t.Name) || !t.Ready || t.Name == "team-b" && t.Limits.CPUMillis != v.cpuMillis {
+		limited := t.Limits.CPUMillis == limits.CPUMillis && t.Limits.NewConnections == limits.NewConnections && t.Limits.NewDirect == limits.NewDirect
+		if !slices.Contains(wanted, t.Name) || !t.Ready || t.Name == "team-b" && !limited {
 			return fmt.Errorf("%s: ready %v, %s, limits %+v", t.Name, t.Ready, cmp.Or(t.Reason, "no reason"), t.Limits)
 		}
 	}
