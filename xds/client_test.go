@@ -23,7 +23,7 @@ import (
 )
 
 // testTime is how long anything may take; only failing tests wait for it.
-const testTime = 10 * time.Second
+const testTime = time.Minute
 
 // mesh is a store with two proxies and a server of it.
 type mesh struct {

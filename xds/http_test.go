@@ -363,7 +363,9 @@ func testHTTPRoutes(t *testing.T, version string) {
 		prefixed("/empty", model.Action{Backends: to("empty")}),
 		prefixed("/plain", model.Action{Backends: to("plain")}),
 		prefixed("/slow", model.Action{Backends: to("web"), Timeout: 50 * time.Millisecond}),
+		prefixed("/patient", model.Action{Backends: to("web"), Timeout: testTime}),
 		prefixed("/try", model.Action{Backends: to("web"), TryTimeout: 50 * time.Millisecond, Retry: &model.Retry{Attempts: 1, Codes: []uint32{503}}}),
+		prefixed("/patient-try", model.Action{Backends: to("web"), TryTimeout: testTime, Retry: &model.Retry{Attempts: 1, Codes: []uint32{503}}}),
 		prefixed("/mirror", model.Action{Backends: to("web"), Mirrors: []model.Mirror{{To: toPort("v2"), Numerator: 100, Denominator: 100}}}),
 		prefixed("/mirror-outside", model.Action{Backends: to("web"), Mirrors: []model.Mirror{{To: toPort("plain"), Numerator: 100, Denominator: 100}}}),
 		prefixed("/half", model.Action{Backends: []model.Backend{{To: toPort("web"), Weight: 1}, {To: toPort("v2"), Weight: 1}, {To: toPort("plain")}}}),
@@ -431,10 +433,10 @@ func testHTTPRoutes(t *testing.T, version string) {
 			{"no backend", "/nothing", nil, 500, "", nil},
 			{"no endpoint", "/empty", nil, 503, "", nil},
 			{"a backend outside of the mesh", "/plain", nil, 200, plain, nil},
-			{"timeout", "/slow?wait=10s", nil, 504, "", nil},
-			{"timeout that isn't reached", "/slow", nil, 200, web, nil},
-			{"timeout of each try", "/try?wait=10s", nil, 504, "", nil},
-			{"another code", "/try?status=502", nil, 502, web, nil},
+			{"timeout", "/slow?wait=1h", nil, 504, "", nil},
+			{"timeout that isn't reached", "/patient?wait=60ms", nil, 200, web, nil},
+			{"timeout of each try", "/try?wait=1h", nil, 504, "", nil},
+			{"another code", "/patient-try?status=502", nil, 502, web, nil},
 		} {
 			r, a, err := pod.get("http://10.96.1.1:15001"+c.path, c.headers...)
 			if err != nil {

@@ -16,6 +16,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
+// arrives is how long a request may be under way to its application, which counts it.
+const arrives = time.Second
+
 // A request is tried as often as its route says, after the failures that it names, and
 // no more.
 func TestHTTPRetries(t *testing.T) {
@@ -27,7 +30,7 @@ func TestHTTPRetries(t *testing.T) {
 				prefixed("/plain", model.Action{Backends: to("plain"), Retry: retry}),
 				prefixed("/mesh", model.Action{Backends: to("web"), Retry: retry}),
 				prefixed("/slow", model.Action{Backends: to("web"), Retry: &model.Retry{Attempts: 3, Codes: []uint32{503}, Backoff: 400 * time.Millisecond}}),
-				prefixed("/bounded", model.Action{Backends: to("web"), Timeout: 300 * time.Millisecond, TryTimeout: 50 * time.Millisecond, Retry: &model.Retry{Attempts: 2}}),
+				prefixed("/bounded", model.Action{Backends: to("web"), Timeout: testTime, TryTimeout: arrives, Retry: &model.Retry{Attempts: 2, Backoff: 5 * time.Millisecond}}),
 				prefixed("/once", model.Action{Backends: to("web")}))
 			eventually(t, "it is routed", func() bool {
 				r, _, err := newHTTPPod(t, "10.1.0.2", false).get("http://10.96.1.1:15001/nothing")
@@ -51,7 +54,7 @@ func TestHTTPRetries(t *testing.T) {
 					{"/plain", "resetting=2", 200, 3},
 					{"/once", "failing=1", 503, 1},
 					{"/once", "resetting=1", 200, 2}, // as every idempotent request, below
-					{"/bounded", "wait=10s", 504, 3},
+					{"/bounded", "wait=1h", 504, 3},
 				} {
 					app := apps[c.path]
 					if app == "" {
@@ -93,8 +96,8 @@ func TestLostRequestsAreSentAgain(t *testing.T) {
 			route(t, store, "",
 				prefixed("/plain", model.Action{Backends: to("plain")}),
 				prefixed("/mesh", model.Action{Backends: to("web")}),
-				prefixed("/late", model.Action{Backends: to("web"), Timeout: 300 * time.Millisecond}),
-				prefixed("/try", model.Action{Backends: to("web"), TryTimeout: 100 * time.Millisecond}),
+				prefixed("/late", model.Action{Backends: to("web"), Timeout: arrives}),
+				prefixed("/try", model.Action{Backends: to("web"), TryTimeout: arrives}),
 				prefixed("/never", model.Action{Backends: to("web"), Retry: &model.Retry{Attempts: 0}}))
 			eventually(t, "it is routed", func() bool {
 				r, _, err := newHTTPPod(t, "10.1.0.2", false).get("http://10.96.1.1:15001/nothing")
@@ -144,8 +147,8 @@ func TestLostRequestsAreSentAgain(t *testing.T) {
 					all.Go(func() { check(pod, "GET", path("/mesh", fmt.Sprint("resetting=1&wait=100ms&nth=", i), "GET"), 200, 2) })
 				}
 				all.Wait()
-				check(pod, "GET", path("/late", "wait=10s", "GET"), 504, 1)
-				check(pod, "GET", path("/try", "wait=10s", "GET"), 504, 1)
+				check(pod, "GET", path("/late", "wait=1h", "GET"), 504, 1)
+				check(pod, "GET", path("/try", "wait=1h", "GET"), 504, 1)
 				check(pod, "GET", path("/never", "resetting=1", "GET"), 503, 1)
 			}
 		})
@@ -167,7 +170,7 @@ func TestRetriesAreBounded(t *testing.T) {
 			var wg sync.WaitGroup
 			for range all {
 				wg.Go(func() {
-					r, err := pod.Get("http://10.96.1.1:15001/failing?status=503&wait=1s")
+					r, err := pod.Get("http://10.96.1.1:15001/failing?status=503&wait=3s")
 					if err != nil {
 						t.Error(err)
 						return

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -161,15 +162,14 @@ func TestRelayFloodingTenant(t *testing.T) {
 	quick.subscribe(TypeCluster)
 	quickUp := f.op.stream()
 	quickUp.await(t, TypeCluster, "")
-	stop, stopped := make(chan struct{}), make(chan int)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	var flooded atomic.Int64
 	go func() {
-		n := 0
-		defer func() { stopped <- n }()
+		defer close(stopped)
 		for {
 			var batch []string
 			for range 1000 {
-				n++
-				batch = append(batch, fmt.Sprintf("vip|%d", n))
+				batch = append(batch, fmt.Sprintf("vip|%d", flooded.Add(1)))
 			}
 			if loud.st.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResourceNamesSubscribe: batch}) != nil {
 				return
@@ -185,20 +185,22 @@ func TestRelayFloodingTenant(t *testing.T) {
 		for range loudUp.requests {
 		}
 	}()
-	var worst time.Duration
+	eventually(t, "the flood is a flood", func() bool { return flooded.Load() > 10_000 })
+	slow := 0
 	for i := range 200 {
 		began := time.Now()
 		quickUp.send(t, fmt.Sprint(i), resource(TypeCluster, "deliver", fmt.Sprint(i)))
 		wantNames(t, quick.next(), "deliver@"+fmt.Sprint(i))
-		worst = max(worst, time.Since(began))
+		if time.Since(began) > time.Second {
+			slow++
+		}
 	}
 	close(stop)
 	f.relay.Close(Key{Tenant: teamA}) // ends the sender if it is held back
-	if n := <-stopped; n < 10_000 {
-		t.Errorf("the flood was %d names only", n)
-	}
-	if worst > time.Second {
-		t.Errorf("a change took %s", worst)
+	<-stopped
+	// What waits for another proxy's pace waits each time; a machine that stands still, once.
+	if slow > 10 {
+		t.Errorf("%d of 200 changes took longer than a second", slow)
 	}
 }
 

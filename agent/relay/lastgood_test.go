@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
@@ -36,7 +35,7 @@ func TestLastGoodOfLongNames(t *testing.T) {
 	f.op.server.Stop()
 	f.relay.Shutdown()
 
-	f.relay = f.start(func(o *Options) { o.LastGoodDir = good })
+	f.relay = f.start(func(o *Options) { o.LastGoodDir, o.Patience = good, soon })
 	for i, tenant := range tenants {
 		p := f.proxyOf(Key{Tenant: tenant})
 		p.subscribe(TypeCluster, "vip|a")
@@ -58,7 +57,7 @@ func TestLastGoodOfLongNames(t *testing.T) {
 func TestLateOperatorHearsOfLastGood(t *testing.T) {
 	for name, answer := range map[string]*status.Status{"taken": nil, "refused": {Code: 13, Message: "bad"}} {
 		t.Run(name, func(t *testing.T) {
-			f := setUp(t, nil)
+			f := setUp(t, func(o *Options) { o.Patience = soon })
 			f.takeOutbound("chains")
 
 			fresh := connect(t, f.socket(Key{Tenant: teamA}))
@@ -130,7 +129,7 @@ func TestLastGoodReplacesNothing(t *testing.T) {
 	f.op.server.Stop()
 	f.relay.Shutdown()
 
-	f.relay = f.start(func(o *Options) { o.LastGoodDir = good })
+	f.relay = f.start(func(o *Options) { o.LastGoodDir, o.Patience = good, soon })
 	p = f.proxy(teamA)
 	p.send(&discovery.DeltaDiscoveryRequest{Node: envoyNode, TypeUrl: TypeListener, InitialResourceVersions: map[string]string{"outbound": "new"}})
 	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeRoute, ResourceNamesSubscribe: []string{"l7|a", "l7|b"}, InitialResourceVersions: map[string]string{"l7|a": "new"}})
@@ -171,8 +170,8 @@ func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
 	for name, late := range map[string]bool{"instead of the operator's": false, "before the operator's": true} {
 		t.Run(name, func(t *testing.T) {
 			f := setUp(t, func(o *Options) {
-				if !late {
-					o.Patience = time.Minute
+				if late {
+					o.Patience = soon
 				}
 			})
 			f.takeOutbound("good")
@@ -216,7 +215,7 @@ func TestRefusedListenersAreNotOfferedAgain(t *testing.T) {
 // A proxy that asks again for what it has refused of last good doesn't get it again; other
 // names and other versions it gets.
 func TestRefusedLastGoodIsNotServedAgain(t *testing.T) {
-	f := setUp(t, nil)
+	f := setUp(t, func(o *Options) { o.Patience = soon })
 	p := f.proxy(teamA)
 	p.subscribe(TypeCluster, "vip|a", "vip|b")
 	up := f.op.stream()

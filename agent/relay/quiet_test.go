@@ -24,7 +24,7 @@ func TestRelayBoundsLog(t *testing.T) {
 	for i := range refusals {
 		up.send(t, fmt.Sprint(i), resource(TypeCluster, fmt.Sprintf("vip|%d", i), "1"), resource(TypeCluster, "vip|a", fmt.Sprint(i)))
 		r := receive(t, "response", p.responses)
-		p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: strings.Repeat("no\n", 10_000)}})
+		p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeCluster, ResponseNonce: r.Nonce, ErrorDetail: &status.Status{Code: 13, Message: strings.Repeat("no\n", 2_000)}})
 		receive(t, "refusal", up.requests)
 	}
 	state := f.relay.State(Key{Tenant: teamA})

@@ -30,7 +30,10 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
 
-const testTime = 10 * time.Second
+const testTime = time.Minute
+
+// soon is when last good is served where a test is about that.
+const soon = 200 * time.Millisecond
 
 // operator is a delta ADS server whose every message the test writes and reads.
 type operator struct {
@@ -247,7 +250,7 @@ func (f *fixture) start(change func(*Options)) *Relay {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	o := Options{Operator: conn, Secrets: f.secrets, Patience: 200 * time.Millisecond, Backoff: Backoff{Min: 5 * time.Millisecond, Max: 20 * time.Millisecond}}
+	o := Options{Operator: conn, Secrets: f.secrets, Patience: testTime, Backoff: Backoff{Min: 5 * time.Millisecond, Max: 20 * time.Millisecond}}
 	if change != nil {
 		change(&o)
 	}
@@ -291,6 +294,13 @@ func (f *fixture) dial(key Key) *grpc.ClientConn {
 	}
 	f.t.Cleanup(func() { conn.Close() })
 	return conn
+}
+
+// settled: the relay, who answers this itself, has handled all that the proxy of team A sent.
+func (f *fixture) settled(p *proxy) {
+	f.secrets.set(teamA, "fence", "1")
+	p.subscribe(TypeSecret, "fence")
+	wantNames(f.t, p.next(), "fence@1")
 }
 
 func resource(typeURL, name, version string) *discovery.Resource {
@@ -378,6 +388,7 @@ func TestRelaySurvivesOperator(t *testing.T) {
 	f.op.server.Stop()
 	p.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeEndpoints, ResponseNonce: unacked.Nonce})
 	p.subscribe(TypeCluster, "vip|b") // asked for while nobody is there
+	f.settled(p)
 	f.op = startOperator(t, f.op.addr)
 
 	up = f.op.stream()
@@ -497,7 +508,7 @@ func TestRelayServesLastGood(t *testing.T) {
 		}
 	}
 
-	f.relay = f.start(func(o *Options) { o.LastGoodDir = good })
+	f.relay = f.start(func(o *Options) { o.LastGoodDir, o.Patience = good, soon })
 	p = f.proxy(teamA)
 	p.subscribe(TypeCluster)
 	wantNames(t, p.next(), "deliver@1", "passthrough@1")
@@ -506,6 +517,7 @@ func TestRelayServesLastGood(t *testing.T) {
 	p.subscribe(TypeCluster, "vip|a")
 	wantNames(t, p.next(), "vip|a@1")
 	p.subscribe(TypeCluster, "vip|never-seen")
+	f.settled(p)
 
 	// The other tenant gets nothing of it.
 	q := f.proxy(teamB)

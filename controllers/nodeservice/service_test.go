@@ -2,6 +2,7 @@ package nodeservice
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -264,6 +265,7 @@ func TestAttachPod(t *testing.T) {
 	for name, c := range map[string]struct {
 		ips    []string
 		change func(*world)
+		within time.Duration // a minute by default
 		code   codes.Code
 	}{
 		"no address":            {ips: []string{}, code: codes.InvalidArgument},
@@ -290,7 +292,7 @@ func TestAttachPod(t *testing.T) {
 		"not announced":         {change: func(w *world) { w.announce = errors.New("not synced") }, code: codes.Unavailable},
 		"never served": {change: func(w *world) {
 			w.served = func(ctx context.Context) error { <-ctx.Done(); return fmt.Errorf("no stream: %w", ctx.Err()) }
-		}, code: codes.DeadlineExceeded},
+		}, within: 50 * time.Millisecond, code: codes.DeadlineExceeded},
 		"server ends":      {change: func(w *world) { w.served = func(context.Context) error { return errors.New("closing") } }, code: codes.Unavailable},
 		"cancelled caller": {change: func(w *world) { w.served = func(context.Context) error { return context.Canceled } }, code: codes.Canceled},
 	} {
@@ -302,7 +304,7 @@ func TestAttachPod(t *testing.T) {
 			if c.ips == nil {
 				c.ips = []string{"10.1.0.7"}
 			}
-			s := w.service(func(o *Options) { o.AttachTimeout = 50 * time.Millisecond })
+			s := w.service(func(o *Options) { o.AttachTimeout = cmp.Or(c.within, time.Minute) })
 			r, err := s.AttachPod(t.Context(), &nodev1alpha1.AttachPodRequest{PodUid: "u1", PodNamespace: "team-a", PodName: "reviews-0", Ips: c.ips})
 			if status.Code(err) != c.code || (r.GetTenant() == "team-a") != (err == nil) {
 				t.Errorf("%v, %v, want %v", r, err, c.code)
