@@ -20,8 +20,12 @@ func rolloutCommand(f *cluster.Flags) *cobra.Command {
 one that is at work, or else the newest.`,
 	}
 	watch := false
-	status := sub(f, "status [NAME]", "Show how a rollout is, and each tenant in it", func(ctx context.Context, c client.Client, namespace, name string, w io.Writer) error {
-		return rollout.Status(ctx, c, name, namespace, watch, w)
+	var status *cobra.Command
+	status = sub(f, "status [NAME]", "Show how a rollout is, and each tenant in it", func(ctx context.Context, c client.Client, namespace, name string, w io.Writer) error {
+		if watch {
+			return rollout.Watch(ctx, c, name, namespace, w, status.ErrOrStderr())
+		}
+		return rollout.Status(ctx, c, name, namespace, w)
 	})
 	status.Flags().BoolVarP(&watch, "watch", "w", false, "show each change, until the rollout is done")
 	history := sub(f, "history", "Show all rollouts, the newest first", func(ctx context.Context, c client.Client, _, _ string, w io.Writer) error {

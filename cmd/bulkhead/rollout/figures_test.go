@@ -22,14 +22,14 @@ func TestFigures(t *testing.T) {
 	c := server(t, rollout("now", time.Hour, v1alpha1.RolloutWaiting), node("n1", "team-a", "1.40.0"), node("n2", "team-a", "1.40.0"),
 		node("n3", "team-b", "1.40.0"), node("n4", "team-c", "1.40.9"))
 	var out bytes.Buffer
-	if err := Status(t.Context(), c, "", "team-a", false, &out); err != nil {
+	if err := Status(t.Context(), c, "", "team-a", &out); err != nil {
 		t.Fatal(err)
 	}
 	if s := out.String(); !strings.Contains(s, "2 of 80 | 14 of 20") || !strings.Contains(s, "20 MiB | 60 MiB") || strings.Contains(s, "team-b") {
 		t.Error(s)
 	}
 	out.Reset()
-	if err := Status(t.Context(), c, "", "", false, &out); err != nil {
+	if err := Status(t.Context(), c, "", "", &out); err != nil {
 		t.Fatal(err)
 	}
 	if s := out.String(); !strings.Contains(s, "team-b") || strings.Contains(s, "team-c") {

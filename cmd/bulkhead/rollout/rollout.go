@@ -19,14 +19,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/cmd/bulkhead/live"
 	"github.com/bulkhead-mesh/bulkhead/cmd/bulkhead/rollout/figures"
 )
 
 // ErrNone is returned if there is no rollout to tell of.
 var ErrNone = errors.New("there is no ProxyRollout")
-
-// interval is how often a live view looks.
-const interval = time.Second
 
 // all are the rollouts, the oldest first.
 func all(ctx context.Context, c client.Reader) ([]v1alpha1.ProxyRollout, error) {
@@ -73,38 +71,39 @@ func isAtWork(p v1alpha1.RolloutPhase) bool {
 	return true
 }
 
+func isDone(p v1alpha1.RolloutPhase) bool {
+	return p != "" && p != v1alpha1.RolloutPending && !isAtWork(p)
+}
+
 // Status writes how a rollout is, and each tenant of namespace in it; "" is all of
-// them. With watch it writes that again whenever it has changed, until the rollout is
-// done or ctx is.
-func Status(ctx context.Context, c client.Reader, name, namespace string, watch bool, w io.Writer) error {
-	var told []byte
-	for {
+// them.
+func Status(ctx context.Context, c client.Reader, name, namespace string, w io.Writer) error {
+	r, err := find(ctx, c, name)
+	if err != nil {
+		return err
+	}
+	return writeStatus(ctx, c, r, namespace, w)
+}
+
+// Watch writes how a rollout is, as Status does, whenever that has changed, until the
+// rollout is done or ctx is, also over times in which the API server can't be asked, of
+// which it tells problems. Without a name it stays with the one that it finds first.
+// What can't be seen at all, and a rollout that is deleted, are errors.
+func Watch(ctx context.Context, c client.Reader, name, namespace string, w, problems io.Writer) error {
+	return watch(ctx, c, name, namespace, live.Pace{}, w, problems)
+}
+
+func watch(ctx context.Context, c client.Reader, name, namespace string, p live.Pace, w, problems io.Writer) error {
+	return live.Follow(ctx, func(ctx context.Context) ([]byte, bool, error) {
 		r, err := find(ctx, c, name)
 		if err != nil {
-			return err
+			return nil, false, err
 		}
-		var now bytes.Buffer
-		if err := writeStatus(ctx, c, r, namespace, &now); err != nil {
-			return err
-		}
-		if !bytes.Equal(now.Bytes(), told) {
-			if told != nil {
-				fmt.Fprintln(w)
-			}
-			if _, err := w.Write(now.Bytes()); err != nil {
-				return err
-			}
-			told = now.Bytes()
-		}
-		if !watch || !isAtWork(r.Status.Phase) && r.Status.Phase != "" && r.Status.Phase != v1alpha1.RolloutPending {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(interval):
-		}
-	}
+		name = r.Name
+		var b bytes.Buffer
+		err = writeStatus(ctx, c, r, namespace, &b)
+		return b.Bytes(), isDone(r.Status.Phase), err
+	}, p, func(err error) bool { return errors.Is(err, ErrNone) }, w, problems)
 }
 
 func writeStatus(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout, namespace string, w io.Writer) error {
@@ -222,8 +221,7 @@ func change(ctx context.Context, c client.Client, name string, spec map[string]a
 	if err != nil {
 		return err
 	}
-	switch r.Status.Phase {
-	case v1alpha1.RolloutSucceeded, v1alpha1.RolloutRolledBack, v1alpha1.RolloutAborted:
+	if isDone(r.Status.Phase) {
 		return fmt.Errorf("ProxyRollout %s is done (%s); to bring another version, also the one before, create another", r.Name, r.Status.Phase)
 	}
 	patch, err := json.Marshal(map[string]any{"spec": spec})

@@ -44,7 +44,7 @@ func TestStatus(t *testing.T) {
 	other.Namespace, other.Name, other.Status.Upgrade.Rollout = "team-b", "team-b", "done"
 	c := server(t, done, waiting, rollout("now", 2*time.Hour, v1alpha1.RolloutWaiting), proxy, other)
 	var out bytes.Buffer
-	if err := Status(t.Context(), c, "", "", false, &out); err != nil {
+	if err := Status(t.Context(), c, "", "", &out); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"Rollout:  now", "1 of 2, 10 % of new connections, reached by 1 of 2 tenants", "Now:      as I said", "2026-11-26T01:00:00Z",
@@ -56,51 +56,12 @@ func TestStatus(t *testing.T) {
 	if strings.Contains(out.String(), "team-b") {
 		t.Errorf("a tenant of another rollout in\n%s", &out)
 	}
-	if err := Status(t.Context(), c, "nobody", "", false, &out); !errors.Is(err, ErrNone) {
+	if err := Status(t.Context(), c, "nobody", "", &out); !errors.Is(err, ErrNone) {
 		t.Errorf("one that isn't there: %v", err)
 	}
-	if err := Status(t.Context(), server(t), "", "", false, &out); !errors.Is(err, ErrNone) {
+	if err := Status(t.Context(), server(t), "", "", &out); !errors.Is(err, ErrNone) {
 		t.Errorf("none at all: %v", err)
 	}
-}
-
-// A live view tells each change once, and ends with the rollout.
-func TestWatch(t *testing.T) {
-	r := rollout("now", time.Hour, v1alpha1.RolloutProgressing)
-	c := server(t, r)
-	told := &lines{want: "Progressing", seen: make(chan struct{})}
-	done := make(chan error)
-	go func() { done <- Status(t.Context(), c, "", "", true, told) }()
-	select {
-	case <-told.seen:
-	case <-time.After(10 * time.Second):
-		t.Fatal("nothing is told")
-	}
-	r.Status.Phase = v1alpha1.RolloutSucceeded
-	if err := c.Update(t.Context(), r); err != nil {
-		t.Fatal(err)
-	}
-	select {
-	case err := <-done:
-		if err != nil || strings.Count(told.all.String(), "Rollout:") != 2 {
-			t.Errorf("%v:\n%s", err, &told.all)
-		}
-	case <-time.After(10 * time.Second):
-		t.Fatal("it doesn't end with the rollout")
-	}
-}
-
-type lines struct {
-	all  bytes.Buffer
-	want string
-	seen chan struct{}
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	if strings.Contains(string(b), l.want) {
-		close(l.seen)
-	}
-	return l.all.Write(b)
 }
 
 func TestChanges(t *testing.T) {
@@ -173,7 +134,7 @@ func TestOddRollouts(t *testing.T) {
 		if err := Approve(t.Context(), c, name, &out); err == nil || !strings.Contains(err.Error(), "doesn't wait for approval") {
 			t.Errorf("approve %s: %v", name, err)
 		}
-		if err := Status(t.Context(), c, name, "", false, &out); err != nil {
+		if err := Status(t.Context(), c, name, "", &out); err != nil {
 			t.Errorf("status %s: %v", name, err)
 		}
 		if err := Pause(t.Context(), c, name, true, &out); err != nil {
