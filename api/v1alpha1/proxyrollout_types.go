@@ -281,6 +281,7 @@ type ProxyRolloutStatus struct {
 // +kubebuilder:printcolumn:name="Verdict",type=string,JSONPath=`.status.verdict.reason`
 // +kubebuilder:printcolumn:name="HeldBack",type=string,JSONPath=`.status.heldBack[*].tenant`
 // +kubebuilder:printcolumn:name="Since",type=date,JSONPath=`.status.startedAt`
+// +kubebuilder:printcolumn:name="Ended",type=date,JSONPath=`.status.finishedAt`
 // +kubebuilder:printcolumn:name="Message",type=string,JSONPath=`.status.message`,priority=1
 type ProxyRollout struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -115,6 +115,7 @@ type TenantNodeStatus struct {
 // +kubebuilder:printcolumn:name="Weight",type=integer,JSONPath=`.status.upgrade.weight`
 // +kubebuilder:printcolumn:name="Step",type=string,JSONPath=`.status.upgrade.step`
 // +kubebuilder:printcolumn:name="Verdict",type=string,JSONPath=`.status.upgrade.verdict`
+// +kubebuilder:printcolumn:name="Paused",type=boolean,JSONPath=`.status.upgrade.paused`
 // +kubebuilder:printcolumn:name="UpgradeSince",type=date,JSONPath=`.status.upgrade.since`
 // +kubebuilder:printcolumn:name="HeldUntil",type=string,JSONPath=`.status.upgrade.heldUntil`,priority=1
 // +kubebuilder:printcolumn:name="Upgrade",type=string,JSONPath=`.status.upgrade.message`,priority=1

@@ -12,6 +12,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 )
 
+// maxRolloutMessage is how long the API lets a rollout's message be.
+const maxRolloutMessage = 2048
+
 // RolloutInput is what a rollout's next move depends on.
 type RolloutInput struct {
 	Rollout *v1alpha1.ProxyRollout
@@ -98,7 +101,7 @@ func DecideRollout(in RolloutInput) RolloutDecision {
 	}
 	nodes := r.decide()
 	r.status.Conditions = r.available()
-	if r.status.Message = cutTo(r.status.Message, 2048); IsDone(r.status.Phase) && r.status.FinishedAt == nil {
+	if r.status.Message = cutTo(r.status.Message, maxRolloutMessage); IsDone(r.status.Phase) && r.status.FinishedAt == nil {
 		at := metav1.NewTime(in.Now)
 		r.status.FinishedAt = &at
 	}
@@ -131,7 +134,10 @@ func (r *rollout) decide() map[string]NodeRollout {
 		s.Phase = v1alpha1.RolloutRollingBack
 		return r.takeBack()
 	}
-	return r.proceed()
+	nodes := r.proceed()
+	tail := r.outlook()
+	s.Message = cutTo(s.Message, maxRolloutMessage-len(tail)) + tail
+	return nodes
 }
 
 // owns reports whether a tenant on a node has the rollout's canary.

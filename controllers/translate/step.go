@@ -79,6 +79,24 @@ func (r *rollout) proceed() map[string]NodeRollout {
 	}
 }
 
+// outlook says of a rollout at work since when it is, whether anything is wrong with it,
+// when it ends and how it is stopped; "" of one that isn't.
+func (r *rollout) outlook() string {
+	now := v1alpha1.ProxyRollout{Spec: r.Rollout.Spec, Status: r.status}
+	s, out := r.status, ""
+	switch s.Phase {
+	case v1alpha1.RolloutProgressing, v1alpha1.RolloutWaiting:
+		out = ending(&now, r.Now)
+	case v1alpha1.RolloutPaused:
+	default:
+		return ""
+	}
+	if s.ReachedTenants > 0 {
+		out = "; what serves has not crashed, and fares no worse than the old version as far as can be told" + out
+	}
+	return "; it began at " + s.StartedAt.UTC().Format(time.RFC3339) + out + lastly(&now) + "; to take it back: " + abortBy(r.Rollout.Name)
+}
+
 // taking are the tenants that take part in a step, with their weights: a tenant's
 // never falls.
 func (r *rollout) taking(step int) map[string]int32 {

@@ -85,7 +85,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 	if u.Since != nil && tenant.Scope != model.ScopeNode {
 		until, most = hold(r.Spec, u.Since.Time, in.Policies, in.Now)
 	}
-	stop := fmt.Sprintf(`who runs the mesh can stop it: kubectl patch proxyrollout %s --type=merge -p '{"spec":{"abort":true}}'`, r.Name)
+	stop := "who runs the mesh can stop it: " + abortBy(r.Name)
 	switch s.Phase {
 	case v1alpha1.RolloutRolledBack, v1alpha1.RolloutRollingBack:
 		u.Verdict, u.Step = UpgradeRolledBack, ""
@@ -202,10 +202,21 @@ func nextMove(r *v1alpha1.ProxyRollout, now time.Time) string {
 	if s.Phase != v1alpha1.RolloutPaused {
 		next += ending(r, now)
 	}
-	if deadline := parseDuration(r.Spec.Deadline, 0); deadline > 0 && s.StartedAt != nil {
-		next += "; what isn't done by " + s.StartedAt.Add(deadline).UTC().Format(time.RFC3339) + " is taken back"
+	return next + lastly(r)
+}
+
+// lastly says by when a rollout has to be over, "" if it hasn't.
+func lastly(r *v1alpha1.ProxyRollout) string {
+	deadline := parseDuration(r.Spec.Deadline, 0)
+	if deadline <= 0 || r.Status.StartedAt == nil {
+		return ""
 	}
-	return next
+	return "; what isn't done by " + r.Status.StartedAt.Add(deadline).UTC().Format(time.RFC3339) + " is taken back"
+}
+
+// abortBy is how a rollout is taken back by who has nothing but kubectl.
+func abortBy(name string) string {
+	return fmt.Sprintf(`kubectl patch proxyrollout %s --type=merge -p '{"spec":{"abort":true}}'`, name)
 }
 
 // ending says when a rollout is over at the earliest.

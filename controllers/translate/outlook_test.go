@@ -1,0 +1,48 @@
+package translate
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+)
+
+// Who sees nothing but a rollout's message can say since when it is, how it goes, when
+// it ends and how it is stopped, however long the rest of it is.
+func TestRolloutSaysWhatPeopleAsk(t *testing.T) {
+	const stop = `kubectl patch proxyrollout r --type=merge -p '{"spec":{"abort":true}}'`
+	spec := steps()
+	spec.Deadline = "24h"
+	f := newFleet(t, spec, "a", "b", "c", "d")
+	says := func(s v1alpha1.ProxyRolloutStatus, words ...string) {
+		t.Helper()
+		for _, w := range append(words, "it began at 2001-09-09T01:46:40Z", "what isn't done by 2001-09-10T01:46:40Z is taken back") {
+			if !strings.Contains(s.Message, w) {
+				t.Errorf("%s: %q doesn't say %q", s.Phase, s.Message, w)
+			}
+		}
+		if !strings.HasSuffix(s.Message, stop) || len(s.Message) > maxRolloutMessage {
+			t.Errorf("%s: %q doesn't end with %q", s.Phase, s.Message, stop)
+		}
+	}
+	says(f.step(), "step 1 of 3", "waiting for a on n1", "it ends with step 3; approvals that it still needs: 1")
+	says(f.want("reached", v1alpha1.RolloutWaiting, "a 10"), "goes on at ", "fares no worse")
+	f.rollout.Spec.Paused = true
+	s := f.want("paused", v1alpha1.RolloutPaused, "a 10")
+	says(s, "set spec.paused to false to go on", "fares no worse")
+	if strings.Contains(s.Message, "it ends") {
+		t.Errorf("%q", s.Message)
+	}
+	f.rollout.Spec.Paused = false
+	f.now = f.now.Add(time.Hour)
+	f.want("the second step", v1alpha1.RolloutWaiting, "a 50, d 50")
+	f.rollout.Spec.ApprovedSteps = 2
+	f.away = map[string]string{"n1": strings.Repeat("x", 3000)}
+	says(f.step(), "step 2 of 3", "nodes that lack it or say nothing", "it ends when all tenants have followed")
+	f.away = nil
+	f.report()
+	if s := f.want("done", v1alpha1.RolloutSucceeded, "a promoted, b promoted, c promoted, d promoted"); strings.Contains(s.Message, "abort") {
+		t.Errorf("%q", s.Message)
+	}
+}
