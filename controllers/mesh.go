@@ -109,6 +109,8 @@ type nodeReport struct {
 	// trust, and notRenewed says why certificates aren't fresh, "" if they are.
 	agent                   bool
 	trustBundle, notRenewed string
+	// readySince is since when the node was Ready of which it told; nil if it doesn't say.
+	readySince *metav1.Time
 	// notRedirected says why the redirection isn't the planned one; "" if it is.
 	notRedirected string
 	tenants       map[string]v1alpha1.NodeTenantStatus // without what they cost
@@ -353,6 +355,12 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 	}
 	if since || had.Away != now.Away {
 		m.triggers.rollouts.add(struct{}{})
+		// Proxies count as ready while their node is heard.
+		for _, p := range m.nodePods[name] {
+			if !p.Tenant.IsZero() {
+				m.triggers.tenants.add(p.Namespace)
+			}
+		}
 	}
 	var errs []error
 	if known && found && had.Zone() != now.Zone() {
@@ -472,7 +480,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		return err
 	}
 	had := m.reports[node]
-	now := nodeReport{versions: np.Status.ProxyVersions, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
+	now := nodeReport{versions: np.Status.ProxyVersions, readySince: np.Status.ReadySince, redirection: np.Status.Redirection, tenants: map[string]v1alpha1.NodeTenantStatus{}, costs: map[string]tenantCost{}}
 	if c := meta.FindStatusCondition(np.Status.Conditions, v1alpha1.ConditionRedirected); c != nil && c.Status == metav1.ConditionFalse {
 		now.notRedirected = c.Message
 	}
@@ -509,7 +517,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	maps.Copy(names, had.tenants)
 	m.costsChanged(node, had.costs, now.costs)
 	for name := range names {
-		if sameTenantStatus(had.tenants, now.tenants, name) && slices.Equal(had.versions, now.versions) {
+		if sameTenantStatus(had.tenants, now.tenants, name) && slices.Equal(had.versions, now.versions) && had.readySince.Equal(now.readySince) {
 			continue
 		}
 		t, err := model.ParseTenant(name)

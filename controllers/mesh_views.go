@@ -163,7 +163,7 @@ func (m *mesh) views(namespace string) (translate.Membership, map[model.Tenant][
 // view is a proxy with some of its pods.
 func (m *mesh) view(key model.ProxyKey, pods int) translate.NodeView {
 	report := m.reports[key.Node]
-	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, ProxyVersions: report.versions}
+	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, Unheard: translate.Unheard(m.nodes[key.Node], report.readySince), ProxyVersions: report.versions}
 	v.Status, v.Reported = report.tenants[key.Tenant.String()]
 	c := report.costs[key.Tenant.String()]
 	v.Cost, v.Shares = c.total, c.shares

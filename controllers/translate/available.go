@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -32,11 +33,24 @@ type lack struct{ reason, message string }
 const staleReport = "its agent has said nothing since the node is Ready again"
 
 // isStale reports whether a node's agent hasn't said anything since the node is there
-// again: its processes may be others, or none. An agent of a version before this
-// doesn't say when it speaks, and is believed.
+// again: its processes may be others, or none.
 func (r *rollout) isStale(n *v1alpha1.NodeProxy) bool {
-	since, said := r.ReadySince[n.Name], n.Status.ReadySince
+	return isBefore(n.Status.ReadySince, r.ReadySince[n.Name])
+}
+
+// isBefore reports whether what an agent said is about a node that was away since. An
+// agent of a version before this doesn't say when it speaks, and is believed.
+func isBefore(said *metav1.Time, since time.Time) bool {
 	return !since.IsZero() && said != nil && !said.Time.Equal(since)
+}
+
+// Unheard says why a node's last word, of when it was Ready since said, isn't about how
+// it is: it is away, or its agent has said nothing since it came back. It is "" otherwise.
+func Unheard(n Node, said *metav1.Time) string {
+	if n.Away == "" && isBefore(said, n.ReadySince) {
+		return staleReport
+	}
+	return n.Away
 }
 
 // lackOf is why a node can't run the rollout's version; false if it can.

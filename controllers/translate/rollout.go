@@ -145,6 +145,15 @@ func (r *rollout) owns(p placed) bool {
 	return p.spec.Canary != nil && p.spec.Canary.Rollout == r.Rollout.Name && p.spec.Canary.Version == r.version
 }
 
+// isAnothers reports whether a node's last word is of a process of the version that
+// isn't this rollout's but of one before it, which was over without that node: it is
+// away, or its agent is silent. How that process fared, and that it serves, says nothing
+// of this rollout, so the canary comes when the node has let go of it.
+func (r *rollout) isAnothers(p placed) bool {
+	byHand := p.spec.Canary != nil && p.spec.Canary.Rollout == ""
+	return p.spec.Version != r.version && !byHand && !r.owns(p) && p.generation(r.version) != nil
+}
+
 // generation is the process of a version that is to serve, nil if there is none.
 func (p placed) generation(version string) *v1alpha1.GenerationStatus {
 	if p.status == nil {
@@ -176,7 +185,7 @@ func (r *rollout) nodes(taking map[string]int32) map[string]NodeRollout {
 			if n.Canaries == nil {
 				n.Canaries = map[string]v1alpha1.CanaryGeneration{}
 			}
-			if _, held := r.held[name]; taking[name] > 0 && !held {
+			if _, held := r.held[name]; taking[name] > 0 && !held && !r.isAnothers(p) {
 				weight := taking[name]
 				n.Canaries[name] = v1alpha1.CanaryGeneration{Version: r.version, Weight: weight, Promoted: weight == 100, Rollout: r.Rollout.Name}
 			}

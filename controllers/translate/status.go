@@ -55,6 +55,8 @@ type NodeView struct {
 	// Reported says whether the agent knows of the tenant; Status is its word.
 	Reported bool
 	Status   v1alpha1.NodeTenantStatus
+	// Unheard says why that isn't about how the node is; "" if it is.
+	Unheard string
 	// Cost of the tenant there, nil if it isn't known; Shares of it are namespaces'.
 	Cost   *v1alpha1.NodeCost
 	Shares []v1alpha1.NamespaceShare
@@ -74,10 +76,14 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 	for _, n := range nodes {
 		s.Pods += int32(n.Pods)
 		reason := n.Status.Reason
+		ready := n.Reported && n.Status.Ready && n.Unheard == ""
 		switch {
-		case n.Reported && n.Status.Ready:
+		case ready:
 			s.ReadyProxies++
 			reason = ""
+		case n.Unheard != "":
+			reason = n.Unheard
+			notReady = append(notReady, n.Node+": "+reason)
 		case n.Reported:
 			notReady = append(notReady, n.Node+": "+cmp.Or(reason, "not ready"))
 		default:
@@ -85,7 +91,7 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 			unreported = append(unreported, n.Node)
 		}
 		s.Nodes = append(s.Nodes, v1alpha1.TenantNodeStatus{
-			Node: n.Node, Ready: n.Reported && n.Status.Ready, Reason: reason, Pods: int32(n.Pods), Weight: n.Status.Weight, Failure: n.Status.Failure, Generations: n.Status.Generations,
+			Node: n.Node, Ready: ready, Reason: reason, Pods: int32(n.Pods), Weight: n.Status.Weight, Failure: n.Status.Failure, Generations: n.Status.Generations,
 		})
 	}
 	c := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse}

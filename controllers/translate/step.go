@@ -187,7 +187,12 @@ func (r *rollout) count(taking map[string]int32, lacking map[string]string) (wai
 		}
 		reached := true
 		for _, p := range r.tenants[name] {
-			if lacking[p.node.Name] == "" && !p.reached(r.version, taking[name]) {
+			switch {
+			case lacking[p.node.Name] != "":
+			case r.isAnothers(p):
+				waiting = append(waiting, name+" on "+p.node.Name+", which hasn't said that the process of the rollout before is gone")
+				reached = false
+			case !p.reached(r.version, taking[name]):
 				waiting = append(waiting, name+" on "+p.node.Name)
 				reached = false
 			}

@@ -54,9 +54,13 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		return nil
 	}
 	u := &v1alpha1.TenantUpgrade{Rollout: r.Name, From: version, To: s.Version, Step: fmt.Sprintf("%d/%d", s.Step, len(r.Spec.Steps)), Since: s.StartedAt}
-	serving := 0
+	serving, unheard := 0, map[string]string{}
 	var waits string
 	for _, n := range nodes {
+		if n.Unheard != "" {
+			unheard[n.Node] = n.Unheard
+			continue
+		}
 		weight := int32(0)
 		for _, g := range n.Status.Generations {
 			if g.Version != s.Version || !g.Serving {
@@ -143,6 +147,9 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		u.Message += "; " + stop
 	}
 	u.Message += finishing(nodes)
+	if len(unheard) > 0 {
+		u.Message += "; how it is on these nodes isn't known: " + describe(unheard)
+	}
 	u.Message = cutTo(u.Message, 2048)
 	return u
 }
@@ -172,10 +179,14 @@ func IsOver(u *v1alpha1.TenantUpgrade) bool {
 }
 
 // Behind lists the nodes whose agents don't say that all new connections of the tenant
-// go to a version; "" if all do.
+// go to a version, and why of those that can't; "" if all do.
 func Behind(nodes []NodeView, version string) string {
 	var names []string
 	for _, n := range nodes {
+		if n.Unheard != "" {
+			names = append(names, n.Node+" ("+n.Unheard+")")
+			continue
+		}
 		if !slices.ContainsFunc(n.Status.Generations, func(g v1alpha1.GenerationStatus) bool {
 			return g.Version == version && g.Role == v1alpha1.RoleFirst && g.Serving
 		}) {
@@ -266,7 +277,7 @@ func holders(policies []v1alpha1.IsolationPolicy) (names []string) {
 func finishing(nodes []NodeView) string {
 	for _, n := range nodes {
 		for _, g := range n.Status.Generations {
-			if g.Role == v1alpha1.RoleLeaving && g.DrainUntil != nil {
+			if n.Unheard == "" && g.Role == v1alpha1.RoleLeaving && g.DrainUntil != nil {
 				return fmt.Sprintf("; connections that were there before finish in %s, until %s at the latest", g.Version, g.DrainUntil.UTC().Format(time.RFC3339))
 			}
 		}

@@ -1,0 +1,192 @@
+package translate
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+const goneSince = "the node isn't Ready since noon"
+
+// What a node said before it went is no word on how a tenant's proxy is there.
+func TestUnheard(t *testing.T) {
+	back := time.Unix(2e9, 0)
+	same, other := metav1.NewTime(back), metav1.NewTime(back.Add(-time.Hour))
+	for name, tc := range map[string]struct {
+		node Node
+		said *metav1.Time
+		want string
+	}{
+		"away":                       {Node{Away: goneSince}, &same, goneSince},
+		"back, and has said nothing": {Node{ReadySince: back}, &other, staleReport},
+		"back, and has spoken":       {Node{ReadySince: back}, &same, ""},
+		"an agent of before":         {Node{ReadySince: back}, nil, ""},
+		"nobody says since when":     {Node{}, &other, ""},
+	} {
+		if got := Unheard(tc.node, tc.said); got != tc.want {
+			t.Errorf("%s: %q, want %q", name, got, tc.want)
+		}
+	}
+}
+
+// An owner is told how many proxies serve that are heard, and which aren't.
+func TestTenantOfNodesUnheard(t *testing.T) {
+	at := metav1.NewTime(time.Unix(1e9, 0))
+	until := metav1.NewTime(time.Unix(2e9, 0))
+	rollout := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}},
+		Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: newEnvoy, Step: 1}}
+	view := func(node, unheard string, serves bool) NodeView {
+		v := NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard, Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Waits: "an image",
+			Generations: []v1alpha1.GenerationStatus{{Version: oldEnvoy, Role: v1alpha1.RoleLeaving, DrainUntil: &until}, {Version: newEnvoy, Role: v1alpha1.RoleFirst, Serving: serves}}}}
+		if unheard == "" {
+			v.Status.Waits, v.Status.Generations = "", v.Status.Generations[1:]
+		}
+		return v
+	}
+	for name, tc := range map[string]struct {
+		nodes       []NodeView
+		verdict     string
+		weight      int32
+		serving     int32
+		ready       metav1.ConditionStatus
+		says, never []string
+		behind      string
+	}{
+		"all are heard": {[]NodeView{view("n1", "", true), view("n2", "", true)}, UpgradeHealthy, 100, 2, metav1.ConditionTrue,
+			[]string{"all 2 nodes"}, []string{"isn't known"}, ""},
+		"one is away": {[]NodeView{view("n1", "", true), view("n2", goneSince, true)}, UpgradeInProgress, 100, 1, metav1.ConditionFalse,
+			[]string{"on 1 of 2 nodes", "isn't known: n2 (" + goneSince + ")"}, []string{"finish in", "an image"}, "n2 (" + goneSince + ")"},
+		"all are away": {[]NodeView{view("n1", goneSince, true)}, UpgradeNotYet, 0, 0, metav1.ConditionFalse,
+			[]string{"isn't known: n1 (" + goneSince + ")"}, []string{"100 %"}, "n1 (" + goneSince + ")"},
+		"one lags": {[]NodeView{view("n1", "", false), view("n2", staleReport, true)}, UpgradeNotYet, 0, 1, metav1.ConditionFalse,
+			[]string{"isn't known: n2 (" + staleReport + ")"}, nil, "n1, n2 (" + staleReport + ")"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{rollout}, Nodes: tc.nodes})
+			if u == nil || u.Verdict != tc.verdict || u.Weight != tc.weight {
+				t.Fatalf("%+v, want %s with %d", u, tc.verdict, tc.weight)
+			}
+			for _, says := range tc.says {
+				if !strings.Contains(u.Message, says) {
+					t.Errorf("%q doesn't say %q", u.Message, says)
+				}
+			}
+			for _, never := range tc.never {
+				if strings.Contains(u.Message, never) {
+					t.Errorf("%q says %q", u.Message, never)
+				}
+			}
+			if got := Behind(tc.nodes, newEnvoy); got != tc.behind {
+				t.Errorf("behind are %q, want %q", got, tc.behind)
+			}
+			s := TenantProxyStatus(model.NamespaceTenant("a"), Membership{}, tc.nodes, nil, at)
+			if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionReady); s.ReadyProxies != tc.serving || c.Status != tc.ready {
+				t.Errorf("%d proxies serve, want %d; Ready is %+v", s.ReadyProxies, tc.serving, c)
+			}
+			for i, n := range tc.nodes {
+				if got := s.Nodes[i]; got.Ready != (n.Unheard == "") || got.Reason != n.Unheard {
+					t.Errorf("%s: %+v", n.Node, got)
+				}
+			}
+		})
+	}
+}
+
+// next is a younger rollout of the same version.
+func (f *fleet) next() {
+	f.rollout = v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: f.rollout.Name + "-again", Generation: 1}, Spec: f.rollout.Spec}
+	f.rollout.Spec.Abort = false
+}
+
+// canaries of a node.
+func (f *fleet) canaries(node int) (n int) {
+	for _, t := range f.nodes[node].Spec.Tenants {
+		if t.Canary != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// What a node that is away said of a rollout's proxies isn't the next one's, of the same
+// version: not their crash, and not that they serve. It gets its canary when it has let
+// go of them.
+func TestRolloutLeavesWhatAnotherLeft(t *testing.T) {
+	for name, broken := range map[string]func(string, string, *v1alpha1.GenerationStatus){
+		"they crashed": func(node, _ string, g *v1alpha1.GenerationStatus) {
+			if node == "n2" {
+				g.Restarts, g.Serving = 1, false
+			}
+		},
+		"they served": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t, v1alpha1.ProxyRolloutSpec{MaxUnavailable: 1, Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+			f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+			f.broken = broken
+			f.report()
+			f.away = map[string]string{"n2": goneSince}
+			f.rollout.Spec.Abort = true
+			if s := f.settle(); s.Phase != v1alpha1.RolloutAborted {
+				t.Fatalf("%s: %s", s.Phase, s.Message)
+			}
+			f.broken = nil
+			f.next()
+			for range 3 {
+				f.step()
+			}
+			if s := f.rollout.Status; s.Verdict != nil || s.Phase != v1alpha1.RolloutWaiting || f.canaries(0) != 2 || f.canaries(1) != 0 {
+				t.Fatalf("%s, %+v with %d and %d canaries: %s", s.Phase, s.Verdict, f.canaries(0), f.canaries(1), s.Message)
+			}
+			// It is back, and hasn't heard that the one before is over.
+			f.away = nil
+			if s := f.step(); s.Phase != v1alpha1.RolloutProgressing || !strings.Contains(s.Message, "a on n2, which hasn't said that") {
+				t.Errorf("%s: %s", s.Phase, s.Message)
+			}
+			f.step()
+			f.want("it has let go of them", v1alpha1.RolloutWaiting, "a 50, b 50")
+			// And what ends now is this one's.
+			f.broken = func(node, _ string, g *v1alpha1.GenerationStatus) {
+				if node == "n2" {
+					g.Restarts = 1
+				}
+			}
+			f.report()
+			if s := f.want("a crash", v1alpha1.RolloutRolledBack, ""); s.Verdict == nil || s.Verdict.Node != "n2" {
+				t.Errorf("%+v", s.Verdict)
+			}
+		})
+	}
+}
+
+// A silent agent on a node that is there is waited for, by whatever it said.
+func TestRolloutWaitsForAnothersProcesses(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+	silent := *f.nodes[1].Status.DeepCopy()
+	step := func() v1alpha1.ProxyRolloutStatus {
+		s := f.step()
+		f.nodes[1].Generation, f.nodes[1].Status = 7, *silent.DeepCopy()
+		return s
+	}
+	f.rollout.Spec.Abort = true
+	step()
+	f.now = f.now.Add(silence)
+	if s := step(); s.Phase != v1alpha1.RolloutAborted {
+		t.Fatalf("%s: %s", s.Phase, s.Message)
+	}
+	f.next()
+	step()
+	if s := step(); s.Phase != v1alpha1.RolloutProgressing || s.ReachedTenants != 0 || !strings.Contains(s.Message, "b on n2, which hasn't said that") {
+		t.Errorf("%s, reached by %d: %s", s.Phase, s.ReachedTenants, s.Message)
+	}
+	f.report()
+	f.step()
+	f.want("it speaks", v1alpha1.RolloutWaiting, "a 50, b 50")
+}
