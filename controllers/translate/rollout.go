@@ -150,8 +150,14 @@ func (r *rollout) owns(p placed) bool {
 // away, or its agent is silent. How that process fared, and that it serves, says nothing
 // of this rollout, so the canary comes when the node has let go of it.
 func (r *rollout) isAnothers(p placed) bool {
+	g := p.generation(r.version)
 	byHand := p.spec.Canary != nil && p.spec.Canary.Rollout == ""
-	return p.spec.Version != r.version && !byHand && !r.owns(p) && p.generation(r.version) != nil
+	if g == nil || p.spec.Version == r.version || byHand || r.owns(p) {
+		return false
+	}
+	// What serves because the plan's own version can't be had stays for good.
+	stays := g.Role == v1alpha1.RoleFormer && g.Restarts == 0 && p.node.Status.ObservedGeneration >= p.node.Generation
+	return !stays
 }
 
 // generation is the process of a version that is to serve, nil if there is none.

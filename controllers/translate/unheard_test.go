@@ -165,6 +165,19 @@ func TestRolloutLeavesWhatAnotherLeft(t *testing.T) {
 	}
 }
 
+// A node where the version serves on because the plan's own can't be had lets go of
+// nothing: its rollout doesn't wait for that.
+func TestRolloutTakesWhatServesOn(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}}, "a")
+	f.told = func(_ string, s *v1alpha1.NodeTenantStatus) {
+		if len(s.Generations) == 1 {
+			s.Generations[0].Version, s.Generations[0].Role = newEnvoy, v1alpha1.RoleFormer
+		}
+	}
+	f.report()
+	f.want("it is planned now", v1alpha1.RolloutSucceeded, "a promoted")
+}
+
 // A silent agent on a node that is there is waited for, by whatever it said.
 func TestRolloutWaitsForAnothersProcesses(t *testing.T) {
 	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
