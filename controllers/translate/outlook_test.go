@@ -1,12 +1,55 @@
 package translate
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
+
+// What is said doesn't depend on the order in which nodes are listed: a status that
+// reads otherwise would be written, and have all decided again, for ever.
+func TestRolloutSaysTheSameInAnyOrder(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+	f.step()
+	until := metav1.NewTime(f.now)
+	var views []NodeView
+	for i := range f.nodes {
+		for k := range f.nodes[i].Status.Tenants {
+			s := &f.nodes[i].Status.Tenants[k]
+			s.Waits = "an image"
+			for g := range s.Generations {
+				s.Generations[g].Serving, s.Generations[g].Restarts = false, 1
+			}
+			of := *s.DeepCopy()
+			of.Generations[0].Role, of.Generations[0].DrainUntil = v1alpha1.RoleLeaving, &metav1.Time{Time: until.Add(time.Duration(i) * time.Hour)}
+			if s.Name == "a" {
+				views = append(views, NodeView{Node: f.nodes[i].Name, Tenant: model.NamespaceTenant("a"), Reported: true, Status: of})
+			}
+		}
+	}
+	said := func() (judged, waiting, owner string) {
+		in := RolloutInput{Rollout: &f.rollout, From: []string{oldEnvoy}, Nodes: f.nodes, Now: f.now}
+		judged = DecideRollout(in).Status.Message
+		in.Rollout = f.rollout.DeepCopy()
+		in.Rollout.Spec.Abort = true
+		return judged, DecideRollout(in).Status.Message, Upgrade(UpgradeInput{Version: oldEnvoy, Nodes: views, Rollouts: []v1alpha1.ProxyRollout{f.rollout}, Now: f.now}).Message
+	}
+	judged, waiting, owner := said()
+	slices.Reverse(f.nodes)
+	slices.Reverse(views)
+	if j, w, o := said(); j != judged || w != waiting || o != owner {
+		t.Errorf("%q, %q and %q; in another order %q, %q and %q", judged, waiting, owner, j, w, o)
+	}
+	if !strings.Contains(waiting, "a on n1, a on n2") || !strings.Contains(owner, "n2: an image") || !strings.Contains(owner, "until 2001-09-09T01:46:40Z") {
+		t.Errorf("%q and %q prove nothing", waiting, owner)
+	}
+}
 
 // Who sees nothing but a rollout's message can say since when it is, how it goes, when
 // it ends and how it is stopped, however long the rest of it is.

@@ -89,8 +89,14 @@ type placed struct {
 func DecideRollout(in RolloutInput) RolloutDecision {
 	r := &rollout{RolloutInput: in, version: RolloutVersion(in.Rollout.Spec.Target), status: *in.Rollout.Status.DeepCopy(), tenants: map[string][]placed{}, held: map[string]time.Time{}}
 	r.status.ObservedGeneration, r.status.Version = in.Rollout.Generation, r.version
+	// Caches list in any order. What is said must not depend on it: a status that reads
+	// otherwise has all decided again.
+	nodes := make([]*v1alpha1.NodeProxy, len(in.Nodes))
 	for i := range in.Nodes {
-		n := &in.Nodes[i]
+		nodes[i] = &in.Nodes[i]
+	}
+	slices.SortFunc(nodes, func(a, b *v1alpha1.NodeProxy) int { return strings.Compare(a.Name, b.Name) })
+	for _, n := range nodes {
 		for _, t := range n.Spec.Tenants {
 			p := placed{node: n, spec: t}
 			if k := slices.IndexFunc(n.Status.Tenants, func(s v1alpha1.NodeTenantStatus) bool { return s.Name == t.Name }); k >= 0 {
@@ -99,13 +105,13 @@ func DecideRollout(in RolloutInput) RolloutDecision {
 			r.tenants[t.Name] = append(r.tenants[t.Name], p)
 		}
 	}
-	nodes := r.decide()
+	want := r.decide()
 	r.status.Conditions = r.available()
 	if r.status.Message = cutTo(r.status.Message, maxRolloutMessage); IsDone(r.status.Phase) && r.status.FinishedAt == nil {
 		at := metav1.NewTime(in.Now)
 		r.status.FinishedAt = &at
 	}
-	return RolloutDecision{Status: r.status, Nodes: nodes, After: r.after}
+	return RolloutDecision{Status: r.status, Nodes: want, After: r.after}
 }
 
 func (r *rollout) decide() map[string]NodeRollout {

@@ -38,7 +38,7 @@ type UpgradeInput struct {
 // Upgrade is what the owner of a tenant is to know of the rollout that is at its
 // proxies, or was last; nil if there is nothing to tell.
 func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
-	version, nodes := in.Version, in.Nodes
+	version, nodes := in.Version, byNode(in.Nodes)
 	var r *v1alpha1.ProxyRollout
 	for i := range in.Rollouts {
 		if phase := in.Rollouts[i].Status.Phase; phase != "" && phase != v1alpha1.RolloutPending {
