@@ -386,34 +386,3 @@ func TestPodsLeadToTheirPace(t *testing.T) {
 		lead("all", b, "2_7")
 	})
 }
-
-// What a former version led to tenants' chains by is gone, and holds none of them.
-func TestMapsOfChainsGo(t *testing.T) {
-	inNode(t, func(t *testing.T) {
-		d, err := Open(Options{})
-		check(t, err)
-		one := tenant(t, 1)
-		one.Connections.DirectPerSecond = 50
-		check(t, d.UpdateTenant(one))
-		c, err := open(0)
-		check(t, err)
-		to := families[0].directChain(chainAnswers, 1, 50)
-		answers := &nftables.Set{Table: steering, Name: "answers4", IsMap: true, KeyType: nftables.TypeMark, DataType: nftables.TypeVerdict, Size: maxVeths}
-		check(t, c.AddSet(answers, []nftables.SetElement{{Key: native(1), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: to}}}))
-		by := c.AddChain(&nftables.Chain{Name: "beside_in4", Table: steering})
-		c.AddRule(&nftables.Rule{Table: steering, Chain: by, Exprs: join(theMark(regKey), find("answers4", regKey, unix.NFT_REG_VERDICT))})
-		check(t, c.Flush())
-		check(t, d.Close())
-		d, err = Open(Options{})
-		check(t, err)
-		one.Connections.DirectPerSecond = 60
-		check(t, d.UpdateTenant(one))
-		s, err := d.snapshotNow()
-		check(t, err)
-		sets, err := c.GetSets(steering)
-		check(t, err)
-		if s.chains[to] || s.chains["beside_in4"] || slices.ContainsFunc(sets, func(s *nftables.Set) bool { return s.Name == "answers4" }) {
-			t.Errorf("there are the chains %v", slices.Sorted(maps.Keys(s.chains)))
-		}
-	})
-}

@@ -141,39 +141,7 @@ func (d *Datapath) install() error {
 	if err := replaceRules(steering, chains); err != nil {
 		return fmt.Errorf("write the table %s: %w", TableName, err)
 	}
-	if err := forgetMapsOfChains(c); err != nil {
-		return fmt.Errorf("remove what a former version led to tenants' chains by: %w", err)
-	}
 	return nil
-}
-
-// forgetMapsOfChains removes maps to the chains of each tenant with a pace, which can't be
-// removed before: a former version's.
-func forgetMapsOfChains(c *nftables.Conn) error {
-	former, by := []string{"paces"}, []string{}
-	for _, f := range families {
-		former, by = append(former, "begins"+f.version, "answers"+f.version), append(by, "beside_in"+f.version)
-	}
-	chains, err := c.ListChainsOfTableFamily(steering.Family)
-	if err != nil {
-		return fmt.Errorf("list chains: %w", err)
-	}
-	for _, ch := range chains {
-		if ch.Table.Name == TableName && slices.Contains(by, ch.Name) {
-			c.FlushChain(ch)
-			c.DelChain(ch)
-		}
-	}
-	sets, err := c.GetSets(steering)
-	if err != nil {
-		return fmt.Errorf("list sets: %w", err)
-	}
-	for _, s := range sets {
-		if slices.Contains(former, s.Name) {
-			c.DelSet(s)
-		}
-	}
-	return c.Flush()
 }
 
 // Close leaves all of it at work, and ends the reader of events.

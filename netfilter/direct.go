@@ -262,8 +262,7 @@ func isOfTenant(name string, tenant uint16, beginnings ...string) bool {
 func (s *snapshot) paceOf(tenant uint16) uint32 {
 	for name := range s.chains {
 		if rate, ok := strings.CutPrefix(name, directChain(chainPace, tenant)+"_"); ok {
-			// A former version's has no such chain, until the tenant is updated.
-			if n, err := strconv.ParseUint(rate, 10, 32); err == nil && s.chains[families[0].directChain(chainAnswers, tenant, uint32(n))] {
+			if n, err := strconv.ParseUint(rate, 10, 32); err == nil {
 				return uint32(n)
 			}
 		}

@@ -126,7 +126,7 @@ func TestEventsLost(t *testing.T) {
 		}
 		connectIn(t, one.Netns, "127.0.0.2", 3000)
 		connectIn(t, two.Netns, "127.0.0.3", 1)
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		eventually(t, "event that is lost, and counted by the reader, too", func() bool {
 			all, err := d.Counters()
 			check(t, err)
 			if all[2].EventsLost != 0 {
@@ -137,13 +137,8 @@ func TestEventsLost(t *testing.T) {
 			if !waits {
 				d.events.tenants[2].mu.Unlock()
 			}
-			if all[1].EventsLost > 0 && r.Lost() == all[1].EventsLost && waits {
-				break
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("%d events are counted as lost, %d by the reader", all[1].EventsLost, r.Lost())
-			}
-		}
+			return all[1].EventsLost > 0 && r.Lost() == all[1].EventsLost && waits
+		})
 		// It waits behind at most one of the other tenant's.
 		for n := 1; ; n++ {
 			select {
@@ -257,7 +252,7 @@ func TestEventPaces(t *testing.T) {
 					others++
 					few(c.few, uint16(others))
 				}
-				for deadline := time.Now().Add(30 * time.Second); told["a"]+lost < sent || told["b"] < others; {
+				eventually(t, "news of each connection", func() bool {
 					for again := true; again; {
 						select {
 						case e := <-r.C:
@@ -272,10 +267,8 @@ func TestEventPaces(t *testing.T) {
 					all, err := d.Counters()
 					check(t, err)
 					lost = all[1].EventsLost - before
-					if time.Now().After(deadline) {
-						t.Fatalf("%v: of %d and %d connections %v were told, %d are lost", c.kind, sent, others, told, lost)
-					}
-				}
+					return told["a"]+lost >= sent && told["b"] >= others
+				})
 			}
 			took := time.Since(begun)
 			if most := c.perSecond + uint64(took.Seconds()*float64(c.perSecond)) + 1; lost == 0 || told["a"] < c.perSecond || told["a"] > most || told["a"]+lost != sent || told["b"] != others {
@@ -326,20 +319,17 @@ func TestUntoldStays(t *testing.T) {
 				begin("10.0.0.9", 1)
 				sent++
 			}
-			for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			var lost uint64
+			eventually(t, "count of all that is dropped", func() bool {
 				all, err := d.Counters()
 				check(t, err)
-				if all[1].Dropped.Spoofed == sent {
-					if all[1].EventsLost <= before {
-						t.Fatalf("%d events are lost, %d before", all[1].EventsLost, before)
-					}
-					before = all[1].EventsLost
-					return
-				}
-				if time.Now().After(deadline) {
-					t.Fatalf("%d packets are dropped, want %d", all[1].Dropped.Spoofed, sent)
-				}
+				lost = all[1].EventsLost
+				return all[1].Dropped.Spoofed == sent
+			})
+			if lost <= before {
+				t.Fatalf("%d events are lost, %d before", lost, before)
 			}
+			before = lost
 		}
 		stays := func(what string) {
 			t.Helper()
