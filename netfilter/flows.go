@@ -21,6 +21,19 @@ type storedFlow struct {
 	tenant uint16
 }
 
+// mostWritten is how many flows there may be with those that a move writes down. Rules
+// write into the set, too, and a write that finds it full may take it beyond its size,
+// which rules aren't held to from then on (see correction): so none is tried then.
+const mostWritten = maxFlows - maxFlows/16
+
+// canWrite returns an error if there are too many flows to write more.
+func canWrite(more, have int) error {
+	if more > 0 && have+more > mostWritten {
+		return fmt.Errorf("with %d others they are %d, and there is room for %d", have, have+more, mostWritten)
+	}
+	return nil
+}
+
 func flowKey(f model.Flow) []byte {
 	return key(addressKey(f.Pod.Addr()), portKey(f.Pod.Port()), addressKey(f.Peer.Addr()), portKey(f.Peer.Port()))
 }
@@ -163,7 +176,9 @@ func (d *Datapath) keepFlows(from uint16, established model.FlowReader) error {
 		return err
 	}
 	known, kept := map[model.Flow]bool{}, 0
+	written := map[string]int{}
 	for _, f := range stored {
+		written[familyOf(f.Pod.Addr()).version]++
 		known[f.Flow] = true // an earlier move's, which knows better
 		if f.tenant == from && (from != 0 || f.Pod.Addr() == list[0].Pod.Addr().Unmap()) {
 			kept++
@@ -189,6 +204,9 @@ func (d *Datapath) keepFlows(from uint16, established model.FlowReader) error {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	for i, f := range families {
+		if err := canWrite(len(flows[i]), written[f.version]); err != nil {
+			return fmt.Errorf("write connections of IPv%s: %w", f.version, err)
+		}
 		for part := range slices.Chunk(flows[i], chunk) {
 			if err := c.SetAddElements(d.sets[setFlows+f.version], part); err != nil {
 				return fmt.Errorf("write connections: %w", err)

@@ -70,6 +70,9 @@ func tenant(t *testing.T, index uint16) steer.Tenant {
 		if err == nil {
 			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
 		}
+		if err == nil {
+			err = netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: 1}}) // lo
+		}
 		made <- err
 	}()
 	check(t, <-made)
@@ -345,6 +348,18 @@ func TestFormers(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A move writes nothing down where that could take the set beyond its size.
+func TestMoveLeavesRoom(t *testing.T) {
+	for _, c := range []struct {
+		more, have int
+		can        bool
+	}{{0, maxFlows, true}, {1, mostWritten, false}, {1, mostWritten - 1, true}, {mostWritten, 0, true}, {mostWritten + 1, 0, false}} {
+		if err := canWrite(c.more, c.have); (err == nil) != c.can {
+			t.Errorf("%d flows beside %d: %v", c.more, c.have, err)
+		}
+	}
 }
 
 // Connections that stay are written down, counted, and forgotten with their pod or
