@@ -23,6 +23,8 @@ import (
 // Room is free again when both ends have sent a FIN, or the tenant a RST. A peer's RST
 // may be forged, so that it only shortens the time; CheckConnections, which knows the
 // sockets, makes it long again where there still is one.
+//
+// Only rules write into these sets while rules do: see correction.
 const (
 	roomForAll, roomForPods = "room_", "room_pods_"
 	// setsEnded are connections of which one end has said that it ends.
@@ -47,17 +49,30 @@ const (
 	chainEndsIn, chainEndsOut = "ends_in", "ends_out"
 )
 
-// roomsOf are the sets that a bound takes, that for pods only if it has room: to the
+// rooms are the sets that the bound takes, that for pods only if it has room: to the
 // kernel, a size of 0 is no bound.
-func roomsOf(concurrent uint32) (forAll *nftables.Set, forPods []*nftables.Set) {
+func (s innerState) rooms() (forAll *nftables.Set, forPods []*nftables.Set) {
 	// The size of a set can't be changed, so that its name has it.
 	room := func(prefix string, size uint32) *nftables.Set {
-		return connectionSet(prefix+strconv.Itoa(int(size)), size)
+		name := prefix + strconv.Itoa(int(size))
+		if s.renewed != 0 {
+			name += "_renewed"
+		}
+		return connectionSet(name, size)
 	}
-	if n := concurrent / 4; n > 0 {
+	if n := s.concurrent / 4; n > 0 {
 		forPods = append(forPods, room(roomForPods, n))
 	}
-	return room(roomForAll, concurrent-concurrent/4), forPods
+	return room(roomForAll, s.concurrent-s.concurrent/4), forPods
+}
+
+// allRooms are both, none without a bound.
+func (s innerState) allRooms() []*nftables.Set {
+	if s.concurrent == 0 {
+		return nil
+	}
+	forAll, forPods := s.rooms()
+	return append(forPods, forAll)
 }
 
 // endedOf are the sets of connections of which one end has said that it ends: by who
@@ -103,11 +118,11 @@ func (f family) wide(offset, to uint32) rule {
 
 // rooms are the chains that bound how many connections there are; without a bound they
 // are empty.
-func (f family) rooms(concurrent uint32) []chain {
+func (f family) rooms(s innerState) []chain {
 	chains := []chain{{name: roomOut + f.version}, {name: roomIn + f.version}, {name: chainEndsIn + f.version}, {name: chainEndsOut + f.version}}
-	if concurrent > 0 {
-		forAll, forPods := roomsOf(concurrent)
-		all, ended := append(forPods, forAll), endedOf(concurrent)
+	if s.concurrent > 0 {
+		forAll, forPods := s.rooms()
+		all, ended := s.allRooms(), endedOf(s.concurrent)
 		chains[0].rules, chains[1].rules = f.takeRoom(forAll, forPods, ended), f.takeRoom(forAll, nil, ended)
 		chains[2].rules, chains[3].rules = f.leaveRoom(all, ended, true), f.leaveRoom(all, ended, false)
 	}
@@ -165,8 +180,8 @@ func (f family) leaveRoom(rooms, ended []*nftables.Set, toTenant bool) (rules []
 
 // makeRooms makes the sets, as far as they aren't there. The library can't say how often
 // the kernel looks for elements that have expired, which take room until then.
-func makeRooms(netns int, concurrent uint32) error {
-	if concurrent == 0 {
+func makeRooms(netns int, s innerState) error {
+	if s.concurrent == 0 {
 		return nil
 	}
 	table := []byte(inner.Name + "\x00")
@@ -176,8 +191,7 @@ func makeRooms(netns int, concurrent uint32) error {
 	}
 	const fieldLength = 1 // NFTA_SET_FIELD_LEN
 	messages := []netlink.Message{message(unix.NFT_MSG_NEWTABLE, netlink.Create, inner, made)}
-	forAll, forPods := roomsOf(concurrent)
-	for id, s := range append(forPods, forAll) {
+	for id, s := range s.allRooms() {
 		var fields []netlink.Attribute
 		for _, t := range nftables.ConcatSetTypeElements(s.KeyType) {
 			length, err := netlink.MarshalAttributes([]netlink.Attribute{attr32(fieldLength, t.Bytes)})
@@ -221,17 +235,47 @@ func sweepPeriod(size uint32) time.Duration {
 	return min(max(time.Duration(size)*50*time.Microsecond, 10*time.Millisecond), time.Second)
 }
 
-// forgetRooms removes those of other bounds, with what has ended there.
-func forgetRooms(c *nftables.Conn, concurrent uint32) error {
+// fillRooms writes into sets that no rule writes into yet what is open already, as far as
+// there is room. They may have been made, and filled in part, by an agent that was killed.
+func fillRooms(c *nftables.Conn, s innerState) error {
+	for _, set := range s.allRooms() {
+		c.FlushSet(set)
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("empty the room for connections: %w", err)
+	}
+	open, err := accepted(c.NetNS)
+	if err != nil {
+		return err
+	}
+	free := map[string]int{}
+	for _, set := range s.allRooms() {
+		free[set.Name] = int(set.Size)
+	}
+	fill := map[*nftables.Set][]nftables.SetElement{}
+	for _, p := range s.place(open, free) {
+		fill[p.set] = append(fill[p.set], nftables.SetElement{Key: []byte(p.connection), Timeout: flowIdle})
+	}
+	for set, elements := range fill {
+		for part := range slices.Chunk(elements, chunk) {
+			if err := c.SetAddElements(set, part); err != nil {
+				return fmt.Errorf("write set %s: %w", set.Name, err)
+			}
+			if err := c.Flush(); err != nil {
+				return fmt.Errorf("write set %s: %w", set.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// forgetRooms removes sets that aren't those of s, with what has ended there.
+func forgetRooms(c *nftables.Conn, s innerState) error {
 	all, err := c.GetSets(inner)
 	if err != nil {
 		return fmt.Errorf("list sets: %w", err)
 	}
-	var wanted []*nftables.Set
-	if concurrent > 0 {
-		forAll, forPods := roomsOf(concurrent)
-		wanted = append(append(forPods, forAll), endedOf(concurrent)...)
-	}
+	wanted := append(s.allRooms(), endedOf(s.concurrent)...)
 	for _, s := range all {
 		if (strings.HasPrefix(s.Name, roomForAll) || strings.HasPrefix(s.Name, setsEnded)) && !slices.ContainsFunc(wanted, func(w *nftables.Set) bool { return w.Name == s.Name }) {
 			c.DelSet(s)

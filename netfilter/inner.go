@@ -54,6 +54,7 @@ const (
 	stateConcurrent = statePace + 1
 	stateOwn        = statePace + 2
 	stateSeed       = statePace + 3
+	stateRenewed    = statePace + 4
 )
 
 // What chains mark with a connection that isn't taken: those above, and those of the
@@ -69,6 +70,9 @@ type innerState struct {
 	pace uint32
 	// concurrent is the most connections at a time; 0 is no bound.
 	concurrent uint32
+	// renewed is 0 or 1: whether the sets of the room are those of the other name. It
+	// changes when one has become too large.
+	renewed uint32
 	// own is the priority of what the tenant sends to its own pods; 0 leaves it.
 	own uint32
 	// seed of the hashes that spread connections over generations and workers: random, or
@@ -81,7 +85,7 @@ type innerState struct {
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.own == o.own && s.seed == o.seed && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.renewed == o.renewed && s.own == o.own && s.seed == o.seed && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
 }
 
 // addresses are what the sets of addresses have.
@@ -148,6 +152,8 @@ func (t *tenantState) read(c *nftables.Conn) error {
 			t.have.own = value
 		case stateSeed:
 			t.have.seed = value
+		case stateRenewed:
+			t.have.renewed = value
 		}
 	}
 	return nil // have.made stays false: the rules may be another version's
@@ -169,8 +175,14 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if want.seed == 0 {
 		want.seed = newSeed()
 	}
-	if err := makeRooms(c.NetNS, want.concurrent); err != nil {
+	if err := makeRooms(c.NetNS, want); err != nil {
 		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
+	}
+	otherRooms := want.concurrent != t.have.concurrent || want.renewed != t.have.renewed
+	if otherRooms && want.concurrent != 0 {
+		if err := fillRooms(c, want); err != nil {
+			return err
+		}
 	}
 	// Even by another agent: rules that are new have forgotten what was taken of the pace.
 	paced, err := hasRules(c, inner, paceChains(want))
@@ -202,7 +214,7 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	}
 	values := []nftables.SetElement{{Key: native(stateWeight), Val: native(uint32(want.weight))}, {Key: native(statePace), Val: native(want.pace)},
 		{Key: native(stateConcurrent), Val: native(want.concurrent)}, {Key: native(stateOwn), Val: native(want.own)},
-		{Key: native(stateSeed), Val: native(want.seed)}}
+		{Key: native(stateSeed), Val: native(want.seed)}, {Key: native(stateRenewed), Val: native(want.renewed)}}
 	for g, active := range want.active {
 		value := uint32(0)
 		if active {
@@ -238,14 +250,9 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write its table %s: %w", TableName, err)
 	}
-	if want.concurrent != t.have.concurrent || !t.have.made {
-		if err := forgetRooms(c, want.concurrent); err != nil {
+	if otherRooms || !t.have.made {
+		if err := forgetRooms(c, want); err != nil {
 			return err
-		}
-		if want.concurrent != 0 {
-			if _, _, err := checkRooms(c, want); err != nil {
-				return err
-			}
 		}
 	}
 	want.made, t.have.made = true, false
@@ -335,6 +342,9 @@ func outputRules(s innerState) (rules []rule) {
 			rules = append(rules, join(f.is(), isTCP(nil), ends(), jump(chainEndsOut+f.version)))
 		}
 	}
+	if s.concurrent > 0 {
+		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_UDP), markIs(correctionMark), goTo(chainCorrect)))
+	}
 	return rules
 }
 
@@ -373,7 +383,7 @@ func paceChains(s innerState) (chains []chain) {
 
 // innerChains find the listener, and in there the generation.
 func innerChains(s innerState) []chain {
-	chains := paceChains(s)
+	chains := append(paceChains(s), correctChain(s))
 	for _, f := range families {
 		v := f.version
 		source, destination := network(f.source, f.length, regKey), network(f.destination, f.length, regKey)
@@ -419,7 +429,7 @@ func innerChains(s innerState) []chain {
 			chain{"full_" + roomOut + v, append(f.count(source, tooManyPort), drop())},
 			chain{"full_" + roomIn + v, append(f.count(destination, tooManyPort), drop())},
 			chain{"unsteered" + v, append(f.count(nil, unsteeredPort), drop())})
-		chains = append(chains, f.rooms(s.concurrent)...)
+		chains = append(chains, f.rooms(s)...)
 	}
 	return chains
 }

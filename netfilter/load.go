@@ -2,7 +2,6 @@ package netfilter
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -20,14 +19,16 @@ import (
 const (
 	checkSeldom = 10 * time.Second
 	checkOften  = time.Second
+	// overfullLeast is how far at least a set is beyond its size when it is replaced.
+	overfullLeast = 16
 )
 
 // Connections is how many connections a tenant's processes have accepted and not
 // closed. Those that both ends have said goodbye to aren't among them.
 func (d *Datapath) Connections(index uint16) (n int64, err error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	t := d.tenants[index]
+	d.mu.Unlock()
 	if t == nil {
 		return 0, fmt.Errorf("connections of tenant %d: %w", index, steer.ErrUnknownTenant)
 	}
@@ -44,37 +45,45 @@ func (d *Datapath) Connections(index uint16) (n int64, err error) {
 
 // CheckConnections compares the room that a tenant's connections take with the sockets
 // in its network namespace, and corrects what is wrong: room that nobody has any more,
-// after a peer's RST, say, and connections without any, from before there was a bound.
+// after a peer's RST, say, and connections without any, from before there was a bound. A
+// set that has grown beyond its size, which no rule holds to it any more, is replaced.
 // It returns when to call it again.
 func (d *Datapath) CheckConnections(index uint16, netns string) (again time.Duration, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	t := d.tenants[index]
-	if t == nil || t.have.concurrent == 0 {
+	state := func() (s innerState) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if t := d.tenants[index]; t != nil {
+			s = t.have
+		}
+		return s
+	}
+	s := state()
+	if s.concurrent == 0 {
 		return checkSeldom, nil
 	}
 	again = checkSeldom
+	// Without the lock: everybody would wait for who has many connections.
 	err = inTenant(netns, func(ns int) error {
 		c, err := open(ns)
 		if err != nil {
 			return err
 		}
-		before, err := generation(ns)
+		found, err := checkRooms(c, s)
+		if now := state(); now.concurrent != s.concurrent || now.renewed != s.renewed {
+			again = checkOften
+			return nil
+		}
 		if err != nil {
 			return err
 		}
-		n, changes, err := checkRooms(c, t.have)
-		if n > int(t.have.concurrent/2) {
+		if found.connections > int(s.concurrent/2) {
 			again = checkOften
 		}
-		if err != nil {
-			return err
+		if found.overfull {
+			again = checkOften
+			return d.renewRooms(index, s, found.connections)
 		}
-		// Its own changes are no reason to write the rules anew.
-		if after, err := generation(ns); err == nil && t.generation == before && after == before+changes {
-			t.generation = after
-		}
-		return nil
+		return correct(ns, found.wrong)
 	})
 	if err != nil {
 		return again, fmt.Errorf("check connections of tenant %d: %w", index, err)
@@ -82,105 +91,75 @@ func (d *Datapath) CheckConnections(index uint16, netns string) (again time.Dura
 	return again, nil
 }
 
-// checkRooms returns how many connections had room, or have a socket, if that is more,
-// and how many changes it made. Rules write at the same time: what is wrong now may be right afterwards, and the other
-// way round, until the next time. Room that is taken away too early is found again by
-// the next packet, or at the next time.
-func checkRooms(c *nftables.Conn, s innerState) (n int, changes uint32, err error) {
-	type place struct {
-		set     *nftables.Set
-		expires time.Duration
+// renewRooms has a tenant's rules write into other sets, into which the connections that
+// are open are written first.
+func (d *Datapath) renewRooms(index uint16, was innerState, connections int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t := d.tenants[index]; t == nil || t.have.concurrent != was.concurrent || t.have.renewed != was.renewed {
+		return nil
 	}
-	forAll, forPods := roomsOf(s.concurrent)
-	have, free := map[string]place{}, map[*nftables.Set]int{}
-	for _, set := range append(forPods, forAll) {
+	d.log.Warn("A tenant had more connections than there is room for; its room is made anew", "tenant", index, "connections", connections, "most", was.concurrent)
+	return d.setState(index, func(s *innerState) { s.renewed = 1 - was.renewed })
+}
+
+// roomCheck is what checkRooms has found.
+type roomCheck struct {
+	// connections had room, or have a socket, if those are more.
+	connections int
+	wrong       []correction
+	// overfull: a set is beyond its size.
+	overfull bool
+}
+
+// checkRooms finds out what is wrong. Rules write at the same time: it may be right
+// afterwards, and the other way round, until the next time. Room that is taken away too
+// early is found again by the next packet, or at the next time.
+func checkRooms(c *nftables.Conn, s innerState) (found roomCheck, err error) {
+	have, free := map[string]time.Duration{}, map[string]int{}
+	for _, set := range s.allRooms() {
 		elements, err := c.GetSetElements(set)
 		if err != nil {
-			return 0, 0, fmt.Errorf("read set %s: %w", set.Name, err)
+			return found, fmt.Errorf("read set %s: %w", set.Name, err)
 		}
-		free[set] = int(set.Size) - len(elements)
+		before := len(have)
 		for _, e := range elements {
-			have[string(e.Key)] = place{set, e.Expires}
+			have[string(e.Key)] = e.Expires
 		}
+		taken := len(have) - before
+		free[set.Name] = int(set.Size) - taken
+		// What comes while it is read is read beside what has gone since.
+		found.overfull = found.overfull || taken > int(set.Size+set.Size/8+overfullLeast)
 	}
 	// Read later than the room, so that what gets a socket meanwhile keeps it.
 	sockets, err := accepted(c.NetNS)
 	if err != nil {
-		return 0, 0, err
+		return found, err
 	}
-	n = max(len(have), len(sockets))
-	gone, kept := map[*nftables.Set][]nftables.SetElement{}, map[*nftables.Set][]nftables.SetElement{}
-	for k, p := range have {
-		switch e := (nftables.SetElement{Key: []byte(k)}); {
-		case !sockets[k] && p.expires > handshake:
-			gone[p.set] = append(gone[p.set], e)
-			free[p.set]++
-		case sockets[k] && p.expires < flowIdle/2:
-			kept[p.set] = append(kept[p.set], e)
+	found.connections = max(len(have), len(sockets))
+	for k, expires := range have {
+		switch {
+		case !sockets[k] && expires > handshake:
+			found.wrong = append(found.wrong, correction{correctNobodys, k})
+		case sockets[k] && expires < flowIdle/2:
+			found.wrong = append(found.wrong, correction{correctOthers, k})
 		}
+		delete(sockets, k)
 	}
-	missing := map[*nftables.Set][]nftables.SetElement{}
-	// Others' connections have no room in what is the pods'.
-	for _, own := range []bool{false, true} {
-		for k := range sockets {
-			if _, ok := have[k]; ok || s.opened([]byte(k)) != own {
-				continue
-			}
-			to := forAll
-			if own && free[forAll] <= 0 && len(forPods) > 0 {
-				to = forPods[0]
-			}
-			if free[to] > 0 {
-				free[to]--
-				missing[to] = append(missing[to], nftables.SetElement{Key: []byte(k), Timeout: flowIdle})
-			}
+	for _, p := range s.place(sockets, free) {
+		what := byte(correctOthers)
+		if p.own {
+			what = correctPods
 		}
+		found.wrong = append(found.wrong, correction{what, p.connection})
 	}
-	for _, set := range append(forPods, forAll) {
-		for i := range kept[set] {
-			kept[set][i].Timeout = flowIdle
-		}
-		for _, step := range []struct{ del, add []nftables.SetElement }{{gone[set], nil}, {kept[set], kept[set]}, {nil, missing[set]}} {
-			made, err := replaceConnections(c, set, step.del, step.add)
-			changes += made
-			if err != nil {
-				return n, changes, err
-			}
-		}
-	}
-	return n, changes, nil
+	return found, nil
 }
 
 // opened reports whether one of the tenant's own pods opened a connection.
 func (s innerState) opened(key []byte) bool {
 	a, _ := netip.AddrFromSlice(key[:16])
 	return s.pods[a.Unmap()]
-}
-
-// replaceConnections does what it can of a change, in steps, and returns how many it
-// made: an element may have gone by itself, or the room been taken.
-func replaceConnections(c *nftables.Conn, set *nftables.Set, del, add []nftables.SetElement) (made uint32, err error) {
-	for len(del)+len(add) > 0 {
-		d, a := min(len(del), chunk), min(len(add), chunk)
-		if d > 0 {
-			if err := c.SetDeleteElements(set, del[:d]); err != nil {
-				return made, fmt.Errorf("write set %s: %w", set.Name, err)
-			}
-		}
-		if a > 0 {
-			if err := c.SetAddElements(set, add[:a]); err != nil {
-				return made, fmt.Errorf("write set %s: %w", set.Name, err)
-			}
-		}
-		switch err := c.Flush(); {
-		case err == nil:
-			made++
-		case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENFILE):
-			return made, fmt.Errorf("write set %s: %w", set.Name, err)
-		}
-		del, add = del[d:], add[a:]
-	}
-	return made, nil
 }
 
 // accepted returns the connections, as keys of connectionSet, that were accepted in a

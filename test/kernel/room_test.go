@@ -138,7 +138,6 @@ func TestForgedEnds(t *testing.T) {
 	const most = 4
 	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
 	limit(t, l.Node1, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
-	const fin, syn, rst, ack = 1, 2, 4, 16
 	const rooms, podRooms, ended = "room_3", "room_pods_1", "ended_by_peer_1024"
 	for _, flags := range []byte{syn, fin} {
 		forge(t, l.B1, lab.At(l.B1.V4, 999), lab.At(l.Outside.V4, app.GreetPort), flags)
@@ -186,19 +185,71 @@ func TestForgedEnds(t *testing.T) {
 	}
 }
 
+// A pod that has the agent look after its room all the time, and opens as many connections
+// as it can meanwhile, has no more for it.
+func TestRoomUnderFlood(t *testing.T) {
+	const most, flooding = 256, 10 * time.Second
+	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
+	limit(t, l.Node1, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
+	to := lab.At(l.Outside.V4, app.GreetPort)
+	var held []netip.AddrPort
+	for range most {
+		held = append(held, mustOpen(t, l.B1, l.Outside, 4).LocalAddr().(*net.TCPAddr).AddrPort())
+	}
+	until := time.Now().Add(flooding)
+	sent, done := 0, make(chan error, 1)
+	l.B1.Go(func() {
+		done <- func() error {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			for reset := time.Now(); time.Now().Before(until); {
+				// What is shortened is made long again at the next look.
+				if time.Since(reset) > 100*time.Millisecond {
+					reset = time.Now()
+					for _, from := range held {
+						if err := sendForged(fd, from, to, rst); err != nil {
+							return err
+						}
+					}
+				}
+				for range 100 {
+					if err := sendForged(fd, lab.At(l.B1.V4, uint16(10_000+sent%40_000)), to, syn); err != nil {
+						return err
+					}
+					sent++
+				}
+			}
+			return nil
+		}()
+	})
+	err := <-done
+	if _, taken := elements(t, l, "room_192", "room_pods_64"); taken > most || err != nil || sent < 10_000 {
+		t.Errorf("after %d SYNs, %v, %d connections have room, want %d at most", sent, err, taken, most)
+	}
+}
+
+const fin, syn, rst, ack = 1, 2, 4, 16
+
 // forge sends a packet of a connection that its peer takes for no part of it.
 func forge(t *testing.T, h *lab.Host, from, to netip.AddrPort, flags byte) {
 	t.Helper()
-	tcp := make([]byte, 20) // without a checksum
-	binary.BigEndian.PutUint16(tcp, from.Port())
-	binary.BigEndian.PutUint16(tcp[2:], to.Port())
-	tcp[12], tcp[13] = 5<<4, flags
 	h.Do(t, func() {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
 		lab.Check(t, err)
 		defer unix.Close(fd)
-		lab.Check(t, unix.Sendto(fd, tcp, 0, &unix.SockaddrInet4{Addr: to.Addr().Unmap().As4()}))
+		lab.Check(t, sendForged(fd, from, to, flags))
 	})
+}
+
+func sendForged(fd int, from, to netip.AddrPort, flags byte) error {
+	tcp := make([]byte, 20) // without a checksum
+	binary.BigEndian.PutUint16(tcp, from.Port())
+	binary.BigEndian.PutUint16(tcp[2:], to.Port())
+	tcp[12], tcp[13] = 5<<4, flags
+	return unix.Sendto(fd, tcp, 0, &unix.SockaddrInet4{Addr: to.Addr().Unmap().As4()})
 }
 
 // elements returns how many connections of team-b are in sets of its proxy's namespace,

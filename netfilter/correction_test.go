@@ -1,0 +1,269 @@
+package netfilter
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"log/slog"
+	"maps"
+	"net"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+// connectionOf is the key of one between two hosts that don't exist.
+func connectionOf(n uint32) string {
+	a := slices.Concat(make([]byte, 10), []byte{0xff, 0xff, 10}, binary.BigEndian.AppendUint32(nil, n)[1:])
+	return string(key(a, portKey(1), a, portKey(80)))
+}
+
+func tellRules(t *testing.T, of steer.Tenant, all ...correction) error {
+	t.Helper()
+	return inTenant(of.Netns, func(ns int) error { return correct(ns, all) })
+}
+
+// Rules do what they are told as far as there is room, and leave to each set what is its.
+func TestCorrections(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		check(t, d.UpdateTenant(one))
+		if err := tellRules(t, one, correction{correctOthers, connectionOf(0)}); err == nil {
+			t.Error("without a bound rules take what they are told")
+		}
+		one.Connections.Concurrent = 8
+		check(t, d.UpdateTenant(one))
+		forAll, forPods := innerState{concurrent: 8}.rooms()
+		told := func(what byte, from, to uint32) {
+			t.Helper()
+			var all []correction
+			for n := from; n < to; n++ {
+				all = append(all, correction{what, connectionOf(n)})
+			}
+			check(t, tellRules(t, one, all...))
+		}
+		are := func(inAll, inPods int) {
+			t.Helper()
+			eventually(t, "room for as many", func() bool {
+				have := rooms(t, one)
+				return have[forAll.Name] == inAll && have[forPods[0].Name] == inPods
+			})
+		}
+		told(correctOthers, 0, 10)
+		are(6, 0)
+		told(correctPods, 10, 20)
+		are(6, 2)
+		told(correctOthers, 5, 11)
+		are(6, 2)
+		told(correctNobodys, 0, 30)
+		are(0, 0)
+		eventually(t, "end of what has room no more", func() (swept bool) {
+			inside(t, one, func(c *nftables.Conn) {
+				for n, set := range []*nftables.Set{forAll, forPods[0]} {
+					check(t, c.SetAddElements(set, []nftables.SetElement{{Key: []byte(connectionOf(uint32(n))), Timeout: 5 * time.Minute}}))
+				}
+				swept = c.Flush() == nil
+			})
+			return swept
+		})
+		told(correctOthers, 0, 2)
+		are(1, 1)
+		inside(t, one, func(c *nftables.Conn) {
+			for _, set := range []*nftables.Set{forAll, forPods[0]} {
+				elements, err := c.GetSetElements(set)
+				check(t, err)
+				if len(elements) != 1 || elements[0].Expires < flowIdle/2 {
+					t.Errorf("%s has %+v", set.Name, elements)
+				}
+			}
+		})
+	})
+}
+
+// openAccepted opens connections in a tenant's namespace to a socket as proxies listen with.
+func openAccepted(t *testing.T, of steer.Tenant, n int) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- inTenant(of.Netns, func(ns int) error {
+			if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			transparent := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+				return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1) }), err)
+			}}
+			l, err := transparent.Listen(context.Background(), "tcp", "[::]:0")
+			if err != nil {
+				return err
+			}
+			defer l.Close()
+			to := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: l.Addr().(*net.TCPAddr).Port}
+			for range n {
+				c, err := net.DialTCP("tcp", nil, to)
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { c.Close() })
+				in, err := l.Accept()
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { in.Close() })
+			}
+			return nil
+		})
+	}()
+	check(t, <-done)
+}
+
+// A set that has come to have more than its size is replaced by one that has what is
+// open, and that rules are held to, by whichever agent.
+func TestRoomIsRenewed(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		var log bytes.Buffer
+		options := Options{Log: slog.New(slog.NewTextHandler(&log, nil))}
+		d, err := Open(options)
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.Concurrent = 8
+		check(t, d.UpdateTenant(one))
+		openAccepted(t, one, 3)
+		next := uint32(0)
+		for round, names := range [][]string{{"room_6", "room_6_renewed", "room_pods_2_renewed"}, {"room_6_renewed", "room_6", "room_pods_2"}} {
+			was, renewed, renewedPods := names[0], names[1], names[2]
+			overfill(t, one, was, &next)
+			// An agent was killed while it filled the other.
+			inside(t, one, func(c *nftables.Conn) {
+				half := connectionSet(renewed, 6)
+				check(t, c.AddSet(half, nil))
+				for n := range uint32(6) {
+					check(t, c.SetAddElements(half, []nftables.SetElement{{Key: []byte(connectionOf(n)), Timeout: flowIdle}}))
+				}
+				check(t, c.Flush())
+			})
+			log.Reset()
+			if again, err := d.CheckConnections(1, one.Netns); err != nil || again != checkOften {
+				t.Errorf("the next look at a set that is too large is due in %s, %v", again, err)
+			}
+			if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "tenant=1") {
+				t.Errorf("the log says %q", log.String())
+			}
+			want := []string{"ended_by_peer_1024", "ended_by_tenant_1024", renewed, renewedPods}
+			is := func(when string, connections int) {
+				t.Helper()
+				have := rooms(t, one)
+				if names := slices.Sorted(maps.Keys(have)); !slices.Equal(names, want) || have[renewed] != connections {
+					t.Errorf("%s, round %d: there are %v, want %d connections in %v", when, round, have, connections, want)
+				}
+			}
+			is("renewed", 3)
+			told := func() {
+				t.Helper()
+				var all []correction
+				for range 20 {
+					next++
+					all = append(all, correction{correctOthers, connectionOf(next)})
+				}
+				check(t, tellRules(t, one, all...))
+			}
+			told()
+			is("filled", 6)
+			// This agent is killed before it has removed the former set.
+			inside(t, one, func(c *nftables.Conn) {
+				check(t, c.AddSet(connectionSet(was, 6), nil))
+				check(t, c.Flush())
+			})
+			check(t, d.Close())
+			d, err = Open(options)
+			check(t, err)
+			check(t, d.UpdateTenant(one))
+			is("another agent", 6)
+			told()
+			is("filled by another agent", 6)
+		}
+	})
+}
+
+// overfill makes a set larger than its size, as a pod could when the agent replaced
+// elements while rules wrote.
+func overfill(t *testing.T, of steer.Tenant, name string, next *uint32) {
+	t.Helper()
+	set := connectionSet(name, 6)
+	// Not more, or the set would grow faster than it can be read.
+	var all []correction
+	for range 200 {
+		*next++
+		all = append(all, correction{correctOthers, connectionOf(*next)})
+	}
+	stop, stopped := make(chan struct{}), make(chan error, 1)
+	defer func() {
+		close(stop)
+		check(t, <-stopped)
+	}()
+	go func() {
+		stopped <- inTenant(of.Netns, func(ns int) error {
+			for {
+				if err := correct(ns, all); err != nil {
+					return err
+				}
+				select {
+				case <-stop:
+					return nil
+				default:
+				}
+			}
+		})
+	}()
+	eventually(t, "more in a set than its size, by elements that are written anew", func() bool {
+		inside(t, of, func(c *nftables.Conn) {
+			elements, err := c.GetSetElements(set)
+			check(t, err)
+			for i := range elements {
+				elements[i] = nftables.SetElement{Key: elements[i].Key, Timeout: flowIdle}
+			}
+			for part := range slices.Chunk(elements, chunk) {
+				check(t, c.SetDeleteElements(set, part))
+				check(t, c.SetAddElements(set, part))
+			}
+			if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENFILE) {
+				t.Fatal(err)
+			}
+		})
+		return rooms(t, of)[name] > 6+overfullLeast
+	})
+}
+
+// What is open since before there was a bound, or came when there was no room for it, has
+// room as soon as there is some.
+func TestRoomForWhatIsOpen(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(pod(t, "a", 1, "127.0.0.1"))))
+		openAccepted(t, one, 3)
+		one.Connections.Concurrent = 5
+		check(t, d.UpdateTenant(one))
+		if have := rooms(t, one); have["room_4"] != 3 {
+			t.Errorf("before any look there are %v", have)
+		}
+		openAccepted(t, one, 2)
+		_, err = d.CheckConnections(1, one.Netns)
+		check(t, err)
+		if have := rooms(t, one); have["room_4"] != 4 || have["room_pods_1"] != 1 {
+			t.Errorf("afterwards there are %v", have)
+		}
+	})
+}
