@@ -157,6 +157,7 @@ type datapathPodCounters struct {
 	BytesSent     uint64
 	BytesReceived uint64
 	Told          uint64
+	DirectDue     uint64
 	Dropped       datapathDrops
 }
 

@@ -5,6 +5,9 @@
 // Between two events of denied connections of a pod, or tenant, on a CPU: one
 // that hammers must not push out what others have to tell.
 #define DENIED_INTERVAL_NS 10000000
+// Events of a pod's connections in the clear, in a second on a CPU, and as many at once
+// after a rest: whoever sends SYNs and resets makes as many as packets.
+#define DIRECT_EVENTS_PER_SECOND 1000
 
 enum event_kind {
 	EVENT_OPENED = 1,

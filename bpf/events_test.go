@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -288,6 +289,63 @@ func TestEventPace(t *testing.T) {
 	took := time.Since(begun)
 	if most := uint64(took.Seconds()*perSecond) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != 1 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
 		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and all of the other", took, told, lost, most, sent)
+	}
+}
+
+// A pod makes an event of each packet where its connections pass in the clear: by SYNs and
+// resets. They are told at its pace, and leave the kernel's buffer to others.
+func TestDirectEventPace(t *testing.T) {
+	const perSecond, port = 1000, 5304
+	m := newMesh(t)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: port}}))
+	r := m.events(256)
+	to := &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4()}
+	// churn opens a connection and ends it, on one CPU: a pace is of a CPU, too.
+	churn := func(p *testPod, times int) {
+		t.Helper()
+		packet := func(flags byte) []byte {
+			return slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, p.v4.AsSlice(), remoteAddresses.v4.AsSlice(), segment(20000, port, flags))
+		}
+		syn, reset := packet(tcpSYN), packet(4)
+		p.do(t, func() {
+			var cpu unix.CPUSet
+			cpu.Set(0)
+			check(t, unix.SchedSetaffinity(0, &cpu))
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
+			check(t, err)
+			defer unix.Close(fd)
+			for range times {
+				check(t, errors.Join(unix.Sendto(fd, syn, 0, to), unix.Sendto(fd, reset, 0, to)))
+			}
+		})
+	}
+	var sent, lost uint64
+	told, begun := map[string]uint64{}, time.Now()
+	for lost < perSecond && sent < 50*perSecond {
+		churn(m.a, 50)
+		sent += 100
+		if told["b"] == 0 {
+			churn(m.b, 1)
+		}
+		for deadline := time.Now().Add(patience); told["a"]+lost < sent || told["b"] < 2; {
+			select {
+			case e := <-r.C:
+				if e.Way != steer.WayDirectOutbound || e.Kind == steer.Denied {
+					t.Errorf("%+v", e)
+				}
+				told[e.PodUID]++
+				continue
+			default:
+			}
+			lost = m.counters(1).EventsLost
+			if time.Now().After(deadline) {
+				t.Fatalf("of %d events %v were told, %d are lost", sent, told, lost)
+			}
+		}
+	}
+	took := time.Since(begun)
+	if most := perSecond + uint64(took.Seconds()*perSecond) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != 2 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
+		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and both of the other", took, told, lost, most, sent)
 	}
 }
 

@@ -128,11 +128,32 @@ static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound
 	return bpf_map_lookup_elem(&exclusions, &e) != 0;
 }
 
+// tells_direct says whether a connection of a pod in the clear is told of.
+static __always_inline int tells_direct(__u32 ifindex)
+{
+	const __u64 pace = NSEC_PER_SEC / DIRECT_EVENTS_PER_SECOND;
+	struct pod_counters *c = pod_counters_of(ifindex);
+	__u64 now = bpf_ktime_get_ns();
+	if (!c)
+		return 0;
+	__u64 due = c->direct_due < now ? now : c->direct_due;
+	if (due - now > NSEC_PER_SEC - pace)
+		return 0;
+	c->direct_due = due + pace;
+	return 1;
+}
+
 static __noinline int tell_flow(const struct flow *f, const struct flow_state *s, const struct pod *pod, enum event_kind kind)
 {
 	struct event e = { .kind = kind, .reason = NO_REASON };
 	if (!f || !s || !pod)
 		return 0;
+	if (!tells_direct(pod->ifindex)) {
+		struct tenant_counters *lost = counters_of(pod->tenant);
+		if (lost)
+			lost->events_lost++;
+		return 0;
+	}
 	e.way = s->outbound ? WAY_DIRECT_OUTBOUND : WAY_DIRECT_INBOUND;
 	e.tenant = pod->tenant;
 	e.pod = f->pod;

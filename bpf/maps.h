@@ -160,6 +160,8 @@ struct pod_counters {
 	__u64 bytes_sent, bytes_received;
 	// When the last event of a denial was sent; see tell_denied.
 	__u64 told;
+	// When the next event of a connection in the clear would be due; see tell_flow.
+	__u64 direct_due;
 	struct drops dropped;
 };
 
