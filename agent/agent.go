@@ -95,6 +95,8 @@ type Agent struct {
 	refusedBefore map[string]map[resource]refusal
 	// usages are what proxies took when that was read last.
 	usages map[model.Tenant]isolation.Usage
+	// tunnels are what proxies had of hosts for tunnels when that was read last.
+	tunnels map[model.Tenant]tunnelHosts
 	// toldCosts are those of the status.
 	toldCosts map[model.Tenant]cost.Account
 	// toldFigures are those of the status, of canaries and what serves beside them.
@@ -186,6 +188,7 @@ func (a *Agent) run(ctx context.Context, others ...task) error {
 		{"Workload API", a.workloads.Serve},
 		{"meter", a.meter},
 		{"analysis", a.analyse},
+		{"hosts for tunnels", a.watchTunnels},
 		{"count of connections", a.checkConnections},
 		{"reconcile", func(ctx context.Context) error { a.loop(ctx); return nil }},
 	}, others...) {

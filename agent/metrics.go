@@ -117,8 +117,12 @@ var (
 	tenantEventsLost  = tenantDesc("events_lost_total", "Connection events of the tenant that nobody was told of: beyond a pace, or for want of room, which with eBPF is also where nobody watches.")
 	tenantRejected    = tenantDesc("rejected_resources", "Resources of configuration that the proxy refused and holds no newer version of.")
 
+	tenantTunnelHosts        = tenantDesc("tunnel_hosts", "Endpoints that the tenant's proxy has a place for, for tunnels to them; there are 16,384 places.", "generation")
+	tenantTunnelHostsRefused = tenantDesc("tunnel_hosts_refused_total", "Connections that the tenant's proxy closed because all places for endpoints were taken.", "generation")
+
 	tenantDescs = []*prometheus.Desc{tenantReady, tenantPods, tenantRestarts, tenantCPU, tenantThrottled, tenantMemory, tenantMemoryMax, tenantOOMKills,
-		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantEventsLost, tenantRejected}
+		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantEventsLost, tenantRejected,
+		tenantTunnelHosts, tenantTunnelHostsRefused}
 )
 
 // Describe implements prometheus.Collector.
@@ -132,7 +136,7 @@ func (tenantMetrics) Describe(c chan<- *prometheus.Desc) {
 func (m tenantMetrics) Collect(c chan<- prometheus.Metric) {
 	o := m.observe()
 	m.mu.Lock()
-	usages, d := m.usages, m.datapath.datapath
+	usages, tunnels, d := m.usages, m.tunnels, m.datapath.datapath
 	m.mu.Unlock()
 	var counters map[uint16]steer.Counters
 	if d != nil {
@@ -143,7 +147,7 @@ func (m tenantMetrics) Collect(c chan<- prometheus.Metric) {
 	}
 	for n, t := range makeStatus(o).Tenants {
 		tenant := o.round.plan.tenants[n].tenant
-		f := tenantFigures{status: t}
+		f := tenantFigures{status: t, tunnels: tunnels[tenant]}
 		if u, ok := usages[tenant]; ok {
 			f.usage = &u
 		}
@@ -163,6 +167,7 @@ type tenantFigures struct {
 	usage    *isolation.Usage
 	account  *cost.Account
 	counters *steer.Counters
+	tunnels  tunnelHosts
 }
 
 // tenantSink takes one tenant's metrics.
@@ -184,6 +189,10 @@ func (s tenantSink) all(f tenantFigures) {
 	}
 	if most := f.status.Limits.MemoryMax; most > 0 {
 		s.gauge(tenantMemoryMax, float64(most))
+	}
+	for generation, hosts := range f.tunnels {
+		s.gauge(tenantTunnelHosts, float64(hosts.Hosts), strconv.Itoa(generation))
+		s.counter(tenantTunnelHostsRefused, float64(hosts.Refused), strconv.Itoa(generation))
 	}
 	if f.usage != nil {
 		s.usage(*f.usage)

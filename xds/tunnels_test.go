@@ -72,15 +72,16 @@ func testFirstConnections(t *testing.T, version string, workers int) {
 }
 
 // Of a process's hosts for tunnels there are so many and no more; connections to those
-// that it has go on being taken.
+// that it has go on being taken. They are of all who share the process: what one took, the
+// other lacks.
 func TestTunnelHostsAreBounded(t *testing.T) {
 	for _, version := range dist.Versions() {
 		t.Run(version, func(t *testing.T) {
 			enterNetns(t)
 			e, ask := farServices(t, version, tunnelAge)
-			for range 2 {
+			for _, sender := range []sender{senders[0], senders[2]} {
 				for i := range mostHosts + 1 {
-					err := ask(newHTTPPod(t, senders[0].source, false), i)
+					err := ask(newHTTPPod(t, sender.source, false), i)
 					if i < mostHosts && err != nil || i == mostHosts && err == nil {
 						t.Errorf("endpoint %d, with room for %d: %v", i+1, mostHosts, err)
 					}
