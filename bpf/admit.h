@@ -69,6 +69,19 @@ static __noinline enum admitted admit(__u32 tenant, const struct tenant *t, enum
 	return in_time(l, outbound ? &l->outbound_due : &l->inbound_due, rate) ? ADMITTED : TOO_FAST;
 }
 
+// has_room says whether a connection that begins without a SYN of its own may: by the
+// answer to a SYN cookie, of which the kernel keeps no count. Otherwise who sends SYNs
+// first, and answers them all at once, would have as many as it likes.
+static __noinline int has_room(__u32 tenant, const struct tenant *t, int outbound)
+{
+	if (!t || !t->max_connections)
+		return 1;
+	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);
+	__u32 most = t->max_connections;
+	__u32 room = outbound ? most : most - most / 4;
+	return l && l->connections + t->connections_correction < (__s64)room;
+}
+
 static __always_inline void count_connection(__u32 tenant, __s64 change)
 {
 	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);

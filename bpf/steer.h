@@ -181,6 +181,14 @@ int steer(struct bpf_sk_lookup *ctx)
 		}
 		return SK_DROP;
 	}
+	if (!is_new && !has_room(tenant, t, outbound)) {
+		bpf_sk_release(sk);
+		struct pod_counters *refused = pod_counters_of(pod_ifindex);
+		count->dropped.too_many++;
+		if (refused)
+			refused->dropped.too_many++;
+		return SK_DROP;
+	}
 	// Both generations listen on the same ports: the kernel must not choose
 	// again among them.
 	long failed = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
