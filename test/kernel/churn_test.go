@@ -60,7 +60,7 @@ func testPodsComeAndGo(t *testing.T, l *lab.Lab) {
 		p.Identity = model.Identity{TrustDomain: lab.TrustDomain, Namespace: "moving", ServiceAccount: fmt.Sprint("s", i%7)}
 		c.pods, c.n.Pods = append(c.pods, p), append(c.n.Pods, p)
 	}
-	wait := c.l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--timeout=5s",
+	wait := c.l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--timeout=20s",
 		fmt.Sprint("--duration=", moving+15*time.Second), lab.At(c.l.B2.V4, app.GreetPort).String())
 	moved := map[*lab.Host]bool{}
 	steps := 0
@@ -315,7 +315,10 @@ func (c *churn) exactCgroups(pids map[string]int) error {
 func (c *churn) exactLinks(uids map[string]bool, tenants int) (err error) {
 	c.n.Do(c.t, func() {
 		links, listErr := netlink.LinkList()
-		lab.Check(c.t, listErr)
+		if listErr != nil { // interrupted, while the agent adds or removes one
+			err = listErr
+			return
+		}
 		veths := 0
 		for _, l := range links {
 			name, index := l.Attrs().Name, l.Attrs().Index
@@ -361,9 +364,8 @@ func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
 		for set, want := range map[string]int{"pods": len(uids), "addresses4": len(uids), "addresses6": len(uids), "sent4": len(uids), "sent6": len(uids),
 			"owners4": len(uids), "owners6": len(uids), "macs4": len(uids), "self6": len(uids), "tenants": tenants, "tenant_of": tenants, "tenant_macs": tenants} {
 			elements, listErr := (&nftables.Conn{}).GetSetElements(&nftables.Set{Table: table, Name: set})
-			lab.Check(c.t, listErr)
-			if len(elements) != want {
-				err = fmt.Errorf("the set %s has %d elements, want %d", set, len(elements), want)
+			if listErr != nil || len(elements) != want {
+				err = fmt.Errorf("the set %s has %d elements, want %d: %w", set, len(elements), want, listErr)
 			}
 			for _, e := range elements {
 				if set == "pods" {
@@ -375,15 +377,14 @@ func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
 			err = fmt.Errorf("pods of the table: %s", difference(names, uids))
 		}
 		links, listErr := netlink.LinkList()
-		lab.Check(c.t, listErr)
 		veths := 0
 		for _, l := range links {
 			if strings.HasPrefix(l.Attrs().Name, "bh") {
 				veths++
 			}
 		}
-		if veths != tenants {
-			err = fmt.Errorf("%d veths of %d tenants", veths, tenants)
+		if listErr != nil || veths != tenants {
+			err = fmt.Errorf("%d veths of %d tenants: %w", veths, tenants, listErr)
 		}
 	})
 	return err

@@ -63,10 +63,10 @@ func testCost(t *testing.T, l *lab.Lab) {
 	for range calls {
 		l.A1.Call(t, "get", "http://"+lab.At(l.A3.V4, app.HTTPPort).String()+"/")
 	}
-	n.Planned = slices.DeleteFunc(slices.Clone(n.Planned), func(p *lab.Host) bool { return p == l.A1 })
-	n.WritePlan()
 	// Without `inspect`, which would read the pod's counters before it goes.
 	before := scrape(t, n)[`bulkhead_tenant_pods{namespace="team-a",tenant="team-a"}`]
+	n.Planned = slices.DeleteFunc(slices.Clone(n.Planned), func(p *lab.Host) bool { return p == l.A1 })
+	n.WritePlan()
 	lab.Eventually(t, "the pod's leave", func() error {
 		if got := scrape(t, n)[`bulkhead_tenant_pods{namespace="team-a",tenant="team-a"}`]; got != before-1 {
 			return fmt.Errorf("team-a has %v pods, and had %v", got, before)

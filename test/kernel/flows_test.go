@@ -159,11 +159,15 @@ func TestIdleAgent(t *testing.T) { eachRedirection(t, testIdleAgent) }
 func testIdleAgent(t *testing.T, l *lab.Lab) {
 	const wait, most = 3 * time.Second, 300 * time.Millisecond
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {
-		before := n.AgentTime(t)
-		time.Sleep(wait)
-		if spent := n.AgentTime(t) - before; spent > most {
-			t.Errorf("the agent of %s used %s of CPU in %s", n.Name, spent, wait)
-		}
+		// On a busy machine it may still have something to do at first.
+		lab.Eventually(t, "the agent of "+n.Name+" to be idle", func() error {
+			before := n.AgentTime(t)
+			time.Sleep(wait)
+			if spent := n.AgentTime(t) - before; spent > most {
+				return fmt.Errorf("it used %s of CPU in %s", spent, wait)
+			}
+			return nil
+		})
 	}
 }
 

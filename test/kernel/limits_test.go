@@ -10,7 +10,8 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
-// limit writes a plan and waits until the kernel has it: within 2 s.
+// limit writes a plan and waits until the kernel has it. The agent does so at once, and
+// not when it looks at everything the next time, which it does every 10 s.
 func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
 	t.Helper()
 	n.Limits = map[string]v1alpha1.Limits{tenant: l}
@@ -24,7 +25,7 @@ func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
 		}
 		return nil
 	})
-	if took := time.Since(begin); took > 2*time.Second {
+	if took := time.Since(begin); took > 6*time.Second {
 		t.Errorf("limits %+v took %s", l, took)
 	}
 }
@@ -53,9 +54,10 @@ func testPace(t *testing.T, l *lab.Lab) {
 	n := l.Node1
 	pid := n.Tenant("team-b").Generations[0].PID
 	steered := func() uint64 { s := n.Tenant("team-b").Steered; return s[0] + s[1] }
-	flood := func(from *lab.Host, to string) (opened, shed uint64) {
+	// most is what may have been opened in the time that it took.
+	flood := func(from *lab.Host, to string) (opened, most, shed uint64) {
 		t.Helper()
-		before, was := steered(), n.Tenant("team-b").Drops["tooFast"]
+		before, was, began := steered(), n.Tenant("team-b").Drops["tooFast"], time.Now()
 		wait := from.Begin(t, "load", "--protocol=http", "--connections=64", "--rate=400", "--new-connection-ratio=1", "--timeout=300ms",
 			fmt.Sprintf("--duration=%ds", seconds), to)
 		// What its pods open has a pace of its own, whoever comes from outside.
@@ -67,22 +69,25 @@ func testPace(t *testing.T, l *lab.Lab) {
 		}
 		var r app.RunResult
 		wait(&r)
-		return steered() - before, n.Tenant("team-b").Drops["tooFast"] - was
+		opened = steered() - before
+		// A second's worth comes at once.
+		most = uint64(rate*(1+time.Since(began).Seconds())) + 1
+		return opened, most, n.Tenant("team-b").Drops["tooFast"] - was
 	}
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, NewConnections: rate})
 	neighbour := undisturbed(t, l, 2*seconds)
-	if opened, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened > rate*(seconds+2) || opened < rate*(seconds-2) || shed == 0 {
-		t.Errorf("%d connections in %d s at %d a second, %d shed", opened, seconds, rate, shed)
+	if opened, most, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened > most || opened < rate*(seconds-2) || shed == 0 {
+		t.Errorf("%d connections in %d s at %d a second, at most %d, %d shed", opened, seconds, rate, most, shed)
 	}
-	if opened, shed := flood(l.Outside, lab.At(l.B1.V4, app.HTTPPort).String()); opened > rate*(seconds+2)+100 || opened < rate*(seconds-2) || shed == 0 {
-		t.Errorf("%d connections from outside in %d s at %d a second, %d shed", opened, seconds, rate, shed)
+	if opened, most, shed := flood(l.Outside, lab.At(l.B1.V4, app.HTTPPort).String()); opened > most+100 || opened < rate*(seconds-2) || shed == 0 {
+		t.Errorf("%d connections from outside in %d s at %d a second, at most %d and what the pod opens, %d shed", opened, seconds, rate, most, shed)
 	}
 	neighbour()
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
 	if tenant := n.Tenant("team-b"); tenant.Generations[0].PID != pid {
 		t.Errorf("pid %d, was %d", tenant.Generations[0].PID, pid)
 	}
-	if opened, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened < 2*rate*seconds || shed != 0 {
+	if opened, _, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened < 2*rate*seconds || shed != 0 {
 		t.Errorf("without a limit %d connections in %d s, %d shed", opened, seconds, shed)
 	}
 }
@@ -107,11 +112,11 @@ func testPaceOverAgents(t *testing.T, l *lab.Lab) {
 	restarted := time.Since(began)
 	var r app.RunResult
 	wait(&r)
-	// A second's worth at the beginning, and a rest of one for what was too busy to dial.
-	if opened := steered() - before; opened > rate*(seconds+2) || opened < rate*(seconds-2) {
-		t.Errorf("%d connections in %d s at %d a second, with %d agents in the first %s", opened, seconds, rate, agents, restarted)
-	} else {
-		t.Logf("%d connections in %d s at %d a second, with %d agents in the first %s", opened, seconds, rate, agents, restarted)
+	opened, took := steered()-before, time.Since(began)
+	t.Logf("%d connections in %s at %d a second, with %d agents in the first %s", opened, took, rate, agents, restarted)
+	// A second's worth comes at once.
+	if most := uint64(rate*(1+took.Seconds())) + 1; opened > most || opened < rate*(seconds-2) {
+		t.Errorf("%d connections are more than %d, or fewer than %d", opened, most, rate*(seconds-2))
 	}
 }
 
@@ -146,7 +151,7 @@ func testConnectionLimits(t *testing.T, l *lab.Lab) {
 	}
 
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
-	hold = l.B1.Begin(t, "hold", fmt.Sprint("--connections=", 3*most), "--interval=200ms", "--duration=2s", "--timeout=5s", held)
+	hold = l.B1.Begin(t, "hold", fmt.Sprint("--connections=", 3*most), "--interval=200ms", "--duration=2s", "--timeout=20s", held)
 	if hold(&r); !r.OK || r.Held != 3*most {
 		t.Errorf("without limits %d of %d connections are held: %+v", r.Held, 3*most, r.Failures)
 	}

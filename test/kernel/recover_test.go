@@ -53,7 +53,7 @@ func testLimitsRecover(t *testing.T, l *lab.Lab) {
 				t.Fatalf("%s, round %d: nothing was dropped as %s", o.name, round, o.shed)
 			}
 			// Neither another tenant nor what has begun has to do with it.
-			c, err := open(t, l.A1, l.Outside, 4, time.Second)
+			c, err := open(t, l.A1, l.Outside, 4, lab.Patience)
 			if err != nil {
 				t.Fatalf("%s, round %d: a neighbour's connection: %v", o.name, round, err)
 			}
@@ -70,22 +70,24 @@ func testLimitsRecover(t *testing.T, l *lab.Lab) {
 			// The first time makes what stays.
 			if round == 0 {
 				lab.Eventually(t, "the end of the load", func() error {
-					before = remains(t, l, proxy)
+					var err error
+					before, err = remains(t, l, proxy)
 					// Two sockets of the one that the test keeps: from the pod, and to the server.
-					if open := before["connections"]; open > 2 {
-						return fmt.Errorf("%d connections are open", open)
+					if open := before["connections"]; err != nil || open > 2 {
+						return fmt.Errorf("%d connections are open, %w", open, err)
 					}
 					return nil
 				})
 				continue
 			}
 			lab.Eventually(t, fmt.Sprintf("%s, round %d: as much as after the first one", o.name, round), func() error {
-				for what, have := range remains(t, l, proxy) {
+				now, err := remains(t, l, proxy)
+				for what, have := range now {
 					if have > before[what] {
 						return fmt.Errorf("%d %s, there were %d", have, what, before[what])
 					}
 				}
-				return nil
+				return err
 			})
 		}
 		lab.Check(t, began.Close())
@@ -229,50 +231,57 @@ func overloads(t *testing.T, l *lab.Lab) []overload {
 	}})
 }
 
-// remains counts what a node, the agent and the proxy of team-b keep.
-func remains(t *testing.T, l *lab.Lab, proxy *lab.Namespace) map[string]int {
+// remains counts what a node, the agent and the proxy of team-b keep. It fails where
+// something goes while it is read.
+func remains(t *testing.T, l *lab.Lab, proxy *lab.Namespace) (map[string]int, error) {
 	t.Helper()
 	n := l.Node1
 	counts := map[string]int{}
 	for name, pid := range map[string]int{"files of the proxy": n.Tenant("team-b").Generations[0].PID, "files of the agent": n.AgentPID()} {
 		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-		lab.Check(t, err)
+		if err != nil {
+			return counts, err
+		}
 		counts[name] = len(files)
 	}
 	entries, err := nodestate.MapEntries(filepath.Join(n.PinDir(), "maps"))
-	lab.Check(t, err)
+	if err != nil {
+		return counts, err
+	}
 	for name, count := range entries {
 		counts["entries of map "+name] = count
 	}
 	for where, namespace := range map[string]*lab.Namespace{"the node": n.Namespace, "the proxy": proxy} {
 		namespace.Do(t, func() {
 			c := &nftables.Conn{}
-			tables, err := c.ListTables()
-			lab.Check(t, err)
+			var tables []*nftables.Table
+			tables, err = c.ListTables()
 			for _, table := range tables {
 				if !strings.HasPrefix(table.Name, "bulkhead") {
 					continue
 				}
-				sets, err := c.GetSets(table)
-				lab.Check(t, err)
+				sets, listErr := c.GetSets(table)
+				err = errors.Join(err, listErr)
 				for _, set := range sets {
 					// Flows beside the proxy go by themselves, when they have been silent for long.
 					if slices.ContainsFunc([]string{"begun_", "heard_", "answered_"}, func(of string) bool { return strings.HasPrefix(set.Name, of) }) {
 						continue
 					}
-					elements, err := c.GetSetElements(set)
-					lab.Check(t, err)
+					elements, listErr := c.GetSetElements(set)
+					err = errors.Join(err, listErr)
 					counts["elements of set "+set.Name+" of "+where] += len(elements)
 				}
 			}
 		})
+		if err != nil {
+			return counts, err
+		}
 	}
 	flows, err := bpf.EstablishedFlows(proxy.Path, l.B1.V4, l.B1.V6)
-	lab.Check(t, err)
 	for _, f := range flows {
 		if !f.IsTunnel() {
 			counts["connections"]++
 		}
 	}
-	return counts
+	return counts, err
 }

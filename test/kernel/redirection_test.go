@@ -19,7 +19,7 @@ import (
 func TestRedirectionChanges(t *testing.T) {
 	l := lab.New(t)
 	const connections = 100
-	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--duration=8s", "--timeout=5s",
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--duration=8s", "--timeout=20s",
 		lab.At(l.B2.V4, app.GreetPort).String())
 	for _, r := range []v1alpha1.Redirection{v1alpha1.RedirectionNetfilter, v1alpha1.RedirectionEBPF, v1alpha1.RedirectionNetfilter} {
 		l.Node1.Redirection = r
@@ -108,24 +108,27 @@ func onlyRedirection(t *testing.T, n *lab.Node) (err error) {
 // its own again at once.
 func TestRulesetFlushed(t *testing.T) {
 	l := lab.NewWith(t, lab.Options{Redirection: v1alpha1.RedirectionNetfilter})
-	l.Node1.Do(t, func() {
-		c := &nftables.Conn{}
-		c.FlushRuleset()
-		lab.Check(t, c.Flush())
-	})
-	begun := time.Now()
-	lab.Eventually(t, "the pods' return into the mesh", func() error {
-		pods, tenants, err := steered(t, l.Node1)
-		if err == nil && (pods != len(l.Node1.Planned) || tenants != 2) {
-			err = fmt.Errorf("%d pods and %d tenants are steered", pods, tenants)
-		}
-		return err
-	})
-	// Not at the next time at which the agent looks at everything.
-	if took := time.Since(begun); took > 3*time.Second {
-		t.Errorf("it took %s", took)
-	} else {
+	// More than once: the agent that only looks at everything every 10 s may do so just
+	// after the first.
+	for range 3 {
+		l.Node1.Do(t, func() {
+			c := &nftables.Conn{}
+			c.FlushRuleset()
+			lab.Check(t, c.Flush())
+		})
+		begun := time.Now()
+		lab.Eventually(t, "the pods' return into the mesh", func() error {
+			pods, tenants, err := steered(t, l.Node1)
+			if err == nil && (pods != len(l.Node1.Planned) || tenants != 2) {
+				err = fmt.Errorf("%d pods and %d tenants are steered", pods, tenants)
+			}
+			return err
+		})
+		took := time.Since(begun)
 		t.Logf("it took %s", took)
+		if took > 6*time.Second {
+			t.Error("that is when the agent looks at everything")
+		}
 	}
 	l.Node1.WaitReady()
 	for _, f := range flows(l) {

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -159,6 +160,9 @@ func established(t *testing.T, n *lab.Namespace) (found []connection) {
 	n.Do(t, func() {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			sockets, err := netlink.SocketDiagTCP(family)
+			for errors.Is(err, netlink.ErrDumpInterrupted) {
+				sockets, err = netlink.SocketDiagTCP(family)
+			}
 			lab.Check(t, err)
 			for _, s := range sockets {
 				if s.State != netlink.TCP_ESTABLISHED {
