@@ -35,9 +35,12 @@ func testNetworkIsGone(t *testing.T, l *lab.Lab) {
 		for _, f := range flows(l) {
 			f.check(t, 4)
 		}
-		if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
-			t.Errorf("%d pods and %d tenants are steered, %v", pods, tenants, err)
-		}
+		lab.Eventually(t, "the pods in the kernel", func() error {
+			if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
+				return fmt.Errorf("%d pods and %d tenants are steered, %w", pods, tenants, err)
+			}
+			return nil
+		})
 	}
 	check()
 	// Nor does one that is there to an agent that comes later.
@@ -86,9 +89,12 @@ func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 				f.check(t, family)
 			}
 		})
-		if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
-			t.Errorf("%s: %d pods and %d tenants are steered, %v", when, pods, tenants, err)
-		}
+		lab.Eventually(t, "the pods in the kernel, "+when, func() error {
+			if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
+				return fmt.Errorf("%d pods and %d tenants are steered, %w", pods, tenants, err)
+			}
+			return nil
+		})
 	}
 	rename("poda1", "other0")
 	rename("podb1", "poda1")

@@ -41,22 +41,25 @@ func testBandwidth(t *testing.T, l *lab.Lab) {
 			defer neighbour.stop()
 			defer own.stop()
 			<-time.After(time.Second) // what may pass at once has passed
-			var best, other float64
-			// On a busy machine it can be less for a while; it must never be more.
-			for window := 0; window < 4 && best < 0.9*0.96*test.rate; window++ {
+			var other float64
+			// On a busy machine it can be less for a while, and what has waited in buffers
+			// meanwhile comes with the rest: one time of several is as it should be, and all of
+			// them together have no more than half a second's worth that had waited. Headers are
+			// 4 % of what is bounded.
+			fits, since, at := false, time.Now(), own.received()
+			for window := 0; window < 8 && !fits; window++ {
 				begin, had, others := time.Now(), own.received(), neighbour.received()
 				<-time.After(3 * time.Second) // a rate is measured
 				elapsed := time.Since(begin).Seconds()
 				rate := float64(own.received()-had) / elapsed
-				best, other = max(best, rate), max(other, float64(neighbour.received()-others)/elapsed)
+				fits, other = rate >= 0.9*0.96*test.rate && rate <= 1.02*test.rate, max(other, float64(neighbour.received()-others)/elapsed)
 				t.Logf("%.2f MiB/s of %.2f, the neighbour %.1f", rate/(1<<20), test.rate/(1<<20), other/(1<<20))
-				// Headers are 4 % of what is bounded.
-				if rate > 1.02*test.rate {
-					t.Errorf("%.0f bytes per second, at most %.0f", rate, test.rate)
+				if all, most := own.received()-at, 1.02*test.rate*(time.Since(since).Seconds()+0.5); float64(all) > most {
+					t.Errorf("%d bytes, at most %.0f", all, most)
 				}
 			}
-			if best < 0.9*0.96*test.rate {
-				t.Errorf("%.0f bytes per second, want %.0f", best, test.rate)
+			if !fits {
+				t.Errorf("at no time about %.0f bytes per second", test.rate)
 			}
 			if other < 4*ingress {
 				t.Errorf("the neighbour has only %.0f bytes per second", other)

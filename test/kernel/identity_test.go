@@ -319,6 +319,8 @@ func keysStay(t *testing.T, n *lab.Node) {
 		switch {
 		case path == directory, path == filepath.Join(n.Isolation().RunDir, "netns"), path == filepath.Join(n.Dir, "bpf"):
 			return filepath.SkipDir
+		case errors.Is(err, fs.ErrNotExist): // it has just gone
+			return nil
 		case err != nil || !d.Type().IsRegular():
 			return err
 		}

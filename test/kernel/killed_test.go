@@ -15,10 +15,10 @@ import (
 func TestProxyKilled(t *testing.T) { eachRedirection(t, testProxyKilled) }
 
 func testProxyKilled(t *testing.T, l *lab.Lab) {
-	const connections, kills = 1000, 3
-	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=1s", "--duration=12s", "--timeout=5s",
+	const connections, kills, lasts = 1000, 3, 25 * time.Second
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=1s", fmt.Sprint("--duration=", lasts), "--timeout=20s",
 		lab.At(l.A3.V4, app.GreetPort).String())
-	deadline := time.Now().Add(12 * time.Second)
+	deadline := time.Now().Add(lasts)
 	for i := range kills {
 		for _, n := range []*lab.Node{l.Node1, l.Node2} {
 			pid := n.Tenant("team-b").Generations[0].PID
@@ -79,9 +79,14 @@ func testAgentKilled(t *testing.T, l *lab.Lab) {
 	if r.Connections < r.Exchanges/3 || len(r.Seconds) < seconds {
 		t.Errorf("%d connections for %d requests in %d seconds", r.Connections, r.Exchanges, len(r.Seconds))
 	}
+	silent := 0
 	for i, s := range r.Seconds[:seconds] {
-		if s.OK == 0 {
-			t.Errorf("second %d had no request", i)
+		silent++
+		if s.OK > 0 {
+			silent = 0
+		}
+		if silent == 3 { // a busy machine may stand still for one
+			t.Errorf("three seconds up to %d had no request", i)
 		}
 	}
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {

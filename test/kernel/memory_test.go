@@ -25,7 +25,7 @@ func TestOutOfMemory(t *testing.T) {
 		return nil
 	})
 	before := n.Tenant("team-b").Generations[0]
-	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", neighbours), "--interval=200ms", "--duration=16s", "--timeout=5s",
+	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", neighbours), "--interval=200ms", "--duration=16s", "--timeout=20s",
 		lab.At(l.A3.V4, app.GreetPort).String())
 	// Each of them takes about 20 KB there.
 	leak := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", greedy), "--interval=5s", "--duration=12s", "--timeout=5s",

@@ -82,7 +82,7 @@ func testSYNCookies(t *testing.T, l *lab.Lab) {
 				const connections = 40
 				before := received()
 				var r app.RunResult
-				f.from.Run(t, &r, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--duration=100ms", "--timeout=5s", f.address(family, app.GreetPort).String())
+				f.from.Run(t, &r, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--duration=100ms", "--timeout=20s", f.address(family, app.GreetPort).String())
 				if !r.OK || received() < before+connections {
 					t.Errorf("%d of %d connections held, %d cookies came back: %+v", r.Held, connections, received()-before, r.Failures)
 				}

@@ -20,7 +20,7 @@ import (
 func TestTenantsChange(t *testing.T) { eachRedirection(t, testTenantsChange) }
 
 func testTenantsChange(t *testing.T, l *lab.Lab) {
-	const lasts = 45 * time.Second
+	const lasts = 60 * time.Second
 	n := l.Node1
 	type way struct {
 		what string

@@ -19,7 +19,7 @@ const olderEnvoy = "1.39.3"
 func TestUpgrade(t *testing.T) { eachRedirection(t, testUpgrade) }
 
 func testUpgrade(t *testing.T, l *lab.Lab) {
-	const held, rate, duration = 20, 1000, 20 * time.Second
+	const held, rate, duration = 20, 1000, 30 * time.Second
 	nodes := []*lab.Node{l.Node1, l.Node2}
 	for _, n := range nodes {
 		n.Drain = time.Hour
@@ -31,7 +31,7 @@ func testUpgrade(t *testing.T, l *lab.Lab) {
 	load := l.A1.Begin(t, "load", "--protocol=http", "--connections=32", fmt.Sprint("--rate=", rate), "--new-connection-ratio=0.5",
 		fmt.Sprint("--duration=", duration), lab.At(l.B2.V4, app.HTTPPort).String())
 	// They stay in the default version's processes, which are the second to leave.
-	hold := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", held), "--interval=100ms", "--timeout=5s",
+	hold := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", held), "--interval=100ms", "--timeout=20s",
 		fmt.Sprint("--duration=", duration), lab.At(l.B2.V4, app.GreetPort).String())
 	lab.Eventually(t, "the held connections", func() error {
 		if s := l.Node1.Tenant("team-a").Steered; s[0] < held {
@@ -61,11 +61,14 @@ func testUpgrade(t *testing.T, l *lab.Lab) {
 	// The processes of the default version have the held connections still, so its
 	// place isn't free: the way back waits for them. Here they are let go by the end
 	// of the hold.
-	for _, g := range l.Node1.Tenant("team-a").Generations {
-		if g.Version == dist.Default && g.DrainUntil == nil {
-			t.Errorf("the former version doesn't leave: %+v", g)
+	lab.Eventually(t, "the former version's leave", func() error {
+		for _, g := range l.Node1.Tenant("team-a").Generations {
+			if g.Version == dist.Default && g.DrainUntil == nil {
+				return fmt.Errorf("%+v", g)
+			}
 		}
-	}
+		return nil
+	})
 	var h app.RunResult
 	hold(&h)
 	if !h.OK || h.Held != held {
