@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"testing"
 	"time"
 )
@@ -26,19 +27,24 @@ func TestLoopIsPaced(t *testing.T) {
 		a.wake()
 		select {
 		case <-done:
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			t.Fatal("no round")
 		}
 	}
-	begin := time.Now()
+	// Most of them: the machine may stand still for a moment.
+	var each []time.Duration
 	for range roundsAtOnce / 2 {
+		begin := time.Now()
 		round()
+		each = append(each, time.Since(begin))
 	}
-	if took := time.Since(begin); took > 500*time.Millisecond {
-		t.Errorf("%d rounds took %s", roundsAtOnce/2, took)
+	slices.Sort(each)
+	if each[len(each)/2] > time.Second/roundsPerSecond/2 {
+		t.Errorf("rounds took %s", each)
 	}
 	n := 0
-	for begin = time.Now(); time.Since(begin) < 2*time.Second; n++ {
+	begin := time.Now()
+	for ; time.Since(begin) < 2*time.Second; n++ {
 		round()
 	}
 	if most := roundsAtOnce + int(time.Since(begin).Seconds()*roundsPerSecond) + 1; n > most || n < roundsPerSecond {

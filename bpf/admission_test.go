@@ -100,8 +100,10 @@ func TestConcurrentConnections(t *testing.T) {
 			return e.Kind == steer.Denied && e.Reason == "TooMany" && e.Way == to.way && e.Tenant == 1
 		})
 	}
-	if d := m.counters(1).Dropped; d.TooMany != 4 || d.TooFast != 0 {
-		t.Errorf("shed %+v", d)
+	// A SYN may have been sent again.
+	already := m.counters(1).Dropped
+	if already.TooMany < 4 || already.TooMany > 7 || already.TooFast != 0 {
+		t.Errorf("shed %+v", already)
 	}
 	m.greets("another tenant", m.b.namespace, at(remote.v4, 80), "proxy2")
 	for _, c := range held {
@@ -120,7 +122,7 @@ func TestConcurrentConnections(t *testing.T) {
 		}
 		waiting <- err
 	}()
-	for deadline := time.Now().Add(patience); m.counters(1).Dropped.TooMany < 5; {
+	for deadline := time.Now().Add(patience); m.counters(1).Dropped.TooMany <= already.TooMany; {
 		if time.Now().After(deadline) {
 			t.Fatal("the one more isn't shed")
 		}
@@ -272,8 +274,11 @@ func TestOutsidersLeaveRoom(t *testing.T) {
 			t.Error("the pod has no pace of its own")
 		}
 	}
-	if !shed(t, m.a.namespace, out) {
-		t.Error("the pod opens them faster than it may")
+	// On a busy machine it isn't fast at first.
+	for tries := 0; !shed(t, m.a.namespace, out); tries++ {
+		if tries == 50 {
+			t.Fatal("the pod opens them faster than it may")
+		}
 	}
 	m.waitConnections(1, 0)
 

@@ -132,7 +132,7 @@ func nft(t *testing.T, command string) {
 func dialBriefly(t *testing.T, n *namespace, from, to netip.AddrPort) (any, string, error) {
 	t.Helper()
 	former := patience
-	patience = former / 10
+	patience = former / 40
 	defer func() { patience = former }()
 	c, greeting, err := dial(t, n, from, to)
 	return c, greeting, err

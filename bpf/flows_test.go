@@ -516,7 +516,7 @@ func TestEstablishedFlowsWithoutProcess(t *testing.T) {
 		// Both ends are in the namespace.
 		want := func(sockets int, when string) {
 			t.Helper()
-			deadline := time.Now().Add(5 * time.Second)
+			deadline := time.Now().Add(patience)
 			for {
 				flows, err := EstablishedFlows(n.path(), netip.MustParseAddr("127.0.0.2"))
 				check(t, err)

@@ -19,8 +19,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
-// patience is how long a test waits for what should happen at once.
-var patience = 5 * time.Second
+// patience is how long a test waits for what should happen at once, on a machine that
+// may be busy with other things.
+var patience = 20 * time.Second
 
 // dialer connects from a namespace and reads the line that the other end begins
 // with. from may be any address, if the namespace lets it be bound.

@@ -141,7 +141,7 @@ func TestDrain(t *testing.T) {
 	})
 	t.Run("deadline", func(t *testing.T) {
 		n.serveXDS(m, tenantA, 1, echoListener(t))
-		c, p := begin(1500 * time.Millisecond)
+		c, p := begin(5 * time.Second)
 		until := draining(p.PID).DrainUntil
 		for time.Now().Before(until.Add(-200 * time.Millisecond)) {
 			if err := c.echo("meanwhile"); err != nil {

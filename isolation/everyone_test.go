@@ -39,8 +39,8 @@ func TestLimitAll(t *testing.T) {
 	// measured is how much each uses in a while.
 	measured := func() (a, b time.Duration, share float64) {
 		t.Helper()
-		a, b = cpu(tenantA), cpu(tenantB)
 		begin := time.Now()
+		a, b = cpu(tenantA), cpu(tenantB)
 		time.Sleep(2 * time.Second) // what is measured is a rate
 		a, b = cpu(tenantA)-a, cpu(tenantB)-b
 		return a, b, float64(a+b) / float64(time.Since(begin))
@@ -75,11 +75,13 @@ func TestLimitAll(t *testing.T) {
 	if err := m.Delete(t.Context(), tenantB); err != nil {
 		t.Fatal(err)
 	}
-	before, begin := cpu(tenantA), time.Now()
-	time.Sleep(time.Second) // what is measured is a rate
-	if alone := float64(cpu(tenantA)-before) / float64(time.Since(begin)); alone < 0.3 {
-		t.Errorf("alone it uses only %.2f CPUs of 0.4", alone)
-	}
+	n.await(m, tenantA, "doesn't use what all may when it is alone", func(State) bool {
+		before, begin := cpu(tenantA), time.Now()
+		time.Sleep(time.Second) // what is measured is a rate
+		alone := float64(cpu(tenantA)-before) / float64(time.Since(begin))
+		t.Logf("alone it uses %.2f CPUs of 0.4", alone)
+		return alone >= 0.3
+	})
 	for _, l := range []Limits{{CPUMillis: 100}, {}} {
 		if err := m.LimitAll(l); err != nil {
 			t.Fatal(err)

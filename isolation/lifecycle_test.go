@@ -33,7 +33,7 @@ func TestKilledProxyComesBack(t *testing.T) {
 	// TestBackoff says that the first try is due within 250 ms; how late a busy
 	// machine is, is only to be read here.
 	t.Logf("ended %s after the signal, was started again %s later", again.Exit.At.Sub(killed), again.StartedAt.Sub(again.Exit.At))
-	if d := again.StartedAt.Sub(killed); d > time.Second {
+	if d := again.StartedAt.Sub(killed); d > 5*time.Second {
 		t.Errorf("was started again after %s", d)
 	}
 	if again.Restarts != 1 || again.LastExit != "killed by SIGKILL" {
@@ -220,7 +220,7 @@ func TestStrayProcessIsEnded(t *testing.T) {
 	go func() { stray.Wait(); close(ended) }()
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience()):
 		t.Error("the stray process is left")
 	}
 	if now := n.waitLive(m, tenantA, 0); now.PID != before.PID {
@@ -277,7 +277,7 @@ func TestManagerIsKilled(t *testing.T) {
 // waitRunning waits for exactly the process of the state in the tenant's cgroups.
 func (n *node) waitRunning(m *Manager) {
 	n.t.Helper()
-	ctx, cancel := context.WithTimeout(n.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience())
 	defer cancel()
 	for {
 		s, _ := m.State(tenantA)
@@ -366,7 +366,7 @@ func TestOutOfMemory(t *testing.T) {
 	if err != nil {
 		t.Log(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience())
 	defer cancel()
 	for {
 		s, _ := m.State(tenantA)
