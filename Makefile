@@ -45,7 +45,7 @@ test-unit: ## Unit tests, without root, in less than a minute
 test-kernel: root setup ## Tests against this machine's kernel and a real Envoy, as root
 	@$(if $(kernel_packages),true,echo "test-kernel: there are no kernel tests yet"; false)
 	$(GO) run ./hack/envoy --all
-	$(GO) test -count=1 -p 1 -timeout 30m $(GOTESTFLAGS) $(kernel_packages)
+	$(GO) test -count=1 -p 1 -timeout 60m $(GOTESTFLAGS) $(kernel_packages)
 
 use_cluster = $(if $(KUBECONFIG),,eval "$$($(GO) run ./hack/cluster env)" &&)
 

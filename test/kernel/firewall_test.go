@@ -61,8 +61,14 @@ func testFirewall(t *testing.T, l *lab.Lab) {
 			t.Error("another pod passed the firewall, too")
 		}
 	})
-	// Tools that look at the node's rules can read ours.
-	if out := string(nft("list ruleset")); n.Redirection == v1alpha1.RedirectionNetfilter && !strings.Contains(out, "table netdev bulkhead") {
-		t.Errorf("the ruleset is %s", out)
-	}
+	// Tools that look at the node's rules can read ours, when these don't change just then.
+	lab.Eventually(t, "the ruleset", func() error {
+		var out []byte
+		var err error
+		n.Do(t, func() { out, err = exec.Command("nft", "list", "ruleset").CombinedOutput() })
+		if err != nil || n.Redirection == v1alpha1.RedirectionNetfilter && !strings.Contains(string(out), "table netdev bulkhead") {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 }

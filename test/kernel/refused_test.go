@@ -321,7 +321,7 @@ func testClosedWithoutProxy(t *testing.T, l *lab.Lab) {
 			t.Errorf("%+v", r.Failure)
 		}
 		for _, c := range held {
-			c.SetDeadline(time.Now().Add(lab.Patience))
+			c.SetDeadline(time.Now().Add(30 * time.Second)) // silence is no error here
 			for {
 				if _, err := c.Write([]byte(marker + "\n")); err != nil {
 					break // reset

@@ -31,8 +31,9 @@ import (
 const (
 	// TrustDomain is the mesh's.
 	TrustDomain = "cluster.local"
-	// Patience with what takes milliseconds on an idle machine.
-	Patience = 30 * time.Second
+	// Patience with what takes milliseconds on an idle machine, and with what takes half a
+	// minute on any: word of a silence.
+	Patience = time.Minute
 )
 
 // Host is anything with an application on it.
