@@ -104,7 +104,7 @@ func start(spec Spec, self string, attach func(pid int) error) (Machine, error) 
 	if _, err := goWrite.Write([]byte{1}); err != nil {
 		return Machine{}, fmt.Errorf("init ended early: %w%s", err, tail(logFile.Name()))
 	}
-	if err := statusRead.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := statusRead.SetReadDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		return Machine{}, err
 	}
 	line, err := bufio.NewReader(statusRead).ReadString('\n')
@@ -207,7 +207,7 @@ func end(pid int, recordFile string) error {
 	for _, step := range []struct {
 		signal unix.Signal
 		wait   time.Duration
-	}{{unix.SIGTERM, stopGrace + 2*time.Second}, {unix.SIGKILL, 20 * time.Second}} {
+	}{{unix.SIGTERM, stopGrace + 2*time.Second}, {unix.SIGKILL, time.Minute}} {
 		if err := unix.PidfdSendSignal(fd, step.signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("signal %d: %w", pid, err)
 		}
@@ -297,7 +297,7 @@ func removeCgroups(name string) error {
 	if err != nil {
 		return err
 	}
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	var errs []error
 	for _, h := range all {
 		dir := filepath.Join(h.Dir, name)

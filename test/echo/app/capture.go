@@ -30,11 +30,7 @@ func (c *command) capture() error {
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, *duration)
 	defer cancel()
-	go func() {
-		// A line, the end of the input, and a reader that fails all mean: stop.
-		_, _ = c.in.Read(make([]byte, 1))
-		cancel()
-	}()
+	go c.endOfInput(cancel)
 	report, err := capture.Run(ctx, opts, func() {
 		// A reader that is gone shows when the report can't be printed.
 		_ = writeLine(c.out, Event{Event: "capturing", At: time.Now()})

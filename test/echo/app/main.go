@@ -181,6 +181,7 @@ func (c *command) run(protocol string, do func(context.Context, string, runOptio
 		c.flags.BoolVar(&opts.reconnect, "reconnect", false, "make a kept connection that the server closed again, as HTTP clients do, and don't count that as a failure")
 		c.flags.Float64Var(&opts.newConnections, "new-connection-ratio", 0, "share of exchanges that get a new connection, 0 to 1")
 	}
+	untilStdin := c.flags.Bool("until-stdin", false, "end as soon as standard input has a line or ends, the duration at the latest")
 	addr, err := c.parse("HOST:PORT")
 	if err != nil {
 		return err
@@ -188,11 +189,23 @@ func (c *command) run(protocol string, do func(context.Context, string, runOptio
 	if err := opts.validate(); err != nil {
 		return fmt.Errorf("%w: %w", ErrUsage, err)
 	}
-	result := do(c.ctx, addr, opts, func(e Event) {
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	if *untilStdin {
+		go c.endOfInput(cancel)
+	}
+	result := do(ctx, addr, opts, func(e Event) {
 		// A reader that is gone shows when the result can't be printed.
 		_ = writeLine(c.out, e)
 	})
 	return c.finish(result.OK, result)
+}
+
+// endOfInput calls end at the first byte of the input, at its end, and if it can't be
+// read.
+func (c *command) endOfInput(end func()) {
+	_, _ = c.in.Read(make([]byte, 1))
+	end()
 }
 
 func (o runOptions) validate() error {

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,8 +26,9 @@ func TestHold(t *testing.T) {
 		if err != nil || !r.OK || r.Connections != 20 || r.Held != 20 || r.Failures.Total != 0 {
 			t.Fatalf("%s: %v: %+v", protocol, err, r)
 		}
-		if r.Exchanges < 60 || r.Exchanges > 140 {
-			t.Errorf("%s: %d exchanges of 20 connections in 300 ms, wanted about 120", protocol, r.Exchanges)
+		// About 120; a busy machine has fewer, and a late end another one of each.
+		if r.Exchanges < 20 || r.Exchanges > 180 {
+			t.Errorf("%s: %d exchanges of 20 connections in 300 ms", protocol, r.Exchanges)
 		}
 		if r.Clients["127.0.0.1"] != r.Exchanges || len(r.Pods) != 1 {
 			t.Errorf("%s: clients %v, pods %v", protocol, r.Clients, r.Pods)
@@ -54,18 +58,13 @@ func TestHoldSaysWhenItIsEstablished(t *testing.T) {
 func TestHoldCountsEachLostConnectionOnce(t *testing.T) {
 	addresses, _ := start(t, "127.0.0.1")
 	proxy := cutAfter(t, addresses["tcp"])
-	cut := make(chan struct{})
 	r := hold(t.Context(), proxy.addr, runOptions{
-		protocol: "tcp", connections: 10, duration: 500 * time.Millisecond, interval: 20 * time.Millisecond, timeout: time.Second, data: "x",
-	}, func(Event) {
-		go func() {
-			defer close(cut)
-			for range 3 {
-				proxy.cut()
-			}
-		}()
+		protocol: "tcp", connections: 10, duration: 500 * time.Millisecond, interval: 20 * time.Millisecond, timeout: patience, data: "x",
+	}, func(Event) { // all are there, and nothing has been exchanged
+		for range 3 {
+			proxy.cut()
+		}
 	})
-	<-cut
 	if r.OK || r.Held != 7 || r.Failures.Total != 3 {
 		t.Errorf("held %d with %d failures, wanted 7 and 3: %+v", r.Held, r.Failures.Total, r.Failures)
 	}
@@ -100,8 +99,9 @@ func TestLoadKeepsItsRateAndRatio(t *testing.T) {
 		if err != nil || !r.OK {
 			t.Fatalf("%s: %v: %+v", protocol, err, r)
 		}
-		if r.Exchanges < 50 || r.Exchanges > 110 {
-			t.Errorf("%s: %d exchanges in half a second at 200/s", protocol, r.Exchanges)
+		// The rate is a limit, which a busy machine doesn't come to.
+		if most := 200*r.Ended.Sub(r.Started).Seconds() + 10; r.Exchanges < 8 || float64(r.Exchanges) > most {
+			t.Errorf("%s: %d exchanges at 200/s, at most %.0f", protocol, r.Exchanges, most)
 		}
 		// Each of the 4 workers ends with one connection more than it used up.
 		if want := r.Exchanges / 2; r.Connections < want-4 || r.Connections > want+8 {
@@ -114,41 +114,94 @@ func TestLoadKeepsItsRateAndRatio(t *testing.T) {
 // outage must be in the figures, and so must the time after it.
 func TestLoadSeesAnOutage(t *testing.T) {
 	addresses, stop := start(t, "127.0.0.1")
+	answers := func() bool {
+		s, err := connect(t.Context(), "tcp", addresses["tcp"], patience)
+		if err == nil {
+			s.close()
+		}
+		return err == nil
+	}
+	ctx, over := context.WithCancel(t.Context())
+	defer over()
 	result := make(chan *RunResult, 1)
 	go func() {
-		result <- load(t.Context(), addresses["tcp"], runOptions{
-			protocol: "tcp", connections: 4, duration: 2200 * time.Millisecond, timeout: time.Second, rate: 400, data: "x",
+		result <- load(ctx, addresses["tcp"], runOptions{
+			protocol: "tcp", connections: 4, duration: 4 * patience, timeout: patience, rate: 400, data: "x",
 		}, func(Event) {})
 	}()
 	again, end := context.WithCancel(t.Context())
 	var restarted sync.WaitGroup
+	defer restarted.Wait()
+	defer end()
+	// What is seen is what goes on for some time: before, meanwhile and afterwards.
+	time.Sleep(500 * time.Millisecond)
+	stopped := time.Now()
+	stop()
+	time.Sleep(1500 * time.Millisecond)
+	began := time.Now()
 	restarted.Go(func() {
-		time.Sleep(300 * time.Millisecond)
-		stop()
-		time.Sleep(800 * time.Millisecond)
 		if err := Serve(again, ServerOptions{Greet: addresses["tcp"]}); err != nil {
 			t.Error(err)
 		}
 	})
-	defer restarted.Wait()
-	defer end()
-	var r *RunResult
-	select {
-	case r = <-result:
-	case <-time.After(20 * time.Second):
-		t.Fatal("load did not end")
+	for !answers() && time.Since(began) < patience {
+		time.Sleep(10 * time.Millisecond)
 	}
+	served := time.Now()
+	time.Sleep(time.Second)
+	over()
+	r := <-result
 	if r.OK || r.Failures.Total < 4 || r.Failures.ByKind["connect refused"] == nil {
 		t.Fatalf("an outage was not seen: %+v", r.Failures)
 	}
-	if r.Failures.First.At.Before(r.Started.Add(200*time.Millisecond)) || r.Failures.Last.At.Before(r.Failures.First.At) {
-		t.Errorf("first failure %v, last %v, started %v", r.Failures.First.At, r.Failures.Last.At, r.Started)
+	if r.Failures.First.At.Before(stopped) || r.Failures.Last.At.Before(r.Failures.First.At) {
+		t.Errorf("first failure %v, last %v, stopped %v", r.Failures.First.At, r.Failures.Last.At, stopped)
 	}
 	// 4 connections that retry every tenth of a second: never a flood.
-	if r.Failures.Total > 100 {
-		t.Errorf("%d failures in about a second", r.Failures.Total)
+	if most := int(40*served.Sub(stopped).Seconds()) + 20; r.Failures.Total > most {
+		t.Errorf("%d failures in %s, at most %d", r.Failures.Total, served.Sub(stopped), most)
 	}
-	if len(r.Seconds) < 2 || r.Seconds[0].OK == 0 || r.Seconds[1].Failed == 0 || r.Seconds[len(r.Seconds)-1].OK == 0 {
-		t.Errorf("seconds %+v", r.Seconds)
+	second := func(at time.Time) int { return int(at.Sub(r.Started) / time.Second) }
+	seen := func(from, to int, of func(Second) int) bool {
+		return slices.ContainsFunc(r.Seconds[min(from, len(r.Seconds)):min(to+1, len(r.Seconds))], func(s Second) bool { return of(s) > 0 })
 	}
+	ok, failed := func(s Second) int { return s.OK }, func(s Second) int { return s.Failed }
+	if !seen(0, second(stopped), ok) || !seen(second(stopped), second(began), failed) || !seen(second(served), len(r.Seconds), ok) {
+		t.Errorf("stopped %v, served again %v; seconds %+v", stopped, served, r.Seconds)
+	}
+}
+
+// What is said to end does so, with what it has, before its duration is over.
+func TestRunsEndWithTheirInput(t *testing.T) {
+	addresses, _ := start(t, "127.0.0.1")
+	for _, name := range []string{"hold", "load"} {
+		in, end := io.Pipe()
+		var out bytes.Buffer
+		first := &signal{w: &out, at: func() { end.Write([]byte("\n")) }}
+		// Before it has exchanged anything it isn't said to have gone well.
+		err := Main(t.Context(), []string{name, "--until-stdin", "--protocol", "tcp", "--connections", "3", "--duration", "1h", addresses["tcp"]}, in, first, &out)
+		if err != nil && !errors.Is(err, errFailed) {
+			t.Errorf("%s: %v", name, err)
+		}
+		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+		var r RunResult
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &r); err != nil || r.Event != "result" || r.Failures.Total > 0 {
+			t.Errorf("%s: %v: %+v", name, err, r)
+		}
+		if name == "hold" && (r.Held != 3 || r.Connections != 3) {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
+
+// signal calls at before the first of what is written goes on.
+type signal struct {
+	w    io.Writer
+	at   func()
+	once sync.Once
+}
+
+func (s *signal) Write(p []byte) (int, error) {
+	s.once.Do(s.at)
+	return s.w.Write(p)
 }
