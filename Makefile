@@ -60,7 +60,7 @@ endif
 
 .PHONY: test-e2e
 test-e2e: cluster ## End-to-end tests on the local cluster, or on the one of KUBECONFIG
-	$(use_cluster) $(GO) test -count=1 -p 1 -timeout 40m $(GOTESTFLAGS) ./test/e2e/...
+	$(use_cluster) $(GO) test -count=1 -p 1 -timeout 60m $(GOTESTFLAGS) ./test/e2e/...
 
 # The suite writes its own report.
 REPORT ?= docs/conformance/report.yaml

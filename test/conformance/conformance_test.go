@@ -64,7 +64,7 @@ func TestMeshConformance(t *testing.T) {
 	// The product first: that it takes up CRDs which come later is part of the test.
 	root, err := filepath.Abs("../..")
 	check(t, err)
-	check(t, cluster.Install(ctx, root, 3*time.Minute))
+	check(t, cluster.Install(ctx, root, 5*time.Minute))
 	_, err = cluster.Kubectl(ctx, "", "apply", "--server-side", "--force-conflicts", "-f", crds)
 	check(t, err)
 	check(t, cluster.Apply(ctx, topology))
@@ -79,6 +79,12 @@ func TestMeshConformance(t *testing.T) {
 	o.NamespaceLabels = map[string]string{label: "true"}
 	o.ConformanceProfiles = []suite.ConformanceProfileName{suite.MeshHTTPConformanceProfileName, suite.MeshGRPCConformanceProfileName}
 	o.SupportedFeatures = supported
+	// What the suite doesn't bound takes what it takes on a busy machine.
+	for _, timeout := range []*time.Duration{&o.TimeoutConfig.CreateTimeout, &o.TimeoutConfig.DeleteTimeout, &o.TimeoutConfig.GetTimeout,
+		&o.TimeoutConfig.HTTPRouteMustHaveCondition, &o.TimeoutConfig.RouteMustHaveParents, &o.TimeoutConfig.LatestObservedGenerationSet,
+		&o.TimeoutConfig.DefaultTestTimeout} {
+		*timeout = max(*timeout, 3*time.Minute)
+	}
 	o.Implementation = confv1.Implementation{
 		Organization: "bulkhead-mesh", Project: "bulkhead", URL: "https://github.com/bulkhead-mesh/bulkhead", Version: "dev",
 		Contact: []string{"https://github.com/bulkhead-mesh/bulkhead/issues"},

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
@@ -20,7 +21,7 @@ import (
 // the addresses of another node's, as kubelets may. Nobody's traffic goes astray.
 func TestAddressesOfOthers(t *testing.T) {
 	const node, thief = "e2e-liar", "thief"
-	victim, client := e.pod(webB, 1), e.pod(webA, 0)
+	victim, caller := e.pod(webB, 1), e.pod(webA, 0)
 	now := int64(0)
 	t.Cleanup(func() {
 		ctx := context.Background()
@@ -32,12 +33,13 @@ func TestAddressesOfOthers(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		for _, p := range list.Items { // nobody else ends them
-			if err := e.Kube.CoreV1().Pods(p.Namespace).Delete(ctx, p.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+		for _, p := range list.Items { // no kubelet ends them
+			// So do the garbage collector and DaemonSets, once the node is gone.
+			if err := e.Kube.CoreV1().Pods(p.Namespace).Delete(ctx, p.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); client.IgnoreNotFound(err) != nil {
 				t.Error(err)
 			}
 		}
-		if err := e.WaitInstalled(ctx, time.Minute); err != nil {
+		if err := e.WaitInstalled(ctx, patience); err != nil {
 			t.Error(err)
 		}
 	})
@@ -65,7 +67,7 @@ func TestAddressesOfOthers(t *testing.T) {
 	}
 	for _, ip := range victim.Status.PodIPs {
 		says := ip.IP + " isn't in the pod ranges of node " + node
-		if err := harness.Wait(t.Context(), 20*time.Second, 200*time.Millisecond, "an event that says "+says, func(ctx context.Context) error {
+		if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "an event that says "+says, func(ctx context.Context) error {
 			list, err := e.Kube.EventsV1().Events(webA.Namespace).List(ctx, metav1.ListOptions{})
 			if err != nil {
 				return err
@@ -87,10 +89,10 @@ func TestAddressesOfOthers(t *testing.T) {
 	}
 	// The identity that the victim's clients expect is the victim's.
 	for _, address := range []string{victim.IPv4, victim.IPv6} {
-		if r := mustCall(t, client, "", "get", "http://"+hostPort(address, app.HTTPPort)+"/"); r.Answer != nil && r.Answer.Pod != victim.Name {
+		if r := mustCall(t, caller, "", "get", "http://"+hostPort(address, app.HTTPPort)+"/"); r.Answer != nil && r.Answer.Pod != victim.Name {
 			t.Errorf("%s answers at %s, which is %s's", r.Answer.Pod, address, victim)
 		}
 	}
-	seenAs(t, client, victim, "inbound", client.Identity(trustDomain))
+	seenAs(t, caller, victim, "inbound", caller.Identity(trustDomain))
 	seenAs(t, victim, e.pod(webA, 1), "inbound", victim.Identity(trustDomain))
 }

@@ -28,7 +28,7 @@ func smallDisk(t *testing.T) {
 		if _, err := e.Kubectl(context.Background(), "", "rollout", "undo", "--namespace", harness.SystemNamespace, "daemonset/bulkhead-agent"); err != nil {
 			t.Error(err)
 		}
-		if err := e.WaitInstalled(context.Background(), time.Minute); err != nil {
+		if err := e.WaitInstalled(context.Background(), patience); err != nil {
 			t.Error(err)
 		}
 	})
@@ -37,7 +37,7 @@ func smallDisk(t *testing.T) {
 		"containers": [{"name": "agent", "volumeMounts": [{"name": "small", "mountPath": "/var/lib/bulkhead/images"}]}]}}}}`); err != nil {
 		t.Fatal(err)
 	}
-	if err := e.WaitInstalled(t.Context(), time.Minute); err != nil {
+	if err := e.WaitInstalled(t.Context(), patience); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -101,7 +101,7 @@ func TestBadImages(t *testing.T) {
 			name := "e2e-bad-" + strings.ToLower(c.reason)
 			rollOut(t, name, fmt.Sprintf("version: %s, image: %q", version, image), "{weight: 100}")
 			var uid string
-			err := harness.Wait(t.Context(), 30*time.Second, 200*time.Millisecond, "the condition "+c.reason, func(ctx context.Context) error {
+			err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the condition "+c.reason, func(ctx context.Context) error {
 				var r v1alpha1.ProxyRollout
 				if err := e.Client.Get(ctx, client.ObjectKey{Name: name}, &r); err != nil {
 					return err
@@ -121,7 +121,7 @@ func TestBadImages(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "the event "+c.reason, func(ctx context.Context) error {
+			err = harness.Wait(t.Context(), patience, 200*time.Millisecond, "the event "+c.reason, func(ctx context.Context) error {
 				// Of an object without a namespace they are in the default one.
 				list, err := e.Kube.CoreV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.uid=" + uid})
 				if err != nil {
@@ -145,7 +145,7 @@ func TestBadImages(t *testing.T) {
 				t.Fatal(err)
 			}
 			phase(t, name, v1alpha1.RolloutAborted)
-			err = harness.Wait(t.Context(), 30*time.Second, 200*time.Millisecond, "nodes to forget the image", func(ctx context.Context) error {
+			err = harness.Wait(t.Context(), patience, 200*time.Millisecond, "nodes to forget the image", func(ctx context.Context) error {
 				for _, node := range e.nodes {
 					var np v1alpha1.NodeProxy
 					if err := e.Client.Get(ctx, client.ObjectKey{Name: node}, &np); err != nil {

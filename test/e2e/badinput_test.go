@@ -16,20 +16,30 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
 )
 
-// processes are the pids and versions of all tenants' proxies, by node and tenant.
-func (e *env) processes(ctx context.Context, t *testing.T) map[string]string {
+// processes are the pids and versions of all tenants' proxies, by node and tenant, when
+// none of them comes or goes.
+func (e *env) processes(ctx context.Context, t *testing.T) (pids map[string]string) {
 	t.Helper()
-	pids := map[string]string{}
-	for _, node := range e.nodes {
-		for _, tenant := range tenants {
-			p, err := e.Proxy(ctx, node, tenant)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, g := range p.Generations {
-				pids[fmt.Sprintf("%s %s generation %d", node, tenant, g.Generation)] = fmt.Sprintf("%d, Envoy %s, serving %v", g.PID, g.Version, g.Serving)
+	err := harness.Wait(ctx, patience, 200*time.Millisecond, "one process of each tenant", func(ctx context.Context) error {
+		pids = map[string]string{}
+		for _, node := range e.nodes {
+			for _, tenant := range tenants {
+				p, err := e.Proxy(ctx, node, tenant)
+				if err != nil {
+					return err
+				}
+				if len(p.Generations) != 1 {
+					return fmt.Errorf("%s on %s has %+v", tenant, node, p.Generations)
+				}
+				for _, g := range p.Generations {
+					pids[fmt.Sprintf("%s %s generation %d", node, tenant, g.Generation)] = fmt.Sprintf("%d, Envoy %s, serving %v", g.PID, g.Version, g.Serving)
+				}
 			}
 		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	return pids
 }
@@ -129,7 +139,7 @@ spec: {tenants: [{name: "../etc", version: 1.40.0}]}
 func accepted(t *testing.T, topology, reason string) string {
 	t.Helper()
 	message := ""
-	err := harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, topology+" to be "+reason, func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, topology+" to be "+reason, func(ctx context.Context) error {
 		var o v1alpha1.MeshTopology
 		if err := e.Client.Get(ctx, client.ObjectKey{Name: topology}, &o); err != nil {
 			return err
@@ -204,7 +214,7 @@ func TestUnknownProxyVersion(t *testing.T) {
 	}
 	accepted(t, "e2e", "Accepted")
 	for _, tenant := range tenants {
-		if _, err := e.WaitTenant(t.Context(), tenant, len(e.nodes), 30*time.Second); err != nil {
+		if _, err := e.WaitTenant(t.Context(), tenant, len(e.nodes), patience); err != nil {
 			t.Error(err)
 		}
 	}

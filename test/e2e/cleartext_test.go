@@ -69,7 +69,7 @@ func TestExclusions(t *testing.T) {
 // waitEvent waits for an event about an object of the team.
 func (tm *team) waitEvent(t *testing.T, kind, name, reason string) {
 	t.Helper()
-	err := harness.Wait(t.Context(), 20*time.Second, 200*time.Millisecond, "the event "+reason, func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the event "+reason, func(ctx context.Context) error {
 		list, err := e.Kube.CoreV1().Events("").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.kind=" + kind + ",involvedObject.name=" + name})
 		if err != nil {
 			return err
@@ -148,7 +148,7 @@ func TestEmergencyBypass(t *testing.T) {
 	seenAs(t, from, to, "plain", "")
 	status := func(on bool, bypassed int) {
 		t.Helper()
-		err := harness.Wait(t.Context(), 20*time.Second, 200*time.Millisecond, "the bypass's status", func(ctx context.Context) error {
+		err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the bypass's status", func(ctx context.Context) error {
 			if err := e.Client.Get(ctx, client.ObjectKey{Name: tm.name}, &topology); err != nil {
 				return err
 			}
@@ -224,6 +224,18 @@ spec:
 		}
 	}
 	pass := func(from harness.Pod, address string) { t.Helper(); mustCall(t, from, "", "tcp", address) }
+	passes := func(from harness.Pod, address string) {
+		t.Helper()
+		if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "a connection of "+from.String()+" to "+address, func(ctx context.Context) error {
+			r, err := e.Call(ctx, from, "tcp", address)
+			if err == nil && !r.OK {
+				err = fmt.Errorf("%+v", r.Failure)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	// The application greets first: not even that gets out.
 	refused := func(address string) {
 		t.Helper()
@@ -236,8 +248,9 @@ spec:
 	}
 	direct, vip := hostPort(to.IPv4, app.GreetPort), hostPort(service.Spec.ClusterIP, app.GreetPort)
 	for _, a := range []string{direct, hostPort(to.IPv6, app.GreetPort), vip, nodePort} {
-		pass(outside, a)
+		passes(outside, a) // the Service was made just now: nodes and proxies hear of it
 	}
+	passes(mesh, vip)
 	check := func(when string) {
 		t.Helper()
 		tm.waitPods(t, when, 4, func(_ string, p agent.InspectedPod) bool { return p.Strict })
@@ -300,7 +313,7 @@ spec:
 	reaches := func(when string, want bool) {
 		t.Helper()
 		for _, address := range outside {
-			err := harness.Wait(t.Context(), 20*time.Second, 200*time.Millisecond, when, func(ctx context.Context) error {
+			err := harness.Wait(t.Context(), patience, 200*time.Millisecond, when, func(ctx context.Context) error {
 				if r, err := e.Call(ctx, from, "tcp", "--timeout", "3s", address); err != nil || r.OK != want || !want && r.Body != "" {
 					return fmt.Errorf("%s to %s outside: %+v, %v", from, address, r, err)
 				}
@@ -316,6 +329,15 @@ spec:
 	}
 	if len(outside) == 0 {
 		t.Fatalf("node %s has no address", node.Name)
+	}
+	if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the Service to be known", func(ctx context.Context) error {
+		r, err := e.Call(ctx, from, "tcp", hostPort(service.Spec.ClusterIP, app.GreetPort))
+		if err == nil && !r.OK {
+			err = fmt.Errorf("%+v", r.Failure)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
 	}
 	reaches("by default what is outside is there", true)
 	held := begin(t, "begun before", from, "hold", "--connections=5", "--interval=200ms", "--duration=8s", "--timeout=5s", outside[0])

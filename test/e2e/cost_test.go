@@ -76,7 +76,7 @@ func TestOwnersSeeTheirCosts(t *testing.T) {
 	mustCall(t, e.pod(webA, 0), "", "bulk", fmt.Sprint("--up=", bytes), hostPort(e.pod(webB, 1).IPv4, app.BulkPort))
 	// Agents tell once a minute, and so does the operator. What exactly is counted is
 	// test/kernel's matter.
-	err = harness.Wait(t.Context(), 150*time.Second, time.Second, "the calls on the bill", func(ctx context.Context) error {
+	err = harness.Wait(t.Context(), 2*patience, time.Second, "the calls on the bill", func(ctx context.Context) error {
 		now, err := rows(ctx)
 		if err == nil && (now.Connections < calls+1 || now.BytesSent < bytes || now.CPUSeconds == 0 || now.PrivateMebibytes < 1) {
 			err = fmt.Errorf("it is %+v", now)

@@ -82,10 +82,7 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 	if !roots.AppendCertsFromPEM([]byte(object.Data["ca.crt"])) {
 		t.Fatalf("the bundle is %s", bundle)
 	}
-	agents, err := e.Agents(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	agents := e.readyAgents(t)
 	address, end, err := e.Forward(harness.SystemNamespace, agents[node].Name, 15022)
 	if err != nil {
 		t.Fatal(err)
@@ -110,7 +107,7 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 	// started to get its certificate.
 	var code int
 	var config string
-	err = harness.Wait(t.Context(), 30*time.Second, 200*time.Millisecond, "the owner's access", func(context.Context) error {
+	err = harness.Wait(t.Context(), patience, 200*time.Millisecond, "the owner's access", func(context.Context) error {
 		r, err := newRequest(t, "GET", owner, "https://"+address+"/tenants/e2e-a/config")
 		if err == nil {
 			code, config, err = answer(client, r)
@@ -134,13 +131,19 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 	}
 	scraping := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: identity.MetricsServerName}}}
 	for account, want := range map[string]int{"scraper": http.StatusOK, "owner": http.StatusForbidden} {
-		r, err := newRequest(t, "GET", token(account, identity.MetricsServerName), "https://"+address+"/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
-		code, body, err := answer(scraping, r)
-		if err != nil || code != want || strings.Contains(body, `bulkhead_tenant_ready{namespace="e2e-b",tenant="e2e-b"} 1`) != (want == http.StatusOK) {
-			t.Errorf("metrics for the %s: %d %.200s %v", account, code, body, err)
+		account, want, token := account, want, token(account, identity.MetricsServerName)
+		if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "metrics for the "+account, func(context.Context) error {
+			r, err := newRequest(t, "GET", token, "https://"+address+"/metrics")
+			if err != nil {
+				return err
+			}
+			code, body, err := answer(scraping, r)
+			if err == nil && (code != want || strings.Contains(body, `bulkhead_tenant_ready{namespace="e2e-b",tenant="e2e-b"} 1`) != (want == http.StatusOK)) {
+				err = fmt.Errorf("%d %.200s", code, body)
+			}
+			return err
+		}); err != nil {
+			t.Error(err)
 		}
 	}
 	if code, heap := ask("GET", owner, "/tenants/e2e-a/heap"); code != http.StatusOK || heap == "" {
@@ -162,17 +165,20 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 			t.Errorf("%s: %d %.200s, want %d", c.what, code, body, c.want)
 		}
 	}
-	log, err := e.Kubectl(t.Context(), "", "logs", "-n", harness.SystemNamespace, agents[node].Name, "--since", "2m")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{
-		`"msg":"look into a proxy","user":"system:serviceaccount:e2e-a:owner"`,
-		`"msg":"look into a proxy refused","user":"system:serviceaccount:e2e-a:owner"`,
-	} {
-		if !strings.Contains(log, want) {
-			t.Errorf("the agent's log lacks %s", want)
+	log := ""
+	if err := harness.Wait(t.Context(), patience, 500*time.Millisecond, "the agent's log", func(ctx context.Context) (err error) {
+		log, err = e.Kubectl(ctx, "", "logs", "-n", harness.SystemNamespace, agents[node].Name, "--since", "10m")
+		for _, want := range []string{
+			`"msg":"look into a proxy","user":"system:serviceaccount:e2e-a:owner"`,
+			`"msg":"look into a proxy refused","user":"system:serviceaccount:e2e-a:owner"`,
+		} {
+			if err == nil && !strings.Contains(log, want) {
+				err = fmt.Errorf("it lacks %s", want)
+			}
 		}
+		return err
+	}); err != nil {
+		t.Error(err)
 	}
 	if strings.Contains(log, owner) {
 		t.Error("the agent's log holds a token")

@@ -23,6 +23,10 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
 )
 
+// patience with what takes seconds on an idle machine. Only a test that fails waits so
+// long; one that is about a time measures it.
+const patience = 2 * time.Minute
+
 const trustDomain = "demo.bulkhead" // one mesh has one; the demo may have run before
 
 var (
@@ -69,7 +73,7 @@ func setUp(ctx context.Context) (*env, error) {
 	if e.root, err = harness.RepositoryRoot(); err != nil {
 		return nil, err
 	}
-	if err := e.Install(ctx, e.root, 3*time.Minute); err != nil {
+	if err := e.Install(ctx, e.root, 2*patience); err != nil {
 		return nil, err
 	}
 	m := harness.EchoNamespace("e2e-outside") +
@@ -92,7 +96,7 @@ spec:
 		return nil, err
 	}
 	for _, a := range apps {
-		if e.pods[a], err = e.EchoPods(ctx, a, 3*time.Minute); err != nil {
+		if e.pods[a], err = e.EchoPods(ctx, a, 2*patience); err != nil {
 			return nil, err
 		}
 	}
@@ -101,7 +105,7 @@ spec:
 		return nil, fmt.Errorf("pods on %v, want two nodes", e.nodes)
 	}
 	for _, tenant := range tenants {
-		if _, err := e.WaitTenant(ctx, tenant, len(e.nodes), time.Minute); err != nil {
+		if _, err := e.WaitTenant(ctx, tenant, len(e.nodes), patience); err != nil {
 			return nil, err
 		}
 	}

@@ -65,7 +65,7 @@ func TestEnvoyRefuses(t *testing.T) {
 	service := hostPort(name+".e2e-b.svc", app.GreetPort)
 	reaches := func(from harness.Pod, service string, want harness.Pod) {
 		t.Helper()
-		err := harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, from.Name+" to reach "+want.Name+" by "+service, func(ctx context.Context) error {
+		err := harness.Wait(t.Context(), patience, 100*time.Millisecond, from.Name+" to reach "+want.Name+" by "+service, func(ctx context.Context) error {
 			r, err := e.Call(ctx, from, "tcp", service)
 			if err != nil {
 				return err
@@ -84,11 +84,10 @@ func TestEnvoyRefuses(t *testing.T) {
 	}
 	before := e.processes(t.Context(), t)
 
-	const duration = 20 * time.Second
-	results := make(chan loaded, 3)
-	startLoad(t, results, "to the service", e.pod(webB, 0), duration, "--protocol", "tcp", "--connections", "8", "--new-connection-ratio", "0.5", service)
-	startLoad(t, results, "the tenant's other calls", e.pod(webB, 1), duration, "--connections", "8", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 0).IPv4, app.HTTPPort))
-	startLoad(t, results, "another tenant's", e.pod(webA, 1), duration, "--connections", "8", "--new-connection-ratio", "0.5", hostPort(e.pod(webB, 0).IPv4, app.HTTPPort))
+	results, over := make(chan loaded, 3), make(chan struct{})
+	startLoadUntil(t, results, over, "to the service", e.pod(webB, 0), "--protocol", "tcp", "--connections", "8", "--new-connection-ratio", "0.5", service)
+	startLoadUntil(t, results, over, "the tenant's other calls", e.pod(webB, 1), "--connections", "8", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 0).IPv4, app.HTTPPort))
+	startLoadUntil(t, results, over, "another tenant's", e.pod(webA, 1), "--connections", "8", "--new-connection-ratio", "0.5", hostPort(e.pod(webB, 0).IPv4, app.HTTPPort))
 	apply(name, e.pod(webO, 0).IPv4, bad)
 
 	served := func(ctx context.Context) (*metav1.Condition, error) {
@@ -115,7 +114,7 @@ func TestEnvoyRefuses(t *testing.T) {
 		}
 		return kinds, nil
 	}
-	err := harness.Wait(t.Context(), duration, 100*time.Millisecond, "the Service and its tenant to be told", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "the Service and its tenant to be told", func(ctx context.Context) error {
 		c, err := served(ctx)
 		if err != nil {
 			return err
@@ -151,9 +150,10 @@ func TestEnvoyRefuses(t *testing.T) {
 		reaches(e.pod(webB, i), hostPort(name+"-other.e2e-b.svc", app.GreetPort), e.pod(webO, 1))
 		reaches(e.pod(webB, i), service, e.pod(webO, 0))
 	}
+	close(over)
 	for range cap(results) {
 		l := <-results
-		if r := l.result; l.err != nil || r.Failures.Total > 0 || r.Exchanges < 200 {
+		if r := l.result; l.err != nil || r.Failures.Total > 0 || r.Exchanges < 25*l.seconds()/2 {
 			t.Errorf("%s: %v; %d exchanges, %d failures, first %+v", l.what, l.err, r.Exchanges, r.Failures.Total, r.Failures.First)
 		}
 	}
@@ -163,7 +163,7 @@ func TestEnvoyRefuses(t *testing.T) {
 	for i := range e.nodes {
 		reaches(e.pod(webB, i), service, e.pod(webO, 1))
 	}
-	err = harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, "the conditions to go", func(ctx context.Context) error {
+	err = harness.Wait(t.Context(), patience, 100*time.Millisecond, "the conditions to go", func(ctx context.Context) error {
 		c, err := served(ctx)
 		if err != nil {
 			return err
@@ -183,6 +183,13 @@ func TestEnvoyRefuses(t *testing.T) {
 	// Back to the version of before, as other tests expect.
 	rollOut(t, "e2e-refuses-back", "version: "+newEnvoy, "{weight: 100}")
 	phase(t, "e2e-refuses-back", v1alpha1.RolloutSucceeded)
+	for _, tenant := range tenants {
+		onlyVersion(t, tenant, newEnvoy)
+	}
+	// In this order, or proxies would begin to follow the first again.
+	if _, err := e.Kubectl(t.Context(), "", "delete", "proxyrollout", "e2e-refuses", "e2e-refuses-back"); err != nil {
+		t.Fatal(err)
+	}
 	for _, tenant := range tenants {
 		onlyVersion(t, tenant, newEnvoy)
 	}

@@ -3,7 +3,6 @@ package e2e
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/bulkhead-mesh/bulkhead/agent"
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -23,7 +22,7 @@ func TestLongestNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	var err error
-	if tm.pods[server], err = e.EchoPods(t.Context(), server, time.Minute); err != nil {
+	if tm.pods[server], err = e.EchoPods(t.Context(), server, patience); err != nil {
 		t.Fatal(err)
 	}
 	account := map[string]string{} // by pod
@@ -47,8 +46,8 @@ func TestLongestNames(t *testing.T) {
 		mustCall(t, from, "", "get", "http://"+hostPort(service, app.HTTPPort)+"/")
 		mustCall(t, from, from.IPv6, "get", "http://"+hostPort(to.IPv6, app.HTTPPort)+"/")
 		mustCall(t, e.pod(webA, 1), e.pod(webA, 1).IPv4, "tcp", hostPort(from.IPv4, app.GreetPort))
-		begin(t, "to the service, "+string(rule.isolation), e.pod(webA, 0), "load", "--protocol=http", "--connections=4", "--rate=20", "--new-connection-ratio=0.5", "--duration=3s",
-			hostPort(service, app.HTTPPort)).want(t, 20)
+		begin(t, "to the service, "+string(rule.isolation), e.pod(webA, 0), "load", "--protocol=http", "--connections=4", "--rate=20", "--new-connection-ratio=0.5", "--duration=4s",
+			hostPort(service, app.HTTPPort)).want(t, 10)
 		seenAs(t, from, e.pod(webB, 1), "inbound", from.Identity(trustDomain))
 	}
 }

@@ -3,6 +3,8 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -69,7 +71,7 @@ func deployRolling(t *testing.T) string {
 
 func rolledOut(t *testing.T) {
 	t.Helper()
-	if _, err := e.Kubectl(t.Context(), "", "rollout", "status", "deployment/rolling", "--namespace=e2e-a", "--timeout=90s"); err != nil {
+	if _, err := e.Kubectl(t.Context(), "", "rollout", "status", "deployment/rolling", "--namespace=e2e-a", "--timeout=4m"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -80,13 +82,25 @@ type loaded struct {
 	err    error
 }
 
-// startLoad calls 25 times a second from a pod.
+// seconds of the load.
+func (l loaded) seconds() int { return int(l.result.Ended.Sub(l.result.Started).Seconds()) }
+
+// longest is how long what begins ends of itself, when nobody says that it is over.
+const longest = 10 * time.Minute
+
+// startLoad calls 25 times a second from a pod for so long.
 func startLoad(t *testing.T, results chan<- loaded, what string, from harness.Pod, duration time.Duration, args ...string) {
+	t.Helper()
+	startLoadUntil(t, results, nil, what, from, append([]string{"--duration", duration.String()}, args...)...)
+}
+
+// startLoadUntil is startLoad until it is over.
+func startLoadUntil(t *testing.T, results chan<- loaded, over <-chan struct{}, what string, from harness.Pod, args ...string) {
 	t.Helper()
 	started := make(chan struct{})
 	go func() {
-		all := append([]string{"load", "--rate", "25", "--timeout", "5s", "--duration", duration.String()}, args...)
-		r, err := e.Load(t.Context(), from, started, all...)
+		all := append([]string{"load", "--rate", "25", "--timeout", "15s", "--duration", longest.String()}, args...)
+		r, err := e.LoadUntil(t.Context(), from, started, over, all...)
 		results <- loaded{what, r, err}
 	}()
 	select {
@@ -101,18 +115,36 @@ func startLoad(t *testing.T, results chan<- loaded, what string, from harness.Po
 func TestRollingUpdate(t *testing.T) {
 	service := deployRolling(t)
 	const keeps = 5
-	results := make(chan loaded, 2)
-	startLoad(t, results, "new connections", e.pod(webB, 0), 40*time.Second, "--connections", "10", "--new-connection-ratio", "1", service)
-	startLoad(t, results, "kept connections", e.pod(webB, 1), 40*time.Second, "--connections", fmt.Sprint(keeps), "--reconnect", service)
+	results, over := make(chan loaded, 2), make(chan struct{})
 	before, err := e.Pods(t.Context(), "e2e-a", "app=rolling")
 	if err != nil {
 		t.Fatal(err)
 	}
+	startLoadUntil(t, results, over, "new connections", e.pod(webB, 0), "--connections", "10", "--new-connection-ratio", "1", service)
+	startLoadUntil(t, results, over, "kept connections", e.pod(webB, 1), "--connections", fmt.Sprint(keeps), "--reconnect", service)
 	if _, err := e.Kubectl(t.Context(), "", "rollout", "restart", "deployment/rolling", "--namespace=e2e-a"); err != nil {
 		t.Fatal(err)
 	}
 	rolledOut(t)
-	over := time.Now()
+	old := map[string]bool{}
+	for _, p := range before {
+		old[p.Name] = true
+	}
+	if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the former pods to have ended", func(ctx context.Context) error {
+		pods, err := e.Kube.CoreV1().Pods("e2e-a").List(ctx, metav1.ListOptions{LabelSelector: "app=rolling"})
+		if err != nil {
+			return err
+		}
+		for _, p := range pods.Items {
+			if old[p.Name] {
+				return fmt.Errorf("%s is there", p.Name)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	close(over)
 	for range 2 {
 		l := <-results
 		if l.err != nil && l.result.Exchanges == 0 {
@@ -121,11 +153,8 @@ func TestRollingUpdate(t *testing.T) {
 		}
 		r := l.result
 		t.Logf("%s: %d exchanges, %d reconnects, p99 %.1f ms, max %.1f ms, pods %v", l.what, r.Exchanges, r.Reconnects, r.Latency.P99, r.Latency.Max, r.Pods)
-		if r.Failures.Total > 0 || r.Exchanges < 25*35 {
+		if r.Failures.Total > 0 || r.Exchanges < 25*l.seconds()/2 {
 			t.Errorf("%s: %d exchanges, %d failures %v, first %+v, last %+v", l.what, r.Exchanges, r.Failures.Total, r.Failures.ByKind, r.Failures.First, r.Failures.Last)
-		}
-		if r.Ended.Before(over) {
-			t.Errorf("%s: the load ended %s before the rollout", l.what, over.Sub(r.Ended))
 		}
 		// A kept connection may end with its pod, three times in a rollout at most.
 		if r.Reconnects > 3*keeps {
@@ -136,8 +165,8 @@ func TestRollingUpdate(t *testing.T) {
 				t.Errorf("%s: nothing reached %s", l.what, p.Name)
 			}
 		}
-		if len(r.Pods) < 4 {
-			t.Errorf("%s: reached %v", l.what, r.Pods)
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(r.Pods)), func(pod string) bool { return !old[pod] }) {
+			t.Errorf("%s: reached %v, which are all of before", l.what, r.Pods)
 		}
 	}
 }
@@ -147,8 +176,8 @@ func TestRollingUpdate(t *testing.T) {
 // when there is a new leader.
 func TestLeaderKilled(t *testing.T) {
 	service := deployRolling(t)
-	results := make(chan loaded, 1)
-	startLoad(t, results, "load", e.pod(webB, 0), 45*time.Second, "--connections", "10", "--new-connection-ratio", "0.5", service)
+	results, over := make(chan loaded, 1), make(chan struct{})
+	startLoadUntil(t, results, over, "load", e.pod(webB, 0), "--connections", "10", "--new-connection-ratio", "0.5", service)
 	leader := func(ctx context.Context) (string, error) {
 		lease, err := e.Kube.CoordinationV1().Leases(harness.SystemNamespace).Get(ctx, "bulkhead-operator", metav1.GetOptions{})
 		if err != nil || lease.Spec.HolderIdentity == nil {
@@ -157,7 +186,13 @@ func TestLeaderKilled(t *testing.T) {
 		pod, _, _ := strings.Cut(*lease.Spec.HolderIdentity, "_")
 		return pod, nil
 	}
-	old, err := leader(t.Context())
+	var old string
+	err := harness.Wait(t.Context(), patience, 500*time.Millisecond, "a leader that is there", func(ctx context.Context) (err error) {
+		if old, err = leader(ctx); err == nil {
+			_, err = e.Kube.CoreV1().Pods(harness.SystemNamespace).Get(ctx, old, metav1.GetOptions{})
+		}
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,8 +211,12 @@ func TestLeaderKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// By the other replica, which doesn't wait for the lease, of 15 s, for that.
+	soon := 15 * time.Second
 	for _, from := range []harness.Pod{e.pod(webB, 0), e.pod(webB, 1), e.pod(jobA, 0)} {
-		err := harness.Wait(t.Context(), 12*time.Second, 100*time.Millisecond, from.String()+" to reach a new service", func(ctx context.Context) error {
+		within := soon
+		soon = patience // what the first shows is enough
+		err := harness.Wait(t.Context(), within, 100*time.Millisecond, from.String()+" to reach a new service", func(ctx context.Context) error {
 			r, err := e.Call(ctx, from, "get", "http://"+hostPort(s.Spec.ClusterIP, 80)+"/")
 			if err == nil && !r.OK {
 				err = fmt.Errorf("%+v", r.Failure)
@@ -197,11 +236,12 @@ func TestLeaderKilled(t *testing.T) {
 	if next, err := leader(t.Context()); err != nil || next == old {
 		t.Errorf("the leader is %s, %v; it was killed", next, err)
 	}
+	close(over)
 	l := <-results
-	if r := l.result; r.Failures.Total > 0 || r.Exchanges < 25*40 {
+	if r := l.result; r.Failures.Total > 0 || r.Exchanges < 25*l.seconds()/2 {
 		t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
 	}
-	if err := e.WaitInstalled(t.Context(), time.Minute); err != nil {
+	if err := e.WaitInstalled(t.Context(), patience); err != nil {
 		t.Error(err)
 	}
 }
@@ -224,7 +264,7 @@ spec: {selector: {app: %s}, ports: [{name: http, port: 80, targetPort: no-such-p
 `, name, selector)); err != nil {
 			t.Fatal(err)
 		}
-		err := harness.Wait(t.Context(), 20*time.Second, 100*time.Millisecond, name+" to be told "+reason, func(ctx context.Context) error {
+		err := harness.Wait(t.Context(), patience, 100*time.Millisecond, name+" to be told "+reason, func(ctx context.Context) error {
 			s, err := e.Kube.CoreV1().Services("e2e-a").Get(ctx, name, metav1.GetOptions{})
 			if err != nil {
 				return err
@@ -240,7 +280,7 @@ spec: {selector: {app: %s}, ports: [{name: http, port: 80, targetPort: no-such-p
 			t.Error(err)
 		}
 	}
-	err := harness.Wait(t.Context(), 10*time.Second, 100*time.Millisecond, "an event", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "an event", func(ctx context.Context) error {
 		events, err := e.Kube.CoreV1().Events("e2e-a").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.name=typo"})
 		if err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -27,6 +28,9 @@ import (
 // TestWhoIsSignedFor asks an operator for certificates as agents do, with tokens of the
 // API server's, and as those do who have taken over a node or a pod.
 func TestWhoIsSignedFor(t *testing.T) {
+	if err := e.WaitInstalled(t.Context(), patience); err != nil {
+		t.Fatal(err)
+	}
 	operators, err := e.Pods(t.Context(), harness.SystemNamespace, "app.kubernetes.io/name=bulkhead-operator")
 	if err != nil || len(operators) == 0 {
 		t.Fatalf("%d operators, %v", len(operators), err)
@@ -48,10 +52,7 @@ func TestWhoIsSignedFor(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	agents, err := e.Agents(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	agents := e.readyAgents(t)
 	token := func(namespace, account, audience string, boundTo *corev1.Pod) string {
 		t.Helper()
 		r := &authenticationv1.TokenRequest{}
@@ -106,8 +107,14 @@ func TestWhoIsSignedFor(t *testing.T) {
 		if c.token != "" {
 			ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.token)
 		}
-		r, err := nodev1alpha1.NewNodeServiceClient(conn).SignCertificate(ctx, &nodev1alpha1.SignCertificateRequest{
-			Csr: csr, PodUid: string(c.pod.UID), PodNamespace: c.pod.Namespace, PodName: c.pod.Name})
+		var r *nodev1alpha1.SignCertificateResponse
+		for end := time.Now().Add(patience); ; time.Sleep(200 * time.Millisecond) {
+			// An operator that can't say it yet asks to try again, as agents do.
+			if r, err = nodev1alpha1.NewNodeServiceClient(conn).SignCertificate(ctx, &nodev1alpha1.SignCertificateRequest{
+				Csr: csr, PodUid: string(c.pod.UID), PodNamespace: c.pod.Namespace, PodName: c.pod.Name}); status.Code(err) != codes.Unavailable || time.Now().After(end) {
+				break
+			}
+		}
 		if status.Code(err) != c.code || (len(r.GetChain()) > 0) != (c.code == codes.OK) {
 			t.Errorf("%s: %d certificates, %v; want %s", c.what, len(r.GetChain()), err, c.code)
 		}

@@ -124,7 +124,7 @@ func TestSoakRolloutsKilled(t *testing.T) {
 	if r := l.result; r.Failures.Total > 0 || r.Exchanges == 0 {
 		t.Errorf("%d exchanges, %d failures %v, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.ByKind, r.Failures.First, l.err)
 	}
-	if err := e.WaitInstalled(t.Context(), time.Minute); err != nil {
+	if err := e.WaitInstalled(t.Context(), patience); err != nil {
 		t.Error(err)
 	}
 }
@@ -166,7 +166,7 @@ func TestSoakRollouts(t *testing.T) {
 		t.Fatal(err)
 	}
 	planned(t, newEnvoy)
-	err := harness.Wait(t.Context(), 2*time.Minute, 2*time.Second, "nothing to be left", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 2*time.Second, "nothing to be left", func(ctx context.Context) error {
 		var errs []error
 		for node, p := range on {
 			report, err := p.Look(ctx)

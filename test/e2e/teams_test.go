@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/bulkhead-mesh/bulkhead/agent"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
@@ -48,11 +50,11 @@ spec:
 		t.Fatal(err)
 	}
 	for _, a := range []harness.Echo{tm.web, tm.batch} {
-		if tm.pods[a], err = e.EchoPods(t.Context(), a, time.Minute); err != nil {
+		if tm.pods[a], err = e.EchoPods(t.Context(), a, patience); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := e.WaitTenant(t.Context(), name, len(e.nodes), time.Minute); err != nil {
+	if _, err := e.WaitTenant(t.Context(), name, len(e.nodes), patience); err != nil {
 		t.Fatal(err)
 	}
 	return tm
@@ -84,11 +86,28 @@ func (tm *team) join(t *testing.T, is bool) {
 	}
 }
 
+// readyAgents are the agents' pods by node, when there is one on each.
+func (e *env) readyAgents(t *testing.T) (agents map[string]corev1.Pod) {
+	t.Helper()
+	if err := harness.Wait(t.Context(), patience, 300*time.Millisecond, "agents", func(ctx context.Context) (err error) {
+		agents, err = e.Agents(ctx)
+		for _, node := range e.nodes {
+			if _, ok := agents[node]; err == nil && !ok {
+				err = fmt.Errorf("none is ready on %s", node)
+			}
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return agents
+}
+
 // waitPods waits until the agents say so of each of the team's pods that they steer,
 // and returns how many those are.
 func (tm *team) waitPods(t *testing.T, what string, want int, so func(tenant string, p agent.InspectedPod) bool) {
 	t.Helper()
-	err := harness.Wait(t.Context(), 30*time.Second, 100*time.Millisecond, what, func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, what, func(ctx context.Context) error {
 		found := 0
 		for _, node := range e.nodes {
 			i, err := inspect(ctx, node)
@@ -131,17 +150,34 @@ type begun struct {
 	args    []string
 	outcome chan error
 	result  app.RunResult
+	ended   chan struct{}
 }
 
 // begin starts one, and returns when its connections are there.
 func begin(t *testing.T, what string, from harness.Pod, args ...string) *begun {
 	t.Helper()
-	b := &begun{what: what, from: from, args: args, outcome: make(chan error, 1)}
+	return beginWith(what, from, args, func(started chan<- struct{}) (app.RunResult, error) {
+		return e.Load(t.Context(), from, started, args...)
+	})
+}
+
+// beginUntil is begin of one that ends when over is closed.
+func beginUntil(t *testing.T, over <-chan struct{}, what string, from harness.Pod, args ...string) *begun {
+	t.Helper()
+	all := append([]string{args[0], "--duration", longest.String()}, args[1:]...)
+	return beginWith(what, from, all, func(started chan<- struct{}) (app.RunResult, error) {
+		return e.LoadUntil(t.Context(), from, started, over, all...)
+	})
+}
+
+func beginWith(what string, from harness.Pod, args []string, load func(started chan<- struct{}) (app.RunResult, error)) *begun {
+	b := &begun{what: what, from: from, args: args, outcome: make(chan error, 1), ended: make(chan struct{})}
 	started := make(chan struct{})
 	go func() {
 		var err error
-		b.result, err = e.Load(t.Context(), from, started, args...)
+		b.result, err = load(started)
 		b.outcome <- err
+		close(b.ended)
 	}()
 	<-started
 	return b
@@ -168,7 +204,7 @@ func seenAs(t *testing.T, from, to harness.Pod, kind, peer string) {
 	t.Helper()
 	since := time.Now().Add(-time.Second)
 	mustCall(t, from, from.IPv4, "tcp", hostPort(to.IPv4, app.GreetPort))
-	err := harness.Wait(t.Context(), 10*time.Second, 200*time.Millisecond, "the server's access log", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the server's access log", func(ctx context.Context) error {
 		entries, err := e.AccessLog(ctx, to.Spec.NodeName, to.Echo.Namespace)
 		if err != nil {
 			return err

@@ -82,7 +82,7 @@ func TestProtocols(t *testing.T) {
 		mustCall(t, from, "", "get", "--protocol", "h2c", "http://"+hostPort(host, app.HTTPPort)+"/")
 		// The server speaks first: it must not have to wait for the client.
 		r := mustCall(t, from, "", "tcp", hostPort(host, app.GreetPort))
-		if r.Latency > 3000 {
+		if r.Latency > 8000 { // of the 10 s that a call has
 			t.Errorf("server-first at %s took %v ms", host, r.Latency)
 		}
 	}
@@ -99,7 +99,7 @@ func TestIdentities(t *testing.T) {
 	}
 	owner := e.identities()
 	type pair struct{ source, destination string }
-	err := harness.Wait(t.Context(), 30*time.Second, time.Second, "access logs", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, time.Second, "access logs", func(ctx context.Context) error {
 		seen := map[pair]bool{}
 		for _, node := range e.nodes {
 			for _, tenant := range tenants {
@@ -187,16 +187,22 @@ func TestWire(t *testing.T) {
 			address = a.Address
 		}
 	}
-	report, err := e.Capture(t.Context(), node.Name, address, marker, time.Minute, func(context.Context) error {
-		for _, pair := range [][2]harness.Pod{{e.pod(webA, 0), e.pod(webB, 1)}, {e.pod(webB, 1), e.pod(webA, 0)}, {e.pod(webO, 0), e.pod(webO, 1)}} {
-			for _, ip := range []string{pair[1].IPv4, pair[1].IPv6} {
-				mustCall(t, pair[0], "", "tcp", "--data", marker, hostPort(ip, app.GreetPort))
+	var report capture.Report
+	var err error
+	for range 3 { // a busy machine may miss a packet
+		if report, err = e.Capture(t.Context(), node.Name, address, marker, patience, func(context.Context) error {
+			for _, pair := range [][2]harness.Pod{{e.pod(webA, 0), e.pod(webB, 1)}, {e.pod(webB, 1), e.pod(webA, 0)}, {e.pod(webO, 0), e.pod(webO, 1)}} {
+				for _, ip := range []string{pair[1].IPv4, pair[1].IPv6} {
+					mustCall(t, pair[0], "", "tcp", "--data", marker, hostPort(ip, app.GreetPort))
+				}
 			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
 		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
+		if report.Dropped == 0 && !report.Full {
+			break
+		}
 	}
 	if report.Dropped > 0 || report.Full {
 		t.Fatalf("the capture isn't complete: %+v", report)

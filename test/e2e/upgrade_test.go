@@ -27,8 +27,21 @@ const newEnvoy, olderEnvoy = "1.40.0", "1.39.3"
 func rollOut(t *testing.T, name, target, steps string, more ...string) {
 	t.Helper()
 	t.Cleanup(func() {
-		if _, err := e.Kubectl(context.Background(), "", "delete", "proxyrollout", name, "--ignore-not-found"); err != nil {
+		ctx := context.Background()
+		if _, err := e.Kubectl(ctx, "", "delete", "proxyrollout", name, "--ignore-not-found"); err != nil {
 			t.Error(err)
+		}
+		// What follows the end of the last one is no other test's business.
+		var left v1alpha1.ProxyRolloutList
+		if err := e.Client.List(ctx, &left); err != nil || len(left.Items) > 0 || t.Failed() {
+			return
+		}
+		for _, tenant := range tenants {
+			for _, node := range e.nodes {
+				if err := onlyVersionOn(ctx, node, tenant, newEnvoy); err != nil {
+					t.Error(err)
+				}
+			}
 		}
 	})
 	if err := e.Apply(t.Context(), fmt.Sprintf(`
@@ -44,7 +57,7 @@ spec: {target: {%s}, steps: [%s]%s}
 // phase waits until a rollout is in a phase, and what it says contains words.
 func phase(t *testing.T, name string, phase v1alpha1.RolloutPhase, words ...string) (s v1alpha1.ProxyRolloutStatus) {
 	t.Helper()
-	err := harness.Wait(t.Context(), 2*time.Minute, 50*time.Millisecond, "rollout "+name+" to be "+string(phase), func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), 2*patience, 50*time.Millisecond, "rollout "+name+" to be "+string(phase), func(ctx context.Context) error {
 		var r v1alpha1.ProxyRollout
 		if err := e.Client.Get(ctx, client.ObjectKey{Name: name}, &r); err != nil {
 			return err
@@ -70,17 +83,20 @@ func phase(t *testing.T, name string, phase v1alpha1.RolloutPhase, words ...stri
 func onlyVersion(t *testing.T, tenant, version string) {
 	t.Helper()
 	for _, node := range e.nodes {
-		err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, tenant+" on "+node+" to have nothing but Envoy "+version, func(ctx context.Context) error {
-			p, err := e.Proxy(ctx, node, tenant)
-			if err == nil && (len(p.Generations) != 1 || p.Generations[0].Version != version || !p.Generations[0].Serving) {
-				err = fmt.Errorf("%+v", p.Generations)
-			}
-			return err
-		})
-		if err != nil {
+		if err := onlyVersionOn(t.Context(), node, tenant, version); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+func onlyVersionOn(ctx context.Context, node, tenant, version string) error {
+	return harness.Wait(ctx, patience, 200*time.Millisecond, tenant+" on "+node+" to have nothing but Envoy "+version, func(ctx context.Context) error {
+		p, err := e.Proxy(ctx, node, tenant)
+		if err == nil && (len(p.Generations) != 1 || p.Generations[0].Version != version || !p.Generations[0].Serving) {
+			err = fmt.Errorf("%+v", p.Generations)
+		}
+		return err
+	})
 }
 
 // servingVersions waits until new connections of a tenant go to these versions on
@@ -88,7 +104,7 @@ func onlyVersion(t *testing.T, tenant, version string) {
 func servingVersions(t *testing.T, tenant string, versions ...string) {
 	t.Helper()
 	for _, node := range e.nodes {
-		err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, tenant+" on "+node+" to be served by "+fmt.Sprint(versions), func(ctx context.Context) error {
+		err := harness.Wait(t.Context(), patience, 200*time.Millisecond, tenant+" on "+node+" to be served by "+fmt.Sprint(versions), func(ctx context.Context) error {
 			p, err := e.Proxy(ctx, node, tenant)
 			if err != nil {
 				return err
@@ -117,7 +133,7 @@ func servingVersions(t *testing.T, tenant string, versions ...string) {
 
 func upgradeOf(t *testing.T, namespace string) *v1alpha1.TenantUpgrade {
 	t.Helper()
-	p, err := e.WaitTenant(t.Context(), namespace, len(e.nodes), time.Minute)
+	p, err := e.WaitTenant(t.Context(), namespace, len(e.nodes), patience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,13 +173,14 @@ func TestRolloutTakenBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		results := make(chan loaded, 1)
-		startLoad(t, results, "load", e.pod(webB, 0), 20*time.Second, "--connections", "8", "--rate", "100", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 1).IPv4, app.HTTPPort))
+		results, over := make(chan loaded, 1), make(chan struct{})
+		startLoadUntil(t, results, over, "load", e.pod(webB, 0), "--connections", "8", "--rate", "100", "--new-connection-ratio", "0.5", hostPort(e.pod(webA, 1).IPv4, app.HTTPPort))
 		rollOut(t, "e2e-broken", fmt.Sprintf("version: 1.40.2, image: %q", image), everything)
 		s := phase(t, "e2e-broken", v1alpha1.RolloutRolledBack)
 		if s.Verdict == nil || s.Verdict.Reason != "Crashed" {
 			t.Errorf("%+v", s.Verdict)
 		}
+		close(over)
 		l := <-results
 		if r := l.result; r.Failures.Total > 0 || r.Exchanges == 0 {
 			t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
@@ -188,7 +205,7 @@ func TestRolloutTakenBack(t *testing.T) {
 		s := phase(t, "e2e-crash", v1alpha1.RolloutRolledBack, "e2e-a on "+e.nodes[0], "SIGKILL")
 		// As the nodes say it, written every fifth of a second at most.
 		t.Logf("all new connections were back %s after the crash", time.Since(killed).Round(10*time.Millisecond))
-		if took := time.Since(killed); took > 10*time.Second {
+		if took := time.Since(killed); took > 30*time.Second {
 			t.Errorf("going back took %s", took)
 		}
 		if s.Verdict == nil || s.Verdict.Reason != "Crashed" || s.Verdict.Tenant != "e2e-a" || s.Verdict.Node != e.nodes[0] {
@@ -196,7 +213,7 @@ func TestRolloutTakenBack(t *testing.T) {
 		}
 		servingVersions(t, "e2e-a", newEnvoy)
 		servingVersions(t, "e2e-b", newEnvoy)
-		err = harness.Wait(t.Context(), 15*time.Second, 200*time.Millisecond, "an event", func(ctx context.Context) error {
+		err = harness.Wait(t.Context(), patience, 200*time.Millisecond, "an event", func(ctx context.Context) error {
 			list, err := e.Kube.CoreV1().Events("e2e-a").List(ctx, metav1.ListOptions{})
 			if err != nil {
 				return err
@@ -215,7 +232,7 @@ func TestRolloutTakenBack(t *testing.T) {
 	// goesOn looks at the processes again: those that leave have ended.
 	for _, node := range e.nodes {
 		for _, tenant := range tenants {
-			err := harness.Wait(t.Context(), time.Minute, 300*time.Millisecond, "the end of what leaves", func(ctx context.Context) error {
+			err := harness.Wait(t.Context(), patience, 300*time.Millisecond, "the end of what leaves", func(ctx context.Context) error {
 				p, err := e.Proxy(ctx, node, tenant)
 				if err == nil && len(p.Generations) != 1 {
 					err = fmt.Errorf("%s on %s: %+v", tenant, node, p.Generations)

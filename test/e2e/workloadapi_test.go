@@ -58,7 +58,7 @@ func fetchSVIDs(ctx context.Context, namespace, name string) (app.WorkloadResult
 
 func waitWorkload(t *testing.T, namespace, name string) (pod corev1.Pod) {
 	t.Helper()
-	if err := harness.Wait(t.Context(), time.Minute, 200*time.Millisecond, "pod "+namespace+"/"+name, func(ctx context.Context) error {
+	if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "pod "+namespace+"/"+name, func(ctx context.Context) error {
 		pods, err := e.Pods(ctx, namespace, "app="+name)
 		if err == nil && len(pods) != 1 {
 			err = fmt.Errorf("%d pods are ready", len(pods))
@@ -137,7 +137,7 @@ func TestWorkloadAPI(t *testing.T) {
 			}
 		}
 	}
-	if err := harness.Wait(t.Context(), 2*time.Minute, time.Second, "the next agent", func(ctx context.Context) error {
+	if err := harness.Wait(t.Context(), patience, time.Second, "the next agent", func(ctx context.Context) error {
 		r, err := fetchSVIDs(ctx, webA.Namespace, workloadName)
 		if err == nil && !r.OK {
 			err = fmt.Errorf("%s", r.Failure)

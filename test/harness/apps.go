@@ -3,11 +3,13 @@ package harness
 import (
 	"context"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
@@ -105,8 +107,8 @@ func (p Pod) String() string {
 	return fmt.Sprintf("%s/%s@%s", p.Echo.Namespace, p.Echo.Name, p.Spec.NodeName)
 }
 
-// EchoPods waits until the application's DaemonSet is complete and returns its
-// pods by node name.
+// EchoPods waits until the application's DaemonSet is complete, and its Service's
+// endpoints, and returns its pods by node name.
 func (c *Cluster) EchoPods(ctx context.Context, e Echo, timeout time.Duration) (map[string]Pod, error) {
 	pods := map[string]Pod{}
 	err := Wait(ctx, timeout, 500*time.Millisecond, fmt.Sprintf("pods of %s/%s", e.Namespace, e.Name), func(ctx context.Context) error {
@@ -125,6 +127,9 @@ func (c *Cluster) EchoPods(ctx context.Context, e Echo, timeout time.Duration) (
 		if len(list) != int(s.DesiredNumberScheduled) {
 			return fmt.Errorf("%d of %d pods are ready", len(list), s.DesiredNumberScheduled)
 		}
+		if err := c.endpoints(ctx, e, list); err != nil {
+			return err
+		}
 		clear(pods)
 		for _, p := range list {
 			pod := Pod{Pod: p, Echo: e}
@@ -142,6 +147,37 @@ func (c *Cluster) EchoPods(ctx context.Context, e Echo, timeout time.Duration) (
 	return pods, err
 }
 
+// endpoints returns an error unless the endpoints of the application's Service are these
+// pods: they follow the pods a moment later.
+func (c *Cluster) endpoints(ctx context.Context, e Echo, pods []corev1.Pod) error {
+	var all discoveryv1.EndpointSliceList
+	if err := c.Client.List(ctx, &all, client.InNamespace(e.Namespace), client.MatchingLabels{discoveryv1.LabelServiceName: e.Name}); err != nil {
+		return err
+	}
+	ready := map[string]bool{}
+	for _, s := range all.Items {
+		for _, ep := range s.Endpoints {
+			for _, address := range ep.Addresses {
+				ready[address] = ep.Conditions.Ready == nil || *ep.Conditions.Ready
+			}
+		}
+	}
+	for _, p := range pods {
+		for _, ip := range p.Status.PodIPs {
+			if !ready[ip.IP] {
+				return fmt.Errorf("%s of %s isn't an endpoint of the Service yet", ip.IP, p.Name)
+			}
+			delete(ready, ip.IP)
+		}
+	}
+	for address, is := range ready {
+		if is {
+			return fmt.Errorf("%s is still an endpoint of the Service", address)
+		}
+	}
+	return nil
+}
+
 // Call runs a client command of the test application in a pod: get, grpc, tcp or
 // bulk with its arguments. The error of a call that was made and failed is nil;
 // the result tells.
@@ -157,15 +193,35 @@ func (c *Cluster) Call(ctx context.Context, from Pod, args ...string) (app.CallR
 // Load runs a load or hold command of the test application in a pod until it
 // ends, and returns its result. started is closed when its connections are made.
 func (c *Cluster) Load(ctx context.Context, from Pod, started chan<- struct{}, args ...string) (app.RunResult, error) {
+	return c.load(ctx, from, nil, started, append([]string{"echo"}, args...))
+}
+
+// LoadUntil is Load whose command ends when stop is closed, its duration at the latest:
+// a test of what takes a machine's time can't know how long that will be.
+func (c *Cluster) LoadUntil(ctx context.Context, from Pod, started chan<- struct{}, stop <-chan struct{}, args ...string) (app.RunResult, error) {
+	stdin, end := io.Pipe()
+	defer stdin.Close() // nobody shall write to a command that ended by itself
+	go func() {
+		select {
+		case <-stop:
+		case <-ctx.Done():
+		}
+		_, _ = io.WriteString(end, "\n")
+		end.Close()
+	}()
+	return c.load(ctx, from, stdin, started, append([]string{"echo", args[0], "--until-stdin"}, args[1:]...))
+}
+
+func (c *Cluster) load(ctx context.Context, from Pod, stdin io.Reader, started chan<- struct{}, command []string) (app.RunResult, error) {
 	var r app.RunResult
-	lines, err := c.execLines(ctx, nil, from.Namespace, from.Name, func() { close(started) }, append([]string{"echo"}, args...)...)
+	lines, err := c.execLines(ctx, stdin, from.Namespace, from.Name, func() { close(started) }, command...)
 	for _, line := range lines {
 		if strings.Contains(line, `"event":"result"`) {
 			return r, decode(line, &r)
 		}
 	}
 	if err == nil {
-		err = fmt.Errorf("no result from %v in %s", args, from)
+		err = fmt.Errorf("no result from %v in %s", command, from)
 	}
 	return r, err
 }

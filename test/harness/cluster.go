@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
@@ -25,6 +26,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/streaming/pkg/httpstream"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -46,6 +48,7 @@ func Connect() (*Cluster, error) {
 		return nil, fmt.Errorf("load kubeconfig (set KUBECONFIG, or run `make up`): %w", err)
 	}
 	config.QPS, config.Burst = 200, 400
+	config.Wrap(func(t http.RoundTripper) http.RoundTripper { return retrying{t} })
 	scheme := runtime.NewScheme()
 	utilruntime.Must(clientgoscheme.AddToScheme(scheme))
 	utilruntime.Must(v1alpha1.AddToScheme(scheme))
@@ -61,16 +64,23 @@ func Connect() (*Cluster, error) {
 }
 
 // Kubectl runs the user's kubectl and returns what it printed. An error holds
-// its last lines.
+// its last lines. What an API server has no time for is tried again, but for rollout,
+// whose undo isn't the same twice.
 func (c *Cluster) Kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, "kubectl", args...)
-	cmd.Stdin = strings.NewReader(stdin)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, tail(stderr.String(), 2000))
+	for try := 1; ; try++ {
+		cmd := exec.CommandContext(ctx, "kubectl", args...)
+		cmd.Stdin = strings.NewReader(stdin)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		err := cmd.Run()
+		if err == nil {
+			return stdout.String(), nil
+		}
+		if try == tries || ctx.Err() != nil || args[0] == "rollout" || !passing(stderr.String()) {
+			return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, tail(stderr.String(), 2000))
+		}
+		pause(ctx, try)
 	}
-	return stdout.String(), nil
 }
 
 // Apply applies manifests by server-side apply.
@@ -134,10 +144,17 @@ func (c *Cluster) exec(ctx context.Context, stdin io.Reader, stdout io.Writer, n
 		return fmt.Errorf("exec in %s/%s: %w", namespace, pod, err)
 	}
 	var stderr bytes.Buffer
-	if err := executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: &stderr}); err != nil {
-		return &ExecError{Pod: namespace + "/" + pod, Command: command, Stderr: stderr.String(), Err: err}
+	for try := 1; ; try++ {
+		if err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: &stderr}); err == nil {
+			return nil
+		}
+		// Of an API server or a kubelet that had no time for it. Nothing has run.
+		if !httpstream.IsUpgradeFailure(err) || try == tries || ctx.Err() != nil {
+			break
+		}
+		pause(ctx, try)
 	}
-	return nil
+	return &ExecError{Pod: namespace + "/" + pod, Command: command, Stderr: stderr.String(), Err: err}
 }
 
 // ExecJSON runs a command in a pod and decodes its standard output. It decodes

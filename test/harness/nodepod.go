@@ -47,7 +47,7 @@ spec:
 `, nodeNamespace, p.name, node, EchoImage)); err != nil {
 		return nil, err
 	}
-	err := Wait(ctx, time.Minute, 200*time.Millisecond, "the pod "+p.name, func(ctx context.Context) error {
+	err := Wait(ctx, 2*time.Minute, 200*time.Millisecond, "the pod "+p.name, func(ctx context.Context) error {
 		pods, err := c.Pods(ctx, nodeNamespace, "")
 		if err != nil {
 			return err

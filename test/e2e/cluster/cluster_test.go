@@ -71,7 +71,7 @@ spec:
 	}
 	nodes := map[string]bool{}
 	for _, a := range apps {
-		of, err := c.EchoPods(ctx, a, time.Minute)
+		of, err := c.EchoPods(ctx, a, 2*time.Minute)
 		if err != nil {
 			return err
 		}
@@ -92,7 +92,7 @@ func port(n int) string { return fmt.Sprint(n) }
 func get(t *testing.T, from harness.Pod, host string) {
 	t.Helper()
 	seen := map[string]bool{}
-	err := harness.Wait(t.Context(), 20*time.Second, time.Millisecond, "answers of two pods", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), time.Minute, time.Millisecond, "answers of two pods", func(ctx context.Context) error {
 		r, err := c.Call(ctx, from, "get", "http://"+net.JoinHostPort(host, port(app.HTTPPort))+"/")
 		if err != nil {
 			return err
