@@ -231,11 +231,10 @@ const (
 type datapathWatchedFlow struct {
 	_          structs.HostLayout
 	Began      uint64
-	Tenant     uint32
 	Generation uint8
 	Answered   uint8
 	Closing    uint8
-	Pad        uint8
+	Pad        [5]uint8
 }
 
 type datapathWay uint32

@@ -200,7 +200,7 @@ int from_pod(struct __sk_buff *skb)
 		int dropped = drop(&p, tenant, ifindex, unsteered, WAY_OUTBOUND);
 		return opens(&p) ? refuse(skb, &p, pod) : dropped;
 	}
-	watch_client(&p, &f);
+	watch_client(&p, &f, tenant);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_OUTBOUND);
@@ -290,7 +290,7 @@ int to_pod(struct __sk_buff *skb)
 		return drop(&p, tenant, ifindex, flows_full, WAY_INBOUND);
 	tenant = owner;
 	if (tcp)
-		watch_client(&p, &f);
+		watch_client(&p, &f, tenant);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
 	if (!t)
 		return drop(&p, tenant, ifindex, no_tenant, WAY_INBOUND);

@@ -56,19 +56,13 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		return err
 	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_TENANT, Tenant: uint32(t.Index)}
-	var before datapathVeth
-	watched := d.maps[datapathMapVeths].Lookup(uint32(t.HostIfindex), &before) == nil && before.Watched != 0
 	if t.Watch {
 		if err := d.watch(t.Index); err != nil {
 			return err
 		}
 		veth.Watched = 1
-	}
-	// Before the entry says that nothing is left.
-	if watched && !t.Watch {
-		if err := d.unwatch(t.Index); err != nil {
-			return err
-		}
+	} else if err := d.unwatch(t.Index); err != nil {
+		return err
 	}
 	if err := d.maps[datapathMapVeths].Put(uint32(t.HostIfindex), veth); err != nil {
 		return fmt.Errorf("write veth %d: %w", t.HostIfindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))

@@ -18,10 +18,34 @@ func (d *Datapath) watch(index uint16) error {
 			return fmt.Errorf("make counters of generations: %w", err)
 		}
 	}
+	// What a former agent watched goes on.
+	if there, err := d.hasWatched(index); err != nil || there {
+		return err
+	}
+	flows, err := ebpf.NewMap(d.spec.Maps[datapathMapWatched].InnerMap)
+	if err != nil {
+		return fmt.Errorf("create the map of watched connections: %w", err)
+	}
+	defer flows.Close() // the other keeps it
+	if err := d.maps[datapathMapWatched].Put(uint32(index), flows); err != nil {
+		return fmt.Errorf("add the map of watched connections: %w", err)
+	}
 	return nil
 }
 
-// unwatch forgets it all, when the programs have been told.
+// hasWatched tells whether a tenant has a map of watched connections.
+func (d *Datapath) hasWatched(index uint16) (bool, error) {
+	var id uint32
+	switch err := d.maps[datapathMapWatched].Lookup(uint32(index), &id); {
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("look for the map of watched connections: %w", err)
+	}
+	return true, nil
+}
+
+// unwatch forgets it all. Nothing to forget is no error.
 func (d *Datapath) unwatch(index uint16) error {
 	for g := range steer.Generations {
 		key := datapathGeneration{Tenant: uint32(index), Generation: uint32(g)}
@@ -29,24 +53,12 @@ func (d *Datapath) unwatch(index uint16) error {
 			return fmt.Errorf("delete counters of generations: %w", err)
 		}
 	}
-	var stale []datapathFlow
-	var flow datapathFlow
-	var state datapathWatchedFlow
-	entries := d.maps[datapathMapWatched].Iterate()
-	for entries.Next(&flow, &state) {
-		if state.Tenant == uint32(index) {
-			stale = append(stale, flow)
-		}
+	// The kernel waits for its programs at a deletion, also at one that finds nothing.
+	if there, err := d.hasWatched(index); err != nil || !there {
+		return err
 	}
-	// Others come and go meanwhile; what is missed makes room when it is needed, and
-	// without counters nothing is counted.
-	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return fmt.Errorf("read watched connections: %w", err)
-	}
-	for _, f := range stale {
-		if err := deleteKey(d.maps[datapathMapWatched], f); err != nil {
-			return fmt.Errorf("delete watched connection: %w", err)
-		}
+	if err := deleteKey(d.maps[datapathMapWatched], uint32(index)); err != nil {
+		return fmt.Errorf("delete the map of watched connections: %w", err)
 	}
 	return nil
 }

@@ -5,15 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -138,9 +141,119 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%d entries are left in %s", n, name)
 		}
 	}
-	open(80, greeted)
-	if n := size(t, m.d.maps[datapathMapWatched]); n != 0 {
-		t.Errorf("%d connections of nobody are watched", n)
+}
+
+// watchedOf opens the map of a tenant's watched connections.
+func (m *mesh) watchedOf(index uint16) *ebpf.Map {
+	m.t.Helper()
+	var id uint32
+	check(m.t, m.d.maps[datapathMapWatched].Lookup(uint32(index), &id))
+	flows, err := ebpf.NewMapFromID(ebpf.MapID(id))
+	check(m.t, err)
+	m.t.Cleanup(func() { flows.Close() })
+	return flows
+}
+
+// A tenant's connections push out none of another's, and are watched on by the next
+// agent. Nothing of either is left when they aren't watched any more.
+func TestWatchedRoom(t *testing.T) {
+	m := newMesh(t)
+	both := []*testTenant{m.one, m.two}
+	update := func(watch bool) {
+		t.Helper()
+		for _, n := range both {
+			n.Watch = watch
+			check(t, m.d.UpdateTenant(n.Tenant))
+		}
+	}
+	update(true)
+	open := func(p *testPod) net.Conn {
+		t.Helper()
+		c, _, err := dial(t, p.namespace, netip.AddrPort{}, at(remoteAddresses.v4, brokenPort))
+		check(t, err)
+		return c
+	}
+	of1, of2 := m.watchedOf(1), m.watchedOf(2)
+	first, second := []net.Conn{open(m.a)}, []net.Conn{open(m.b), open(m.b)}
+	if a, b := size(t, of1), size(t, of2); a != 1 || b != 2 {
+		t.Fatalf("%d and %d connections are watched, want 1 and 2", a, b)
+	}
+	most := int(of2.MaxEntries())
+	for i := range 4 * most {
+		f := datapathFlow{PodPort: uint16(i >> 16), PeerPort: uint16(i)}
+		check(t, of2.Put(f, make([]byte, of2.ValueSize())))
+	}
+	if n := size(t, of2); n == 0 || n > most {
+		t.Errorf("%d connections of tenant 2 are watched, want at most %d", n, most)
+	}
+	if n := size(t, of1); n != 1 {
+		t.Errorf("%d connections of tenant 1 are watched, want still 1", n)
+	}
+	id := func(flows *ebpf.Map) ebpf.MapID {
+		info, err := flows.Info()
+		check(t, err)
+		id, _ := info.ID()
+		return id
+	}
+	check(t, m.d.Close())
+	m.d = m.open()
+	update(true)
+	if again := m.watchedOf(1); id(again) != id(of1) {
+		t.Errorf("the next agent watches anew: in map %d, before %d", id(again), id(of1))
+	}
+	second = append(second, open(m.b))
+	for _, c := range append(first, second...) {
+		c.SetDeadline(time.Now().Add(patience))
+		fmt.Fprintln(c, "on")
+		io.Copy(io.Discard, c)
+	}
+	for index, want := range map[uint16]uint64{1: 1, 2: 3} {
+		all, _, err := m.d.GenerationCounters(index)
+		check(t, err)
+		// Of tenant 2's first, the others may have pushed out any.
+		if all[0].Connections != want || all[0].Resets == 0 || all[0].Resets > want || all[0].Unanswered != 0 {
+			t.Errorf("of %d connections of tenant %d that were reset there are %+v", want, index, all[0])
+		}
+	}
+
+	left := func(when string, want int) {
+		t.Helper()
+		for name, each := range map[string]int{datapathMapWatched: 1, datapathMapPerGeneration: steer.Generations} {
+			if n := size(t, m.d.maps[name]); n != want*each {
+				t.Errorf("%s %d entries are left in %s, want %d", when, n, name, want*each)
+			}
+		}
+	}
+	left("of two tenants", 2)
+	// What was said of its veth is lost, as when it got another one.
+	check(t, m.d.deleteVeth(uint32(m.one.HostIfindex)))
+	update(false)
+	left("of none", 0)
+	update(true)
+	if n := size(t, m.watchedOf(1)); n != 0 {
+		t.Errorf("%d connections of before are watched", n)
+	}
+	check(t, m.d.DeleteTenant(2))
+	left("of one that isn't deleted", 1)
+}
+
+// What resets a connection counts once, however often the tenant's kernel says it.
+func TestResetsCountOnce(t *testing.T) {
+	const port = 40000
+	m := newMesh(t)
+	m.one.Watch = true
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	from, to := at(m.a.v4, port), at(remoteAddresses.v4, brokenPort)
+	c, _, err := dial(t, m.a.namespace, from, to)
+	check(t, err)
+	fmt.Fprintln(c, "on")
+	io.Copy(io.Discard, c)
+	c.Close()
+	resets(t, m.a.namespace, from, to)
+	all, _, err := m.d.GenerationCounters(1)
+	check(t, err)
+	if all[0].Connections != 1 || all[0].Resets != 1 || all[0].Unanswered != 0 {
+		t.Errorf("counted %+v, want one connection that was reset", all[0])
 	}
 }
 
@@ -369,4 +482,76 @@ func (m *mesh) waitAccepted(n uint64, accepted func() [steer.Generations]uint64)
 	}
 	m.t.Fatalf("%d of %d connections were accepted", sum, n)
 	return sum
+}
+
+// Resets that two CPUs see at the same time are one.
+func TestResetsAtOnce(t *testing.T) {
+	const rounds, port = 200, 40000
+	m := newMesh(t)
+	m.one.Watch = true
+	check(t, m.d.UpdateTenant(m.one.Tenant))
+	from, to := at(remoteAddresses.v4, 80), at(m.a.v4, port)
+	peer, err := addrKey(from.Addr())
+	check(t, err)
+	pod, err := addrKey(to.Addr())
+	check(t, err)
+	flow := datapathFlow{Pod: pod, Peer: peer, PodPort: to.Port(), PeerPort: from.Port()}
+	watched := m.watchedOf(1)
+
+	packet := make([]byte, 14+20+20)
+	packet[12], packet[13] = 8, 0 // IPv4
+	ip, tcp := packet[14:34], packet[34:]
+	ip[0], ip[3], ip[8], ip[9] = 4<<4|5, 40, 64, unix.IPPROTO_TCP
+	copy(ip[12:], from.Addr().AsSlice())
+	copy(ip[16:], to.Addr().AsSlice())
+	binary.BigEndian.PutUint16(tcp, from.Port())
+	binary.BigEndian.PutUint16(tcp[2:], to.Port())
+	tcp[12], tcp[13] = 5<<4, tcpRST|tcpACK
+	// Of struct __sk_buff, as far as the interface's index.
+	context := make([]uint32, 11)
+	context[10] = uint32(m.one.HostIfindex)
+
+	run := func() error {
+		_, err := m.d.programs[datapathProgFromTenant].Run(&ebpf.RunOptions{Data: packet, Context: context})
+		return err
+	}
+	// The other CPU waits without sleeping: it has to be there at the same moment.
+	var began, ended atomic.Uint64
+	stop := func() { began.Store(math.MaxUint64) }
+	t.Cleanup(stop)
+	errs := make(chan error, 1)
+	go func() {
+		for n := uint64(1); ; n++ {
+			for began.Load() < n {
+			}
+			if began.Load() == math.MaxUint64 {
+				errs <- nil
+				return
+			}
+			if err := run(); err != nil {
+				errs <- err
+				ended.Store(math.MaxUint64)
+				return
+			}
+			ended.Store(n)
+		}
+	}()
+	for n := range uint64(rounds) {
+		check(t, watched.Put(flow, datapathWatchedFlow{Answered: 1}))
+		began.Store(n + 1)
+		// How much sooner than the other it would be isn't known.
+		for range n % 256 {
+			began.Load()
+		}
+		check(t, run())
+		for ended.Load() < n+1 {
+		}
+	}
+	stop()
+	check(t, <-errs)
+	all, _, err := m.d.GenerationCounters(1)
+	check(t, err)
+	if all[0].Resets != rounds {
+		t.Errorf("%d resets of %d connections are counted", all[0].Resets, rounds)
+	}
 }

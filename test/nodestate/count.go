@@ -141,7 +141,7 @@ func MapEntries(dir string) (map[string]int, error) {
 		return nil, err
 	}
 	entries := map[string]int{}
-	hashes := []ebpf.MapType{ebpf.Hash, ebpf.PerCPUHash, ebpf.LPMTrie}
+	hashes := []ebpf.MapType{ebpf.Hash, ebpf.PerCPUHash, ebpf.LPMTrie, ebpf.HashOfMaps}
 	for _, pin := range pins {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, pin.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
