@@ -1,6 +1,9 @@
 package agent
 
 import (
+	"cmp"
+	"fmt"
+	"reflect"
 	"testing"
 	"time"
 
@@ -55,4 +58,62 @@ func TestSilenceIsToldOnceItLasts(t *testing.T) {
 		t.Error("not told of an answer")
 	}
 	unread("when it answers", "")
+}
+
+// The status says of each process each count of its own.
+func TestFiguresStatus(t *testing.T) {
+	n := int64(0)
+	// distinct puts another number into each field.
+	var distinct func(v reflect.Value)
+	distinct = func(v reflect.Value) {
+		n++
+		switch v.Kind() {
+		case reflect.Uint64:
+			v.SetUint(uint64(n))
+		case reflect.Int64:
+			v.SetInt(n)
+		case reflect.Array:
+			for i := range v.Len() {
+				distinct(v.Index(i))
+			}
+		case reflect.Struct:
+			for i := range v.NumField() {
+				distinct(v.Field(i))
+			}
+		default:
+			t.Fatalf("a field of kind %s", v.Kind())
+		}
+	}
+	at := time.Unix(1e9, 5e8)
+	f := figures.Figures{At: at, Unread: silence, Over: 61*time.Second + 400*time.Millisecond}
+	// Levels first, so that of tunnels there are more than are open.
+	distinct(reflect.ValueOf(&f.Levels).Elem())
+	distinct(reflect.ValueOf(&f.Counts).Elem())
+	named := map[string]string{"CPUMilliseconds": "CPU"}
+	for i := range f.Counts {
+		got := figuresStatus(f, i)
+		if !got.At.Time.Equal(time.Unix(1e9, 0)) || got.Seconds != 61 || got.Unread != silence {
+			t.Errorf("process %d: at %s, %d s, %q", i, got.At, got.Seconds, got.Unread)
+		}
+		status, counts, levels := reflect.ValueOf(got).Elem(), reflect.ValueOf(f.Counts[i]), reflect.ValueOf(f.Levels[i])
+		for k := range status.NumField() {
+			name := status.Type().Field(k).Name
+			if name == "At" || name == "Seconds" || name == "Unread" {
+				continue
+			}
+			of := cmp.Or(named[name], name)
+			want := counts.FieldByName(of)
+			if !want.IsValid() {
+				want = levels.FieldByName(of)
+			}
+			if got, want := fmt.Sprint(status.Field(k)), fmt.Sprint(want); got != want {
+				t.Errorf("process %d: %s is %s, want %s", i, name, got, want)
+			}
+		}
+	}
+	// Of those that are open, some were opened before the time.
+	f.Levels[1].OpenTunnelConnections, f.Levels[1].OpenRequestConnections = 1000, 2000
+	if got := figuresStatus(f, 1); got.TunnelConnections != 1000 || got.RequestConnections != 2000 {
+		t.Errorf("%d tunnels and %d connections of requests, want those that are open", got.TunnelConnections, got.RequestConnections)
+	}
 }

@@ -1,6 +1,7 @@
 package figures
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -127,4 +128,45 @@ func TestSeriesWithoutEnvoy(t *testing.T) {
 	if f := read(settling+3*time.Second, "", Counts{Requests: 510, CPU: 60}); f.Counts[1].CPU != 10 || f.Counts[1].Requests != 10 || f.Levels[1].PrivateBytes != int64(settling+3*time.Second) {
 		t.Errorf("%+v", f)
 	}
+}
+
+// Each count is taken from where it is read to where it is told, once, for the process
+// that it is of.
+func TestSeriesHasEachCount(t *testing.T) {
+	// distinct has another number in each field.
+	distinct := func(n uint64) (c Counts) {
+		for i, v := 0, reflect.ValueOf(&c).Elem(); i < v.NumField(); i++ {
+			if v.Field(i).Kind() == reflect.Uint64 {
+				n++
+				v.Field(i).SetUint(n)
+				continue
+			}
+			for k := range v.Field(i).Len() {
+				n++
+				v.Field(i).Index(k).SetUint(n)
+			}
+		}
+		return c
+	}
+	began := time.Unix(1e9, 0)
+	var s Series
+	told := func(when string, after time.Duration, unread string, counts, want [2]Counts) {
+		t.Helper()
+		s.Add(Reading{At: began.Add(after), Unread: unread, Counts: counts})
+		if f, _ := s.Figures(); f.Counts != want {
+			t.Errorf("%s: %+v, want %+v", when, f.Counts, want)
+		}
+	}
+	none, all, more := [2]Counts{}, [2]Counts{distinct(1000), distinct(2000)}, [2]Counts{distinct(5000), distinct(7000)}
+	told("at first", 0, "", none, none)
+	told("settled", settling, "", none, none)
+	told("then", settling+time.Second, "", all, all)
+	// Without Envoy only the kernel's rise.
+	kernels := all
+	for i := range kernels {
+		c, m := &kernels[i], &more[i]
+		c.Connections, c.Unanswered, c.Resets, c.FirstByte = m.Connections, m.Unanswered, m.Resets, m.FirstByte
+	}
+	told("in silence", settling+2*time.Second, "no answer", more, kernels)
+	told("after it", settling+3*time.Second, "", more, more)
 }
