@@ -33,6 +33,20 @@ func (m *mesh) refusedServices(statuses ...v1alpha1.NodeTenantStatus) (keys []ty
 	return keys
 }
 
+// sources names the services behind resources, for people.
+func (m *mesh) sources(refused []v1alpha1.RejectedResource) map[string]string {
+	var named map[string]string
+	for _, r := range refused {
+		if ns, name, ok := m.store.ServiceOf(r.Name); ok {
+			if named == nil {
+				named = map[string]string{}
+			}
+			named[r.Name] = "Service " + ns + "/" + name
+		}
+	}
+	return named
+}
+
 // serviceProblem is what is wrong with a service of a namespace in the mesh:
 // others' objects aren't ours to write to.
 func (m *mesh) serviceProblem(key types.NamespacedName) (translate.Problem, []translate.Refusal) {

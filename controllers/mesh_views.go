@@ -165,6 +165,7 @@ func (m *mesh) view(key model.ProxyKey, pods int) translate.NodeView {
 	report := m.reports[key.Node]
 	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, Unheard: translate.Unheard(m.nodes[key.Node], report.readySince), ProxyVersions: report.versions}
 	v.Status, v.Reported = report.tenants[key.Tenant.String()]
+	v.Sources = m.sources(v.Status.Rejected)
 	c := report.costs[key.Tenant.String()]
 	v.Cost, v.Shares = c.total, c.shares
 	return v

@@ -353,7 +353,7 @@ func TestServicesAreTold(t *testing.T) {
 		}
 		return meta.FindStatusCondition(tp.Status.Conditions, v1alpha1.ConditionConfigured)
 	}
-	if got := tenant(); got == nil || got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "n1 refused EDS vip|10.96.0.1:80: a says no") {
+	if got := tenant(); got == nil || got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "n1 refused EDS vip|10.96.0.1:80 of Service a/good: a says no") {
 		t.Errorf("the tenant is told %+v", got)
 	}
 	if want := []string{"Service good ConfigRejected", "TenantProxy a ConfigRejected"}; !slices.Equal(events, want) {

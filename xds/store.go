@@ -193,9 +193,16 @@ func (s *Store) dropVIP(vip netip.AddrPort) {
 	s.invalidate(TypeCluster, VIPName(vip))
 }
 
-// ServiceOf is the service that a resource's name stands for now.
+// ServiceOf is the service that a resource's name stands for now: a cluster, endpoints,
+// or what leads requests to it.
 func (s *Store) ServiceOf(resource string) (namespace, name string, ok bool) {
+	if b, ok := parseBackendName(resource); ok {
+		return b.Namespace, b.Name, true
+	}
 	vip, ok := parseVIPName(resource)
+	if !ok {
+		vip, ok = parseHTTPName(resource)
+	}
 	if !ok {
 		return "", "", false
 	}

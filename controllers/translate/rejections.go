@@ -28,7 +28,11 @@ func configured(nodes []NodeView) metav1.Condition {
 	var refused []string
 	for _, n := range nodes {
 		for _, r := range n.Status.Rejected {
-			refused = append(refused, fmt.Sprintf("%s refused %s %s: %s", n.Node, r.Type, r.Name, r.Message))
+			of := ""
+			if source := n.Sources[r.Name]; source != "" {
+				of = " of " + source
+			}
+			refused = append(refused, fmt.Sprintf("%s refused %s %s%s: %s", n.Node, r.Type, r.Name, of, r.Message))
 		}
 	}
 	if len(refused) > 0 {

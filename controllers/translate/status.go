@@ -57,6 +57,9 @@ type NodeView struct {
 	Status   v1alpha1.NodeTenantStatus
 	// Unheard says why that isn't about how the node is; "" if it is.
 	Unheard string
+	// Sources are the objects that refused resources were made of, by the resource's
+	// name; those that aren't known are left out.
+	Sources map[string]string
 	// Cost of the tenant there, nil if it isn't known; Shares of it are namespaces'.
 	Cost   *v1alpha1.NodeCost
 	Shares []v1alpha1.NamespaceShare
