@@ -124,7 +124,7 @@ func TestEnvoyRefuses(t *testing.T) {
 			return err
 		}
 		for what, c := range map[string]*metav1.Condition{"the Service": c, "the tenant": own} {
-			if c == nil || c.Status != metav1.ConditionFalse || c.Reason != "ConfigRejected" || !strings.Contains(c.Message, bad) {
+			if c == nil || c.Status != metav1.ConditionFalse || c.Reason != "ConfigRejected" || !strings.Contains(c.Message, bad) || what == "the tenant" && !strings.Contains(c.Message, "of Service e2e-b/"+name+": ") {
 				return fmt.Errorf("%s: %+v", what, c)
 			}
 		}
