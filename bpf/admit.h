@@ -72,13 +72,18 @@ static __noinline enum admitted admit(__u32 tenant, const struct tenant *t, enum
 // has_room says whether a connection that begins without a SYN of its own may: by the
 // answer to a SYN cookie, of which the kernel keeps no count. Otherwise who sends SYNs
 // first, and answers them all at once, would have as many as it likes.
-static __noinline int has_room(__u32 tenant, const struct tenant *t, int outbound)
+static __noinline int has_room(__u32 tenant, const struct tenant *t, enum listener listener, const struct addr *remote)
 {
-	if (!t || !t->max_connections)
+	if (!t || !remote || !t->max_connections)
+		return 1;
+	// Nobody asks admit for a tunnel between two of the tenant's own pods either: it is
+	// for connections that have room already, and outsiders must not take the tunnel's.
+	struct pod *pod = listener == LISTENER_INBOUND ? bpf_map_lookup_elem(&pods, remote) : 0;
+	if (pod && pod->tenant == tenant)
 		return 1;
 	struct tenant_load *l = bpf_map_lookup_elem(&loads, &tenant);
 	__u32 most = t->max_connections;
-	__u32 room = outbound ? most : most - most / 4;
+	__u32 room = listener == LISTENER_OUTBOUND ? most : most - most / 4;
 	return l && l->connections + t->connections_correction < (__s64)room;
 }
 

@@ -127,7 +127,7 @@ struct drops {
 	__u64 flows_full;
 	// steer: a connection in plain text to a pod that takes none.
 	__u64 plain_text;
-	// from_pod, to_pod, steer: a new connection of a tenant that has as many as it may, and
+	// from_pod, to_pod: a new connection of a tenant that has as many as it may, and
 	// of one that opens them faster than it may.
 	__u64 too_many, too_fast;
 	// from_pod: a flow beside the tenant, of pods that begin them faster than they may.

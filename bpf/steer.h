@@ -181,12 +181,12 @@ int steer(struct bpf_sk_lookup *ctx)
 		}
 		return SK_DROP;
 	}
-	if (!is_new && !has_room(tenant, t, outbound)) {
+	// The kernel resets what finds no socket. Who sent the answer to a cookie has a
+	// connection, and may wait in it for a first byte, with nothing to send again; the
+	// SYN that it tries next isn't answered. It isn't counted: a late segment of a
+	// connection that has ended looks the same, and anybody can send such.
+	if (!is_new && !has_room(tenant, t, listener, &remote)) {
 		bpf_sk_release(sk);
-		struct pod_counters *refused = pod_counters_of(pod_ifindex);
-		count->dropped.too_many++;
-		if (refused)
-			refused->dropped.too_many++;
 		return SK_DROP;
 	}
 	// Both generations listen on the same ports: the kernel must not choose

@@ -71,6 +71,20 @@ func (n *namespace) run(f func()) error {
 	return <-done
 }
 
+// onOneCPU keeps the thread, which ends with what it does in a namespace, on the first
+// CPU that it may use.
+func onOneCPU(t *testing.T) {
+	t.Helper()
+	var allowed, first unix.CPUSet
+	check(t, unix.SchedGetaffinity(0, &allowed))
+	for cpu := 0; first.Count() == 0; cpu++ {
+		if allowed.IsSet(cpu) {
+			first.Set(cpu)
+		}
+	}
+	check(t, unix.SchedSetaffinity(0, &first))
+}
+
 // Every node, pod and tenant of a topology has addresses of both families.
 type pair struct{ v4, v6 netip.Addr }
 

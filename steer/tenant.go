@@ -55,7 +55,9 @@ const maxPerSecond = 1_000_000
 type ConnectionLimits struct {
 	// Concurrent is the most at a time; the last quarter is for those of the tenant's
 	// pods. With eBPF it needs Tenant.CgroupV2: without, nobody counts, and it doesn't
-	// hold; and connections that open at the same instant can go beyond it by as many.
+	// hold; and connections that open at the same instant can go beyond it by as many. One
+	// that a SYN cookie was for is reset if it has no room at the end of its handshake, and
+	// isn't counted.
 	Concurrent uint32
 	// NewPerSecond is how many the tenant's pods may open in a second, and others to
 	// them as many, at most 1,000,000; after a second without any, so many at once.
