@@ -70,9 +70,10 @@ var sharedPrograms = []string{datapathProgFromPod, datapathProgToPod, datapathPr
 //
 // If a map has another layout than in this build, its entries are carried over,
 // where the kernel says what their fields are. If they can't be, for lack of that
-// or because a field has another meaning, a warning is logged, the map made anew,
-// and the TCP of the node's mesh pods is dropped until UpdateTenant, UpdatePod
-// and SetListeners were called for them. Counters begin at 0 then.
+// or because a field has another meaning, a warning is logged, and the map made anew.
+// Where it says what is steered to where, the TCP of the node's mesh pods is dropped
+// until UpdateTenant, UpdatePod and SetListeners were called for them; counters begin
+// at 0.
 func Open(o Options) (*Datapath, error) {
 	if o.PinDir == "" {
 		o.PinDir = DefaultPinDir

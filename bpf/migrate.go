@@ -77,8 +77,27 @@ func replacePin(path string, m *ebpf.Map) error {
 	return nil
 }
 
+// lookup returns an entry's value, converted, as Put takes it: of a map that has one for
+// each CPU, all of them.
+func lookup(m *ebpf.Map, key []byte, convert func([]byte) []byte) (any, error) {
+	if m.Type() == ebpf.PerCPUHash {
+		var values [][]byte
+		if err := m.Lookup(key, &values); err != nil {
+			return nil, err
+		}
+		for i := range values {
+			values[i] = convert(values[i])
+		}
+		return values, nil
+	}
+	value := make([]byte, m.ValueSize())
+	if err := m.Lookup(key, value); err != nil {
+		return nil, err
+	}
+	return convert(value), nil
+}
+
 func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte) error {
-	value := make([]byte, from.ValueSize())
 	var last any
 	// Programs may delete entries meanwhile.
 	for range 2 * from.MaxEntries() {
@@ -91,13 +110,14 @@ func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte) error {
 			return fmt.Errorf("read pinned map: %w", err)
 		}
 		last = key
-		switch err := from.Lookup(key, value); {
+		value, err := lookup(from, key, convert)
+		switch {
 		case errors.Is(err, ebpf.ErrKeyNotExist):
 			continue
 		case err != nil:
 			return fmt.Errorf("read pinned map: %w", err)
 		}
-		if err := to.Put(key, convert(value)); err != nil {
+		if err := to.Put(key, value); err != nil {
 			return fmt.Errorf("copy entry of pinned map: %w", fullError(to, "", err))
 		}
 	}
@@ -110,7 +130,7 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 	switch {
 	case old.Type() != spec.Type:
 		return nil, fmt.Errorf("it is a %s, not a %s", old.Type(), spec.Type)
-	case spec.Type != ebpf.Hash && spec.Type != ebpf.LPMTrie && spec.Type != ebpf.Array:
+	case spec.Type != ebpf.Hash && spec.Type != ebpf.PerCPUHash && spec.Type != ebpf.LPMTrie && spec.Type != ebpf.Array:
 		return nil, fmt.Errorf("entries of a %s can't be carried over", spec.Type)
 	case old.KeySize() != spec.KeySize:
 		return nil, fmt.Errorf("its keys have %d bytes, not %d", old.KeySize(), spec.KeySize)

@@ -71,11 +71,11 @@ func TestMigrate(t *testing.T) {
 		name, maps string
 		change     func(*ebpf.MapSpec)
 	}{
-		{"fields added", "pods veths", func(s *ebpf.MapSpec) {
-			restruct(s, without(map[string]string{"pods": "bypass", "veths": "learned"}[s.Name]))
+		{"fields added", "pods veths per_pod", func(s *ebpf.MapSpec) {
+			restruct(s, without(map[string]string{"pods": "bypass", "veths": "learned", "per_pod": "direct_due"}[s.Name]))
 		}},
-		{"fields moved", "pods tenants veths flows", func(s *ebpf.MapSpec) { restruct(s, backwards) }},
-		{"other sizes", "pods tenants veths flows node_addresses exclusions", func(s *ebpf.MapSpec) { s.MaxEntries /= 2 }},
+		{"fields moved", "pods tenants veths flows per_pod counters", func(s *ebpf.MapSpec) { restruct(s, backwards) }},
+		{"other sizes", "pods tenants veths flows node_addresses exclusions per_pod counters", func(s *ebpf.MapSpec) { s.MaxEntries /= 2 }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m := newMesh(t)
@@ -87,6 +87,14 @@ func TestMigrate(t *testing.T) {
 			m.a.Tenant = 2
 			check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
 			m.hold(&held, "excluded", m.c.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 81), "app 10.77.1.4")
+			// What each CPU has counted, of a veth that nobody uses.
+			const unused = uint32(1 << 20)
+			counted := make([]datapathPodCounters, ebpf.MustPossibleCPU())
+			for i := range counted {
+				counted[i].BytesSent, counted[i].Dropped.TooFast = uint64(i+1), uint64(i+1)<<32
+			}
+			check(t, m.d.maps[datapathMapPerPod].Put(unused, counted))
+			steered := m.counters(1).Steered
 			check(t, m.d.Close())
 			for _, name := range strings.Fields(c.maps) {
 				m.repin(name, c.change)
@@ -94,7 +102,10 @@ func TestMigrate(t *testing.T) {
 			// As one leaves that is killed on the way.
 			half := constant(t, ebpf.SchedCLS, 2)
 			check(t, half.Pin(filepath.Join(m.pinDir, "maps", "pods_next")))
-			m.d = m.open()
+			var said string
+			if m.d, said = m.openLogged(); strings.Contains(said, "made anew") {
+				t.Errorf("not all is carried over: %s", said)
+			}
 			for _, name := range strings.Fields(c.maps) {
 				if err := m.d.spec.Maps[name].Compatible(m.d.maps[name]); err != nil {
 					t.Errorf("map %s: %v", name, err)
@@ -102,6 +113,14 @@ func TestMigrate(t *testing.T) {
 				if _, err := os.Stat(filepath.Join(m.pinDir, "maps", name+"_next")); !os.IsNotExist(err) {
 					t.Errorf("map %s: something is left", name)
 				}
+			}
+			var carried []datapathPodCounters
+			check(t, m.d.maps[datapathMapPerPod].Lookup(unused, &carried))
+			if !slices.Equal(carried, counted) {
+				t.Errorf("of counters %+v there are %+v", counted, carried)
+			}
+			if now := m.counters(1).Steered; now != steered {
+				t.Errorf("%d connections are counted, before %d", now, steered)
 			}
 			// Nothing is set again: all was carried over.
 			goOn(t, "migrated", held)
@@ -153,7 +172,10 @@ func TestMigrateRefused(t *testing.T) {
 			path := filepath.Join(m.pinDir, "maps", c.of)
 			check(t, os.Remove(path))
 			check(t, former.Pin(path))
-			m.d = m.open()
+			var said string
+			if m.d, said = m.openLogged(); !strings.Contains(said, "TCP of the node's mesh pods is dropped") {
+				t.Errorf("nobody is told: %s", said)
+			}
 			if n := size(t, m.d.maps[c.of]); n != 0 {
 				t.Errorf("%d entries were carried over", n)
 			}
@@ -164,6 +186,48 @@ func TestMigrateRefused(t *testing.T) {
 			check(t, m.d.SetListeners(1, 0, m.proxy1.pid))
 			check(t, m.d.UpdatePod(m.a.Pod))
 			m.greets("updated", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+		})
+	}
+}
+
+// What nothing is steered by may be of another kind: what it held is lost, and connections
+// go on. The map of watched connections was one for all tenants, and says nothing of those
+// that it takes.
+func TestMigrateWatched(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(*ebpf.MapSpec)
+	}{
+		{"connections", func(s *ebpf.MapSpec) { *s = *s.InnerMap }},
+		{"maps with other values", func(s *ebpf.MapSpec) { s.InnerMap.Value, s.InnerMap.ValueSize = nil, s.InnerMap.ValueSize+8 }},
+		{"maps with other keys", func(s *ebpf.MapSpec) { s.InnerMap.Key, s.InnerMap.KeySize = nil, s.InnerMap.KeySize+4 }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMesh(t)
+			check(t, m.d.Close())
+			spec := m.d.spec.Maps[datapathMapWatched].Copy()
+			c.change(spec)
+			former, err := ebpf.NewMap(spec)
+			check(t, err)
+			defer former.Close()
+			path := filepath.Join(m.pinDir, "maps", datapathMapWatched)
+			check(t, os.Remove(path))
+			check(t, former.Pin(path))
+			var said string
+			if m.d, said = m.openLogged(); !strings.Contains(said, "what it held is lost") || strings.Contains(said, "is dropped") {
+				t.Errorf("it says: %s", said)
+			}
+			m.greets("nothing is set again", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+			m.one.Watch = true
+			check(t, m.d.UpdateTenant(m.one.Tenant))
+			m.greets("watched", m.a.namespace, at(remoteAddresses.v4, 80), "proxy1")
+			if all, _, err := m.d.GenerationCounters(1); err != nil || all[0].Connections != 1 {
+				t.Errorf("counted %+v, %v, want one connection", all[0], err)
+			}
+			check(t, m.d.Close())
+			if m.d, said = m.openLogged(); strings.Contains(said, "made anew") {
+				t.Errorf("the next agent says: %s", said)
+			}
 		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -69,12 +70,18 @@ func entries(dir string) ([]string, error) {
 	return names, nil
 }
 
+// closing are the maps without whose entries TCP is dropped.
+var closing = []string{datapathMapPods, datapathMapTenants, datapathMapVeths, datapathMapListeners}
+
 // adoptMap returns the pinned map if it fits this build, otherwise a new one in
 // its place, with the entries if they can be carried over.
 func (d *Datapath) adoptMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	m, err := ebpf.LoadPinnedMap(path, nil)
 	if err == nil {
-		if err = errors.Join(spec.Compatible(m), sameFields(m, spec)); err == nil {
+		if err = errors.Join(spec.Compatible(m), sameFields(m, spec)); err == nil && spec.InnerMap != nil {
+			err = takesInner(m, spec.InnerMap)
+		}
+		if err == nil {
 			return m, nil
 		}
 		migrated, why := migrateMap(path, m, spec)
@@ -86,8 +93,11 @@ func (d *Datapath) adoptMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) 
 		err = errors.Join(err, why)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		d.log.Warn("A pinned map doesn't fit this version and is made anew: TCP of the node's mesh pods is dropped until their tenants and they are updated",
-			"path", path, "error", err)
+		lost := "A pinned map doesn't fit this version and is made anew: what it held is lost"
+		if slices.Contains(closing, spec.Name) {
+			lost = "A pinned map doesn't fit this version and is made anew: TCP of the node's mesh pods is dropped until their tenants and they are updated"
+		}
+		d.log.Warn(lost, "path", path, "error", err)
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("remove pinned map: %w", err)
 		}
@@ -101,6 +111,30 @@ func (d *Datapath) adoptMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) 
 		return nil, fmt.Errorf("pin BPF map %s: %w", spec.Name, err)
 	}
 	return m, nil
+}
+
+var errOtherInner = errors.New("it takes other maps")
+
+// takesInner tells by trying whether a map takes such maps: the kernel doesn't say.
+func takesInner(m *ebpf.Map, spec *ebpf.MapSpec) error {
+	inner, err := ebpf.NewMap(spec)
+	if err != nil {
+		return fmt.Errorf("create BPF map %s: %w", spec.Name, err)
+	}
+	defer inner.Close()
+	const nobody = uint32(math.MaxUint32)
+	switch err := m.Put(nobody, inner); {
+	case errors.Is(err, unix.EINVAL):
+		return errOtherInner
+	case errors.Is(err, unix.E2BIG):
+		return nil // full of what nobody can tell
+	case err != nil:
+		return fmt.Errorf("put a map into a pinned one: %w", err)
+	}
+	if err := deleteKey(m, nobody); err != nil {
+		return fmt.Errorf("take a map out of a pinned one: %w", err)
+	}
+	return nil
 }
 
 // adoptProgram returns the pinned program if it is the one of this build and

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -143,6 +144,16 @@ func (top *topology) open() *Datapath {
 	check(top.t, err)
 	top.t.Cleanup(func() { d.Close() })
 	return d
+}
+
+// openLogged does likewise, and returns what it says.
+func (top *topology) openLogged() (*Datapath, string) {
+	top.t.Helper()
+	var log strings.Builder
+	d, err := Open(Options{PinDir: top.pinDir, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	check(top.t, err)
+	top.t.Cleanup(func() { d.Close() })
+	return d, log.String()
 }
 
 func (m *mesh) counters(index uint16) steer.Counters {
