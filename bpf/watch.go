@@ -9,6 +9,18 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
+// watchedPerCPU is how many connections of a tenant are watched for each CPU at least.
+// Kernels before 6.16 let each have 128 free entries of its own, so that in a small map of
+// a machine with many CPUs none would be left for connections that stay.
+const watchedPerCPU = 256
+
+// watchedSpec is how a tenant's map of watched connections is made.
+func watchedSpec(template *ebpf.MapSpec, cpus int) *ebpf.MapSpec {
+	spec := template.Copy()
+	spec.MaxEntries = max(spec.MaxEntries, uint32(watchedPerCPU*cpus))
+	return spec
+}
+
 // watch has what becomes of a tenant's connections counted by generation, before its
 // programs are told to; from anew, unless they do already.
 func (d *Datapath) watch(index uint16) error {
@@ -18,11 +30,16 @@ func (d *Datapath) watch(index uint16) error {
 			return fmt.Errorf("make counters of generations: %w", err)
 		}
 	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	spec := watchedSpec(d.spec.Maps[datapathMapWatched].InnerMap, cpus)
 	// What a former agent watched goes on.
-	if there, err := d.hasWatched(index); err != nil || there {
+	if fits, err := d.fitsWatched(index, spec); err != nil || fits {
 		return err
 	}
-	flows, err := ebpf.NewMap(d.spec.Maps[datapathMapWatched].InnerMap)
+	flows, err := ebpf.NewMap(spec)
 	if err != nil {
 		return fmt.Errorf("create the map of watched connections: %w", err)
 	}
@@ -43,6 +60,19 @@ func (d *Datapath) hasWatched(index uint16) (bool, error) {
 		return false, fmt.Errorf("look for the map of watched connections: %w", err)
 	}
 	return true, nil
+}
+
+// fitsWatched tells whether it has one that is as this build makes it.
+func (d *Datapath) fitsWatched(index uint16, spec *ebpf.MapSpec) (bool, error) {
+	var flows *ebpf.Map
+	switch err := d.maps[datapathMapWatched].Lookup(uint32(index), &flows); {
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("open the map of watched connections: %w", err)
+	}
+	defer flows.Close()
+	return spec.Compatible(flows) == nil && sameFields(flows, spec) == nil, nil
 }
 
 // unwatch forgets it all. Nothing to forget is no error.
