@@ -23,8 +23,8 @@ import (
 // Close does. Opened and Closed of connections through tenants need a cgroup of
 // version 2 (Tenant.CgroupV2); direct ones are told in any case, at most 1,000 events
 // a second for each pod and CPU. Denied are those whose first packet was dropped, at
-// most 100 a second for each pod and CPU. Where there are more, or the kernel's buffer of 1 MiB is full, they are lost:
-// Counters.EventsLost.
+// most 100 a second for each pod and CPU. Where there are more, or the kernel's buffer
+// of 1 MiB is full, they are lost: Counters.EventsLost.
 func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -251,9 +251,7 @@ func TestEventPace(t *testing.T) {
 		t.Helper()
 		packet := slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, as.AsSlice(), remoteAddresses.v4.AsSlice(), []byte{1: 1, 3: 80, 12: 5 << 4, 13: 2, 19: 0})
 		from.do(t, func() {
-			var cpu unix.CPUSet
-			cpu.Set(0)
-			check(t, unix.SchedSetaffinity(0, &cpu))
+			onOneCPU(t)
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
 			check(t, err)
 			defer unix.Close(fd)
@@ -308,9 +306,7 @@ func TestDirectEventPace(t *testing.T) {
 		}
 		syn, reset := packet(tcpSYN), packet(4)
 		p.do(t, func() {
-			var cpu unix.CPUSet
-			cpu.Set(0)
-			check(t, unix.SchedSetaffinity(0, &cpu))
+			onOneCPU(t)
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
 			check(t, err)
 			defer unix.Close(fd)
