@@ -29,7 +29,18 @@ func burn(t *testing.T, m *Manager, tenant model.Tenant) *burner {
 	if _, err := b.cmd.StdinPipe(); err != nil { // it ends with its input
 		t.Fatal(err)
 	}
-	if err := b.cmd.Start(); err != nil {
+	// One that is stopped doesn't see its input end, as when the tests are killed. The
+	// kernel ends it with the thread that started it, which waits for the test's end.
+	b.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	started, ended := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		started <- b.cmd.Start()
+		<-ended
+	}()
+	t.Cleanup(func() { close(ended) })
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -129,7 +140,8 @@ func TestShares(t *testing.T) {
 			// What a machine that is busy with other things spoils is measured again.
 			var err error
 			for range 10 {
-				before, begin := used(), time.Now()
+				begin := time.Now() // first, so that it is never for less time than they have
+				before := used()
 				time.Sleep(2 * time.Second) // what is measured is a rate
 				after, took := used(), time.Since(begin)
 				var sum time.Duration
