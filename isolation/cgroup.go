@@ -37,8 +37,9 @@ type cgroups struct {
 
 	// limitingAll orders writes of the limits of all tenants together.
 	limitingAll sync.Mutex
-	// all are these limits, nil before there are any.
-	all *Limits
+	// all are these limits that are wanted, nil before there are any. Who only asks for
+	// them doesn't wait for a write, in which the kernel may take memory back for seconds.
+	all atomic.Pointer[Limits]
 }
 
 var limiting = []string{"cpu", "memory", "pids"}
@@ -169,12 +170,10 @@ func (h *hierarchy) mkdir(dir string) error {
 
 // limitsOfAll are those of all tenants together that are wanted.
 func (c *cgroups) limitsOfAll() Limits {
-	c.limitingAll.Lock()
-	defer c.limitingAll.Unlock()
-	if c.all == nil {
-		return Limits{}
+	if all := c.all.Load(); all != nil {
+		return *all
 	}
-	return *c.all
+	return Limits{}
 }
 
 func (c *cgroups) dirs(tenant string) (dirs []string) {
@@ -223,11 +222,12 @@ func (c *cgroups) ensure(tenant string) error {
 	}
 	c.limitingAll.Lock()
 	defer c.limitingAll.Unlock()
-	if c.all == nil {
+	all := c.all.Load()
+	if all == nil {
 		return nil
 	}
 	// Each time: whoever made the folder may have failed then.
-	_, err := c.write(everyone, *c.all)
+	_, err := c.write(everyone, *all)
 	return err
 }
 

@@ -28,7 +28,7 @@ func (m *Manager) LimitAll(l Limits) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("limit all tenants: %w", err)
 	}
-	m.all = l
+	m.all.Store(&l)
 	return nil
 }
 
@@ -48,9 +48,7 @@ func (m *Manager) limitEach() error {
 }
 
 // AllLimits are what the kernel enforces for all tenants together, and what of it
-// the node can't hold as it is meant.
+// the node can't hold as it is meant. It doesn't wait for a LimitAll.
 func (m *Manager) AllLimits() (have Limits, unenforced []string) {
-	m.limiting.Lock()
-	defer m.limiting.Unlock()
-	return m.cgroups.limits(everyone), m.cgroups.unenforced(everyone, m.all)
+	return m.cgroups.limits(everyone), m.cgroups.unenforced(everyone, *m.all.Load())
 }

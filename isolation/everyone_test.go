@@ -159,6 +159,34 @@ func TestCgroupsComeBack(t *testing.T) {
 	}
 }
 
+// While the kernel takes memory back for a lower limit, who only asks isn't held up: the
+// agent's metrics and its loop among them.
+func TestLimitsAreToldMeanwhile(t *testing.T) {
+	n, m, all, own := limitedTenant(t)
+	n.waitLive(m, tenantA, 0)
+	m.limiting.Lock()
+	m.cgroups.limitingAll.Lock()
+	told := make(chan struct{})
+	var s State
+	var have Limits
+	go func() {
+		defer close(told)
+		s, _ = m.State(tenantA)
+		have, _ = m.AllLimits()
+	}()
+	select {
+	case <-told:
+	case <-time.After(time.Minute):
+		t.Error("limits aren't told while others are written")
+	}
+	m.cgroups.limitingAll.Unlock()
+	m.limiting.Unlock()
+	<-told
+	if s.Limits != own || have.CPUMillis != all.CPUMillis || have.MemoryMax != all.MemoryMax || have.Pids != all.Pids {
+		t.Errorf("limits are %+v, those of all %+v", s.Limits, have)
+	}
+}
+
 // A proxy starts with its limits, whatever has become of them since they were set: one
 // start may have made the cgroup and failed before it had any.
 func TestEachStartIsLimited(t *testing.T) {

@@ -135,7 +135,7 @@ func (c *cgroups) limit(tenant string, l Limits) error {
 func (c *cgroups) limitAll(l Limits) error {
 	c.limitingAll.Lock()
 	defer c.limitingAll.Unlock()
-	c.all = &l
+	c.all.Store(&l)
 	return c.limit(everyone, l)
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -62,9 +63,9 @@ type Manager struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	// limiting is held by who limits all together.
+	// limiting is held by who limits all together, all are what that set last.
 	limiting sync.Mutex
-	all      Limits
+	all      atomic.Pointer[Limits]
 
 	mu      sync.Mutex
 	closed  bool
@@ -106,10 +107,10 @@ func newManager(o Options) (*Manager, error) {
 	if m.cgroups, err = openCgroups(o.CgroupRoot, o.CgroupParent, o.CgroupName); err != nil {
 		return nil, err
 	}
-	m.all = m.cgroups.limits(everyone)
-	all := m.all
-	m.cgroups.all = &all
-	m.cgroups.quota.Store(m.all.CPUMillis)
+	all := m.cgroups.limits(everyone)
+	m.all.Store(&all)
+	m.cgroups.all.Store(&all)
+	m.cgroups.quota.Store(all.CPUMillis)
 	m.versions.digest = m.neutralDigest
 	if m.indexes, err = openIndexes(o.LibDir); err != nil {
 		return nil, err

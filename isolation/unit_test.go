@@ -233,7 +233,8 @@ func TestHitsOfEitherVersion(t *testing.T) {
 
 // Limits that bound nothing, as the node or all its proxies together have less, are told.
 func TestLimitsAboveWhatThereIs(t *testing.T) {
-	c := &cgroups{hierarchies: []hierarchy{{mount: t.TempDir(), v2: true, controllers: limiting}}, all: &Limits{CPUMillis: 500, MemoryMax: 1 << 30, Pids: 300}}
+	c := &cgroups{hierarchies: []hierarchy{{mount: t.TempDir(), v2: true, controllers: limiting}}}
+	c.all.Store(&Limits{CPUMillis: 500, MemoryMax: 1 << 30, Pids: 300})
 	for _, test := range []struct {
 		tenant string
 		l      Limits
