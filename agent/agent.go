@@ -49,6 +49,7 @@ type Agent struct {
 	roots      *uplink.Roots
 	sandboxes  *sandboxes
 	costs      *cost.Meter
+	tunnels    tunnelReadings
 	// nodeProc is a process in the node's own namespaces.
 	nodeProc string
 	// With Kubernetes only.
@@ -95,8 +96,6 @@ type Agent struct {
 	refusedBefore map[string]map[resource]refusal
 	// usages are what proxies took when that was read last.
 	usages map[model.Tenant]isolation.Usage
-	// tunnels are what proxies had of hosts for tunnels when that was read last.
-	tunnels map[model.Tenant]tunnelHosts
 	// toldCosts are those of the status.
 	toldCosts map[model.Tenant]cost.Account
 	// toldFigures are those of the status, of canaries and what serves beside them.

@@ -136,8 +136,9 @@ func (tenantMetrics) Describe(c chan<- *prometheus.Desc) {
 func (m tenantMetrics) Collect(c chan<- prometheus.Metric) {
 	o := m.observe()
 	m.mu.Lock()
-	usages, tunnels, d := m.usages, m.tunnels, m.datapath.datapath
+	usages, d := m.usages, m.datapath.datapath
 	m.mu.Unlock()
+	tunnels := m.tunnels.all()
 	var counters map[uint16]steer.Counters
 	if d != nil {
 		var err error
