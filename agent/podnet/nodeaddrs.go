@@ -19,21 +19,22 @@ var serviceLinks = []string{"kube-ipvs0", "kube-dummy-if"}
 // NodeAddresses returns the addresses of the node itself, sorted, without
 // loopback's and those that IPVS has of Services.
 func NodeAddresses() ([]netip.Addr, error) {
-	// Names first: what such an interface has later is known for what it is.
+	return nodeAddresses(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+}
+
+// nodeAddresses is NodeAddresses by a list of all of them.
+func nodeAddresses(list func() ([]netlink.Addr, error)) ([]netip.Addr, error) {
+	// Names before and after: such an interface may come, or go, meanwhile.
 	services := map[int]bool{}
-	for _, name := range serviceLinks {
-		link, err := netlink.LinkByName(name)
-		if errors.As(err, &netlink.LinkNotFoundError{}) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("find interface %s: %w", name, err)
-		}
-		services[link.Attrs().Index] = true
+	if err := findServiceLinks(services); err != nil {
+		return nil, err
 	}
-	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	all, err := list()
 	if err != nil {
 		return nil, fmt.Errorf("list node's addresses: %w", err)
+	}
+	if err := findServiceLinks(services); err != nil {
+		return nil, err
 	}
 	var out []netip.Addr
 	for _, a := range all {
@@ -43,6 +44,21 @@ func NodeAddresses() ([]netip.Addr, error) {
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out), nil
+}
+
+// findServiceLinks adds the indexes of those that are there.
+func findServiceLinks(indexes map[int]bool) error {
+	for _, name := range serviceLinks {
+		link, err := netlink.LinkByName(name)
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("find interface %s: %w", name, err)
+		}
+		indexes[link.Attrs().Index] = true
+	}
+	return nil
 }
 
 // WatchNodeAddresses calls f with the node's addresses, now and after changes,

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -133,12 +134,33 @@ func TestServicesAreNotTheNode(t *testing.T) {
 		// The externalIP of a Service; the node's own stays its own.
 		ip(t, "addr", "add", "10.77.1.3/32", "dev", name)
 	}
-	a, err := NodeAddresses()
-	if err != nil {
-		t.Fatal(err)
+	all := func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) }
+	rename := func(from, to string) {
+		ip(t, "link", "set", from, "down")
+		ip(t, "link", "set", from, "name", to)
 	}
-	if want := []netip.Addr{netip.MustParseAddr("10.77.1.1"), netip.MustParseAddr("10.77.1.3")}; !slices.Equal(a, want) {
-		t.Errorf("the node's addresses are %v, want %v", a, want)
+	for _, c := range []struct {
+		name string
+		list func() ([]netlink.Addr, error)
+	}{
+		{"they are there", all},
+		{"one goes after it was read", func() ([]netlink.Addr, error) {
+			a, err := all()
+			rename("kube-ipvs0", "gone")
+			return a, err
+		}},
+		{"one comes before it is read", func() ([]netlink.Addr, error) {
+			rename("gone", "kube-ipvs0")
+			return all()
+		}},
+	} {
+		a, err := nodeAddresses(c.list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := []netip.Addr{netip.MustParseAddr("10.77.1.1"), netip.MustParseAddr("10.77.1.3")}; !slices.Equal(a, want) {
+			t.Errorf("%s: the node's addresses are %v, want %v", c.name, a, want)
+		}
 	}
 }
 
