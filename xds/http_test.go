@@ -39,7 +39,9 @@ func serveHTTP(t *testing.T, addr string) {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	s := &http.Server{Protocols: protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	// Not Go's 250 streams: one beyond is refused, and so sent again by itself.
+	streams := &http.HTTP2Config{MaxConcurrentStreams: 4096}
+	s := &http.Server{Protocols: protocols, HTTP2: streams, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") == "websocket" {
 			c, rw, err := w.(http.Hijacker).Hijack()
 			if err != nil {

@@ -218,6 +218,15 @@ func (s *Store) unserved(p *proxyState, uid string) string {
 	return ""
 }
 
+// recheck has WaitServed look again at what a stream holds.
+func (s *Store) recheck(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.proxies[st.key]; p != nil && has(p.streams, st) {
+		p.wake()
+	}
+}
+
 // acknowledged is called when a stream answered about a listener.
 func (s *Store) acknowledged(st *stream, rejection string) {
 	s.mu.Lock()

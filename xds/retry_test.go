@@ -182,7 +182,6 @@ func TestRetriesAreBounded(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			// Some of these first went to an application that had too many already.
 			retries, beyond := e.count("cluster.be.*upstream_rq_retry$"), e.count("cluster.be.*upstream_rq_retry_overflow$")
 			if retries < minRetries || beyond == 0 {
 				t.Errorf("%d of %d requests were sent again, %d were too many; want %d at a time", retries, all, beyond, minRetries)

@@ -177,15 +177,21 @@ func TestResubscription(t *testing.T) {
 		t.Fatalf("got %v; want the removal of what is no more", r)
 	}
 	c.wantAll(TypeCluster, clusterDeliver, "pod|10.1.0.3")
-	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeListener, InitialResourceVersions: listeners})
-	c.want(TypeListener) // nothing changed, but there must be an answer
-	c.settled()
-
-	// Having come back with the newest is as good as having acknowledged it, also when
-	// it refuses the next.
+	// Having come back with the newest is as good as having acknowledged it, for those who
+	// wait already, and also when it refuses the next.
 	ctx, cancel := context.WithTimeout(context.Background(), testTime)
 	defer cancel()
-	m.must(m.server.WaitServed(ctx, testProxy.Key(), "uid-web-0"))
+	served := make(chan error, 1)
+	go func() { served <- m.server.WaitServed(ctx, testProxy.Key(), "uid-web-0") }()
+	eventually(t, "it is waited for", func() bool {
+		m.store.mu.Lock()
+		defer m.store.mu.Unlock()
+		return m.store.proxies[testProxy.Key()].waiting != nil
+	})
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeListener, InitialResourceVersions: listeners})
+	m.must(<-served)
+	c.want(TypeListener) // nothing changed, but there must be an answer
+	c.settled()
 	p := testProxy
 	p.Workloads = append(slices.Clone(p.Workloads), workload("web-2", "web", "10.1.0.4"))
 	m.must(m.store.SetProxy(p))

@@ -115,8 +115,13 @@ func testHTTPStraight(t *testing.T, version string) {
 	connects := e.count("control_plane.connected_state|cluster.xds.upstream_rq_total")
 	e.server.Disconnect(func(StreamIdentity) bool { return true })
 	eventually(t, "the proxy is connected again", func() bool {
-		return e.count("control_plane.connected_state|cluster.xds.upstream_rq_total") > connects && e.server.WaitServed(t.Context(), testProxy.Key(), "uid-web-0") == nil
+		return e.count("control_plane.connected_state|cluster.xds.upstream_rq_total") > connects
 	})
+	ctx, cancel := context.WithTimeout(t.Context(), testTime)
+	defer cancel()
+	if err := e.server.WaitServed(ctx, testProxy.Key(), "uid-web-0"); err != nil {
+		t.Fatal(err)
+	}
 	if n := e.count("listener_manager.listener_in_place_updated"); n != updates {
 		t.Errorf("%d updates of listeners for nothing", n-updates)
 	}

@@ -182,6 +182,7 @@ func (st *stream) request(ctx context.Context, r *discoveryv3.DeltaDiscoveryRequ
 			st.server.store.read(st, netip.AddrPort{})
 		}
 		st.unblock(resourceKey{typeURL: r.TypeUrl})
+		st.server.store.recheck(st) // nobody acknowledges what it has already
 	}
 	st.unsubscribe(r)
 	return st.subscribe(ctx, r)
@@ -554,10 +555,14 @@ func (st *stream) push(r *resource) error {
 		sub.held[r.name()] = h
 	}
 	if h.sent == r.version() {
-		if h.acked == h.sent {
-			h.ackedSeq = r.seq // the same content as it had, come again
+		again := h.acked == h.sent // the same content as it had, come again
+		if again {
+			h.ackedSeq = r.seq
 		}
 		st.mu.Unlock()
+		if again {
+			st.server.store.recheck(st)
+		}
 		return nil
 	}
 	h.sent = r.version()
