@@ -353,7 +353,7 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 	if since {
 		m.triggers.plans.add(name) // the plans' controller may have had this event first
 	}
-	if since || had.Away != now.Away {
+	if known != found || since || had.Away != now.Away {
 		m.triggers.rollouts.add(struct{}{})
 		// Proxies count as ready while their node is heard.
 		for _, p := range m.nodePods[name] {

@@ -163,7 +163,11 @@ func (m *mesh) views(namespace string) (translate.Membership, map[model.Tenant][
 // view is a proxy with some of its pods.
 func (m *mesh) view(key model.ProxyKey, pods int) translate.NodeView {
 	report := m.reports[key.Node]
-	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, Unheard: translate.Unheard(m.nodes[key.Node], report.readySince), ProxyVersions: report.versions}
+	node, known := m.nodes[key.Node]
+	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, Unheard: translate.Unheard(node, report.readySince), ProxyVersions: report.versions}
+	if !known {
+		v.Unheard = noSuchNode // its report is still there for a while, and its pods for longer
+	}
 	v.Status, v.Reported = report.tenants[key.Tenant.String()]
 	v.Sources = m.sources(v.Status.Rejected)
 	c := report.costs[key.Tenant.String()]
@@ -276,8 +280,11 @@ func (m *mesh) bypasses(topology string) []translate.BypassView {
 	return views
 }
 
+// noSuchNode is why a node isn't heard whose pods aren't gone yet.
+const noSuchNode = "there is no such Node"
+
 // away are the nodes that do nothing that they are told, and why; and since when the
-// others are there.
+// others are there. A node that is in neither isn't known: it is gone, or new.
 func (m *mesh) away() (nodes map[string]string, readySince map[string]time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

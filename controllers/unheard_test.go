@@ -1,6 +1,7 @@
 package controllers
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
@@ -55,4 +56,47 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 	want("its node is back", 0, "has said nothing since")
 	says(born.Add(time.Hour))
 	want("its agent has spoken", 1, "")
+	// Its NodeProxy goes after it, and its pods much later.
+	r.must(r.Delete(t.Context(), &node))
+	r.must(r.syncNode(t.Context(), "n1"))
+	want("it is removed", 0, noSuchNode)
+}
+
+// A node that was away and is removed isn't judged by what it said last, however long ago
+// that is: its NodeProxy stays for a while, and is nobody's to write to.
+func TestNodeThatIsRemoved(t *testing.T) {
+	r := newRolling(t)
+	r.triggers.rollouts.delay = 0
+	start(t, &r.triggers.rollouts)
+	r.decide()
+	at := metav1.NewTime(born)
+	r.report(func(s *v1alpha1.NodeProxyStatus) {
+		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Generations: []v1alpha1.GenerationStatus{
+			generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, StartedAt: &at}}}}
+	})
+	var node corev1.Node
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
+	node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, LastTransitionTime: at}}
+	r.must(r.Status().Update(t.Context(), &node))
+	r.must(r.syncNode(t.Context(), "n1"))
+	r.clock = r.clock.Add(time.Hour) // far beyond readyWithin
+	if s := r.decide(); s.Verdict != nil || s.Phase != v1alpha1.RolloutProgressing || !strings.Contains(s.Message, "n1 (the node isn't Ready") {
+		t.Fatalf("its node is away: %s, %+v: %s", s.Phase, s.Verdict, s.Message)
+	}
+	handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil })
+	r.must(r.Delete(t.Context(), &node))
+	r.must(r.syncNode(t.Context(), "n1"))
+	if handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil }) == 0 {
+		t.Error("its node is removed, and nothing is decided anew")
+	}
+	before := r.nodeProxy("n1")
+	if s := r.decide(); s.Verdict != nil || s.Phase != v1alpha1.RolloutWaiting || strings.Contains(s.Message, "n1") {
+		t.Errorf("its node is removed: %s, %+v: %s", s.Phase, s.Verdict, s.Message)
+	}
+	r.must(r.Delete(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}}))
+	_, err := r.w.writeRollouts(t.Context(), struct{}{})
+	r.must(err)
+	if after := r.nodeProxy("n1"); after.ResourceVersion != before.ResourceVersion {
+		t.Errorf("its plan was %+v, is %+v", before.Spec, after.Spec)
+	}
 }

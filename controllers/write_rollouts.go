@@ -114,6 +114,13 @@ func (w *writer) writeRollouts(ctx context.Context, _ struct{}) (time.Duration, 
 		byNamespace[p.Namespace] = append(byNamespace[p.Namespace], p)
 	}
 	away, readySince := w.mesh.away()
+	// The NodeProxy of a Node that is gone follows it soon. Until then its last word would
+	// be taken for that of a node which is there.
+	nodes.Items = slices.DeleteFunc(nodes.Items, func(n v1alpha1.NodeProxy) bool {
+		_, isAway := away[n.Name]
+		_, there := readySince[n.Name]
+		return !isAway && !there
+	})
 	want := map[string]translate.NodeRollout{}
 	var after time.Duration
 	older := ""
