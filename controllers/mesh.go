@@ -355,12 +355,7 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 	}
 	if known != found || since || had.Away != now.Away {
 		m.triggers.rollouts.add(struct{}{})
-		// Proxies count as ready while their node is heard.
-		for _, p := range m.nodePods[name] {
-			if !p.Tenant.IsZero() {
-				m.triggers.tenants.add(p.Namespace)
-			}
-		}
+		m.tellServed(name)
 	}
 	var errs []error
 	if known && found && had.Zone() != now.Zone() {
@@ -526,13 +521,7 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 		}
 		concerned := m.namespacesOf(node, t)
 		m.triggers.served.add(m.refusedServices(had.tenants[name], now.tenants[name])...)
-		for namespace := range concerned {
-			m.triggers.tenants.add(namespace)
-			m.triggers.policies.add(namespace)
-			if topology := m.namespaces[namespace].Topology; topology != "" {
-				m.triggers.status.add(topology)
-			}
-		}
+		m.tellOwners(concerned)
 	}
 	return nil
 }

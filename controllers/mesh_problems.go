@@ -47,6 +47,29 @@ func (m *mesh) sources(refused []v1alpha1.RejectedResource) map[string]string {
 	return named
 }
 
+// tellServed has those told whose pods have proxies on a node: what it says of them counts
+// while it is heard.
+func (m *mesh) tellServed(node string) {
+	served := map[string]bool{}
+	for _, p := range m.nodePods[node] {
+		if !p.Tenant.IsZero() {
+			served[p.Namespace] = true
+		}
+	}
+	m.tellOwners(served)
+}
+
+// tellOwners has the owners of namespaces, and of their topologies, told how proxies are.
+func (m *mesh) tellOwners(namespaces map[string]bool) {
+	for namespace := range namespaces {
+		m.triggers.tenants.add(namespace)
+		m.triggers.policies.add(namespace)
+		if topology := m.namespaces[namespace].Topology; topology != "" {
+			m.triggers.status.add(topology)
+		}
+	}
+}
+
 // serviceProblem is what is wrong with a service of a namespace in the mesh:
 // others' objects aren't ours to write to.
 func (m *mesh) serviceProblem(key types.NamespacedName) (translate.Problem, []translate.Refusal) {

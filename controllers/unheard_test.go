@@ -7,18 +7,26 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
 )
 
-// A proxy on a node that goes isn't told to its owner as one that serves, and it is
-// again when the node's agent has spoken: each at once.
+// A proxy on a node that goes isn't told to its owner as one that serves, nor to who
+// bounds it or runs the mesh, and it is again when the node's agent has spoken: each at
+// once.
 func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 	r := newRolling(t)
-	r.triggers.tenants.delay = 0
+	r.triggers.tenants.delay, r.triggers.policies.delay, r.triggers.status.delay = 0, 0, 0
 	start(t, &r.triggers.tenants)
+	start(t, &r.triggers.policies)
+	start(t, &r.triggers.status)
+	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}}
+	r.must(r.Create(t.Context(), policy))
+	limits := translate.Limits([]v1alpha1.IsolationPolicy{*policy}, r.namespaces["a"].Bounds)
 	var node corev1.Node
 	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
 	becomes := func(ready corev1.ConditionStatus, at time.Time) {
@@ -32,7 +40,7 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 		at := metav1.NewTime(since)
 		r.report(func(s *v1alpha1.NodeProxyStatus) {
 			s.ReadySince = &at
-			s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true}}
+			s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Limits: limits}}
 		})
 		r.must(r.syncReport(t.Context(), "n1"))
 	}
@@ -45,6 +53,21 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 		r.must(r.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: "a"}, &got))
 		if s := got.Status; s.ReadyProxies != serving || len(s.Nodes) != 1 || !strings.Contains(s.Nodes[0].Reason, reason) || reason == "" && s.Nodes[0].Reason != "" {
 			t.Errorf("%s: %d serve, %+v", what, s.ReadyProxies, s.Nodes)
+		}
+		if handle(r.cluster, &r.triggers.policies, r.w.writePolicies) == 0 || handle(r.cluster, &r.triggers.status, r.w.writeTopology) == 0 {
+			t.Errorf("%s: who bounds it or runs the mesh isn't told anew", what)
+		}
+		handle(r.cluster, &r.triggers.tenants, func(context.Context, string) error { return nil }) // what policies asked for
+		var topology v1alpha1.MeshTopology
+		r.must(r.Get(t.Context(), client.ObjectKey{Name: "t"}, &topology))
+		r.must(r.Get(t.Context(), client.ObjectKeyFromObject(policy), policy))
+		for kind, conditions := range map[string][]metav1.Condition{"MeshTopology": topology.Status.Conditions, "IsolationPolicy": policy.Status.Conditions} {
+			if c := meta.FindStatusCondition(conditions, v1alpha1.ConditionReady); c == nil || (c.Status == metav1.ConditionTrue) != (serving == 1) || !strings.Contains(c.Message, reason) {
+				t.Errorf("%s: %s has %+v", what, kind, c)
+			}
+		}
+		if topology.Status.ReadyProxies != serving {
+			t.Errorf("%s: the MeshTopology has %d that serve", what, topology.Status.ReadyProxies)
 		}
 	}
 	becomes(corev1.ConditionTrue, born)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -175,7 +176,11 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 		if n.Tenant.Scope == model.ScopeNode {
 			shared = true
 			// Its counts are of other namespaces' pods, too.
-			if in.Strict && (!n.Reported || n.Status.StrictPods < n.Status.Pods) {
+			switch {
+			case !in.Strict:
+			case n.Unheard != "":
+				waiting = append(waiting, n.Node+": "+n.Unheard)
+			case !n.Reported || n.Status.StrictPods < n.Status.Pods:
 				waiting = append(waiting, n.Node)
 			}
 			continue
@@ -184,6 +189,10 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 		if n.Reported && n.Status.Limits != (v1alpha1.Limits{}) && len(s.Nodes) < maxEnforcedNodes {
 			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Tenant: n.Tenant.String(), Limits: n.Status.Limits,
 				Unenforced: n.Status.Unenforced, Hits: n.Status.Hits})
+		}
+		if n.Unheard != "" {
+			waiting = append(waiting, n.Node+": "+n.Unheard)
+			continue
 		}
 		if !n.Reported || !enforces(n.Status, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
 			why := n.Node
@@ -246,14 +255,17 @@ type TopologyInput struct {
 func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInput, now metav1.Time) v1alpha1.MeshTopologyStatus {
 	s := v1alpha1.MeshTopologyStatus{ObservedGeneration: t.Generation, Namespaces: int32(in.Namespaces), Proxies: int32(len(in.Proxies))}
 	version := cmp.Or(t.Spec.Proxy.Version, DefaultProxyVersion)
-	waiting, notReady, lacking := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	waiting, lacking := map[string]bool{}, map[string]bool{}
+	notReady := map[string]string{} // why of those that aren't heard
 	for _, p := range in.Proxies {
 		s.Pods += int32(p.Pods)
 		switch {
+		case p.Unheard != "":
+			notReady[p.Node] = " (" + p.Unheard + ")"
 		case p.Reported && p.Status.Ready:
 			s.ReadyProxies++
 		case p.Reported:
-			notReady[p.Node] = true
+			notReady[p.Node] = ""
 		default:
 			waiting[p.Node] = true
 		}
@@ -284,7 +296,11 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: t.Generation}
 	switch {
 	case len(notReady) > 0:
-		ready.Reason, ready.Message = ReasonNodesNotReady, "proxies aren't ready on "+listed(keys(notReady))
+		var on []string
+		for _, node := range slices.Sorted(maps.Keys(notReady)) {
+			on = append(on, node+notReady[node])
+		}
+		ready.Reason, ready.Message = ReasonNodesNotReady, "proxies aren't ready on "+listed(on)
 	case len(waiting) > 0:
 		ready.Reason, ready.Message = ReasonProgressing, "waiting for the agents of "+listed(keys(waiting))
 	default:

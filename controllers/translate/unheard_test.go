@@ -98,6 +98,60 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 	}
 }
 
+// Who runs the mesh, and who bounds proxies, aren't told that all is well on a node that
+// isn't heard.
+func TestOthersOfNodesUnheard(t *testing.T) {
+	at := metav1.NewTime(time.Unix(1e9, 0))
+	policy := v1alpha1.IsolationPolicy{}
+	limits := Limits([]v1alpha1.IsolationPolicy{policy}, Bounds{})
+	view := func(node, unheard string) NodeView {
+		return NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard,
+			Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Limits: limits, Pods: 1, StrictPods: 1}}
+	}
+	shared := view("n1", goneSince)
+	shared.Tenant = model.Tenant{Scope: model.ScopeNode}
+	never := view("n1", goneSince)
+	never.Reported, never.Status = false, v1alpha1.NodeTenantStatus{}
+	lame := view("n1", "")
+	lame.Status.Ready = false
+	for name, tc := range map[string]struct {
+		nodes    []NodeView
+		serve    int32
+		topology string // its Ready, by its message; "" is True
+		enforced string // likewise
+		told     int    // nodes whose limits are told
+	}{
+		"heard":          {[]NodeView{view("n1", ""), view("n2", "")}, 2, "", "", 2},
+		"one is away":    {[]NodeView{view("n2", ""), view("n1", goneSince)}, 1, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 2},
+		"it never spoke": {[]NodeView{never}, 0, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 0},
+		"shared":         {[]NodeView{shared}, 0, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 0},
+		"one more fails": {[]NodeView{view("n2", goneSince), lame}, 0, "proxies aren't ready on n1, n2 (" + goneSince + ")", "not enforced yet on n2: " + goneSince, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			check := func(what string, conditions []metav1.Condition, says, reason string) {
+				t.Helper()
+				status := metav1.ConditionTrue
+				if says != "" {
+					status = metav1.ConditionFalse
+				}
+				if c := meta.FindStatusCondition(conditions, v1alpha1.ConditionReady); c == nil || c.Status != status || says != "" && (c.Message != says || c.Reason != reason) {
+					t.Errorf("%s: Ready is %+v, want %s %q", what, c, status, says)
+				}
+			}
+			topology := MeshTopologyStatus(&v1alpha1.MeshTopology{}, NewTopologies(nil, "", nil), TopologyInput{Namespaces: 1, Proxies: tc.nodes}, at)
+			check("MeshTopology", topology.Conditions, tc.topology, ReasonNodesNotReady)
+			if topology.ReadyProxies != tc.serve {
+				t.Errorf("%d proxies serve, want %d", topology.ReadyProxies, tc.serve)
+			}
+			enforced := IsolationPolicyStatus(&policy, PolicyInput{Member: true, Want: limits, Strict: true, Nodes: tc.nodes}, at)
+			check("IsolationPolicy", enforced.Conditions, tc.enforced, ReasonProgressing)
+			if len(enforced.Nodes) != tc.told {
+				t.Errorf("limits of %d nodes are told, want %d", len(enforced.Nodes), tc.told)
+			}
+		})
+	}
+}
+
 // next is a younger rollout of the same version.
 func (f *fleet) next() {
 	f.rollout = v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: f.rollout.Name + "-again", Generation: 1}, Spec: f.rollout.Spec}
