@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -122,4 +123,51 @@ func TestNodeThatIsRemoved(t *testing.T) {
 	if after := r.nodeProxy("n1"); after.ResourceVersion != before.ResourceVersion {
 		t.Errorf("its plan was %+v, is %+v", before.Spec, after.Spec)
 	}
+}
+
+// An owner whose only node goes away while an upgrade is under way, and comes back, isn't
+// told that it began again.
+func TestOwnersAreToldNothingNewOfNodesUnheard(t *testing.T) {
+	r := newRolling(t)
+	var node corev1.Node
+	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
+	becomes := func(ready corev1.ConditionStatus, at time.Time) {
+		t.Helper()
+		node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready, LastTransitionTime: metav1.NewTime(at)}}
+		r.must(r.Status().Update(t.Context(), &node))
+		r.must(r.syncNode(t.Context(), "n1"))
+	}
+	says := func(since time.Time) {
+		t.Helper()
+		at := metav1.NewTime(since)
+		r.report(func(s *v1alpha1.NodeProxyStatus) {
+			s.ReadySince = &at
+			s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
+				generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
+		})
+		r.must(r.syncReport(t.Context(), "n1"))
+	}
+	told := func(what, message string, want ...string) {
+		t.Helper()
+		r.told = nil
+		r.must(r.w.writeTenant(t.Context(), "a"))
+		if !slices.EqualFunc(r.told, want, strings.HasPrefix) {
+			t.Errorf("%s: told is %q, want %q", what, r.told, want)
+		}
+		var got v1alpha1.TenantProxy
+		r.must(r.Get(t.Context(), client.ObjectKey{Namespace: "a", Name: "a"}, &got))
+		if u := got.Status.Upgrade; u == nil || u.Verdict != translate.UpgradeHealthy || u.Weight != 10 || !strings.Contains(u.Message, message) {
+			t.Errorf("%s: %+v, want a message with %q", what, u, message)
+		}
+	}
+	becomes(corev1.ConditionTrue, born)
+	says(born)
+	r.decide()
+	told("under way", "10 % of new connections", "TenantProxy Normal UpgradeHealthy Shift10Percent: ")
+	becomes(corev1.ConditionUnknown, born.Add(time.Minute))
+	told("away", "how far it is here isn't known")
+	becomes(corev1.ConditionTrue, born.Add(time.Hour))
+	told("back", "how far it is here isn't known")
+	says(born.Add(time.Hour))
+	told("heard", "it serves, has not crashed")
 }

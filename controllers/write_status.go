@@ -127,7 +127,11 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	for tenant, nodes := range views {
 		name := translate.TenantProxyName(tenant)
 		m.Version = translate.RolledOutVersion(asked, tenant.String(), rollouts)
-		upgrade := translate.Upgrade(translate.UpgradeInput{Version: m.Version, Nodes: nodes, Rollouts: rollouts, Policies: policies, Now: w.now()})
+		in := translate.UpgradeInput{Version: m.Version, Nodes: nodes, Rollouts: rollouts, Policies: policies, Now: w.now()}
+		if t := have[name]; t != nil {
+			in.Told = t.Status.Upgrade
+		}
+		upgrade := translate.Upgrade(in)
 		ended := translate.EndedUpgrade(have[name], m.Version, upgrade, rollouts)
 		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade, ended))
 		delete(have, name)

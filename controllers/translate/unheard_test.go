@@ -98,6 +98,59 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 	}
 }
 
+// What an owner was told of an upgrade stays told while nobody can say how it is, and
+// nothing is said of their connections that isn't known.
+func TestUpgradeOfNodesUnheard(t *testing.T) {
+	began := metav1.NewTime(time.Unix(1e9, 0))
+	rollout := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50}, {Weight: 100}}},
+		Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: newEnvoy, Step: 1, StartedAt: &began}}
+	view := func(node, unheard string, weight int32) NodeView {
+		v := NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard, Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Weight: weight}}
+		if weight > 0 {
+			v.Status.Generations = []v1alpha1.GenerationStatus{{Version: newEnvoy, Role: v1alpha1.RoleCanary, Serving: true}}
+		}
+		return v
+	}
+	notBefore := metav1.NewTime(began.Add(time.Hour))
+	holds := []v1alpha1.IsolationPolicy{{Spec: v1alpha1.IsolationPolicySpec{Upgrades: &v1alpha1.UpgradePolicy{NotBefore: &notBefore}}}}
+	told := func(change func(*v1alpha1.TenantUpgrade)) *v1alpha1.TenantUpgrade {
+		u := &v1alpha1.TenantUpgrade{Rollout: "r", Since: &began, Verdict: UpgradeHealthy, Weight: 50}
+		if change != nil {
+			change(u)
+		}
+		return u
+	}
+	const untouched, unknown = "aren't touched", "how far it is here isn't known; as it was heard last, up to 50 %"
+	later := metav1.NewTime(began.Add(time.Minute))
+	for name, tc := range map[string]struct {
+		nodes       []NodeView
+		told        *v1alpha1.TenantUpgrade
+		policies    []v1alpha1.IsolationPolicy
+		verdict     string
+		weight      int32
+		says, never string
+	}{
+		"all are away":                 {[]NodeView{view("n1", goneSince, 50)}, told(nil), nil, UpgradeHealthy, 50, unknown, untouched},
+		"it was on its way":            {[]NodeView{view("n1", goneSince, 50)}, told(func(u *v1alpha1.TenantUpgrade) { u.Verdict = UpgradeInProgress }), nil, UpgradeInProgress, 50, unknown, untouched},
+		"its namespace would hold it":  {[]NodeView{view("n1", goneSince, 50)}, told(nil), holds, UpgradeHealthy, 50, unknown, "held back"},
+		"where it began":               {[]NodeView{view("n1", goneSince, 50), view("n2", "", 0)}, told(nil), nil, UpgradeInProgress, 50, unknown, untouched},
+		"where it didn't":              {[]NodeView{view("n1", "", 50), view("n2", goneSince, 0)}, told(nil), nil, UpgradeInProgress, 50, "on 1 of 2 nodes", unknown},
+		"all are back":                 {[]NodeView{view("n1", "", 0)}, told(nil), nil, UpgradeNotYet, 0, untouched, "isn't known"},
+		"nothing was told":             {[]NodeView{view("n1", goneSince, 50)}, nil, nil, UpgradeNotYet, 0, "is on its way; ", untouched},
+		"held back, and nothing told":  {[]NodeView{view("n1", goneSince, 0)}, nil, holds, UpgradeOnHold, 0, "until 2001-09-09T02:46:40Z. To let it", untouched},
+		"told of another":              {[]NodeView{view("n1", goneSince, 0)}, told(func(u *v1alpha1.TenantUpgrade) { u.Rollout = "q" }), nil, UpgradeNotYet, 0, "is on its way; ", untouched},
+		"told of another of its name":  {[]NodeView{view("n1", goneSince, 0)}, told(func(u *v1alpha1.TenantUpgrade) { u.Since = &later }), nil, UpgradeNotYet, 0, "is on its way; ", untouched},
+		"told that it was taken back":  {[]NodeView{view("n1", goneSince, 0)}, told(func(u *v1alpha1.TenantUpgrade) { u.Verdict = UpgradeRolledBack }), nil, UpgradeNotYet, 0, "is on its way; ", untouched},
+		"told that nothing has begun":  {[]NodeView{view("n1", goneSince, 0)}, told(func(u *v1alpha1.TenantUpgrade) { u.Verdict, u.Weight = UpgradeNotYet, 0 }), nil, UpgradeNotYet, 0, "is on its way; ", untouched},
+		"heard, and nothing has begun": {[]NodeView{view("n1", "", 0)}, nil, holds, UpgradeOnHold, 0, untouched, "isn't known"},
+	} {
+		u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{rollout}, Nodes: tc.nodes, Policies: tc.policies, Told: tc.told, Now: began.Add(time.Second)})
+		if u == nil || u.Verdict != tc.verdict || u.Weight != tc.weight || !strings.Contains(u.Message, tc.says) || strings.Contains(u.Message, tc.never) {
+			t.Errorf("%s: %+v, want %s with %d that says %q and not %q", name, u, tc.verdict, tc.weight, tc.says, tc.never)
+		}
+	}
+}
+
 // Who runs the mesh, and who bounds proxies, aren't told that all is well on a node that
 // isn't heard.
 func TestOthersOfNodesUnheard(t *testing.T) {

@@ -32,7 +32,9 @@ type UpgradeInput struct {
 	Rollouts []v1alpha1.ProxyRollout
 	// Policies of the tenant's namespace.
 	Policies []v1alpha1.IsolationPolicy
-	Now      time.Time
+	// Told is what the owner was told last, nil if nothing.
+	Told *v1alpha1.TenantUpgrade
+	Now  time.Time
 }
 
 // Upgrade is what the owner of a tenant is to know of the rollout that is at its
@@ -89,6 +91,15 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 	if u.Since != nil && tenant.Scope != model.ScopeNode {
 		until, most = hold(r.Spec, u.Since.Time, in.Policies, in.Now)
 	}
+	// Of nodes that aren't heard nobody can say that, and what they said before stays told.
+	untouched := "; your connections aren't touched so far"
+	told := int32(0)
+	if len(unheard) > 0 {
+		untouched = ""
+		if t := in.Told; t != nil && t.Rollout == r.Name && t.Since.Equal(u.Since) && !IsOver(t) {
+			told = t.Weight
+		}
+	}
 	stop := "who runs the mesh can stop it: " + abortBy(r.Name)
 	switch s.Phase {
 	case v1alpha1.RolloutRolledBack, v1alpha1.RolloutRollingBack:
@@ -121,23 +132,29 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 				u.To, h.Reason, h.Node, h.Message, u.From)
 			u.Message = cutTo(u.Message, 2048)
 			return u
+		case serving == 0 && told > 0:
+			u.Verdict, u.Weight = UpgradeInProgress, told
+			if len(unheard) == len(nodes) {
+				u.Verdict = in.Told.Verdict
+			}
+			u.Message = fmt.Sprintf("%s: how far it is here isn't known; as it was heard last, up to %d %% of new connections go to the new one", change, told)
 		case serving == 0 && until.After(in.Now):
 			at := metav1.NewTime(until)
 			u.Verdict, u.HeldUntil = UpgradeOnHold, &at
-			u.Message = fmt.Sprintf("an upgrade %s is held back here by your namespace's IsolationPolicies (%s) until %s; your connections aren't touched so far. To let it begin now, take notBefore and windows out of their spec.upgrades; to hold it back for longer, set notBefore: until %s at the latest, then it begins whatever they say",
-				change, listed(holders(in.Policies)), until.UTC().Format(time.RFC3339), most.UTC().Format(time.RFC3339))
+			u.Message = fmt.Sprintf("an upgrade %s is held back here by your namespace's IsolationPolicies (%s) until %s%s. To let it begin now, take notBefore and windows out of their spec.upgrades; to hold it back for longer, set notBefore: until %s at the latest, then it begins whatever they say",
+				change, listed(holders(in.Policies)), until.UTC().Format(time.RFC3339), untouched, most.UTC().Format(time.RFC3339))
 		case serving == 0:
 			u.Verdict = UpgradeNotYet
-			u.Message = fmt.Sprintf("an upgrade %s is on its way; your connections aren't touched so far", change)
+			u.Message = fmt.Sprintf("an upgrade %s is on its way%s", change, untouched)
 		case serving < len(nodes):
 			u.Verdict = UpgradeInProgress
 			u.Message = fmt.Sprintf("%s: up to %d %% of new connections go to the new one, on %d of %d nodes", change, u.Weight, serving, len(nodes))
 		default:
 			u.Verdict = UpgradeHealthy
 			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all %d nodes; it serves, has not crashed and refused nothing", change, u.Weight, len(nodes))
-		}
-		if u.Verdict == UpgradeHealthy && u.Weight == 100 {
-			u.Message += "; here it is done, and goes on elsewhere"
+			if u.Weight == 100 {
+				u.Message += "; here it is done, and goes on elsewhere"
+			}
 		}
 		u.Paused = s.Phase == v1alpha1.RolloutPaused
 		u.Message += nextMove(r, in.Now)
