@@ -162,9 +162,23 @@ func (r *rollout) isAnothers(p placed) bool {
 		return false
 	}
 	// What serves because the plan's own version can't be had stays for good.
-	stays := g.Role == v1alpha1.RoleFormer && g.Restarts == 0 && p.node.Status.ObservedGeneration >= p.node.Generation
+	stays := g.Role == v1alpha1.RoleFormer && g.Restarts == 0 && p.isUpToDate()
 	return !stays
 }
+
+// awaited is what a rollout waits for where isAnothers: for people, after the place.
+func (r *rollout) awaited(p placed) string {
+	g := p.generation(r.version)
+	if g.Role == v1alpha1.RoleFormer && p.isUpToDate() && !slices.Contains(p.node.Status.ProxyVersions, p.spec.Version) {
+		// Nobody lets go of it, and a canary would be judged by how it has ended.
+		return fmt.Sprintf(", where Envoy %s serves because the planned %s can't be had, and has ended %d times: set spec.proxy.version of the MeshTopology to one that the node has",
+			r.version, p.spec.Version, g.Restarts)
+	}
+	return ", which hasn't said that the process of the rollout before is gone"
+}
+
+// isUpToDate reports whether the node's agent speaks of what it is told now.
+func (p placed) isUpToDate() bool { return p.node.Status.ObservedGeneration >= p.node.Generation }
 
 // generation is the process of a version that is to serve, nil if there is none.
 func (p placed) generation(version string) *v1alpha1.GenerationStatus {

@@ -190,7 +190,7 @@ func (r *rollout) count(taking map[string]int32, lacking map[string]string) (wai
 			switch {
 			case lacking[p.node.Name] != "":
 			case r.isAnothers(p):
-				waiting = append(waiting, name+" on "+p.node.Name+", which hasn't said that the process of the rollout before is gone")
+				waiting = append(waiting, name+" on "+p.node.Name+r.awaited(p))
 				reached = false
 			case !p.reached(r.version, taking[name]):
 				waiting = append(waiting, name+" on "+p.node.Name)

@@ -285,6 +285,46 @@ func TestRolloutTakesWhatServesOn(t *testing.T) {
 	f.want("it is planned now", v1alpha1.RolloutSucceeded, "a promoted")
 }
 
+// If it has ended once, nothing can be told by that of the rollout, which says what it
+// waits for: an agent that lags may still let go of it, and a plan may come that is it.
+func TestRolloutSaysWhatServesOn(t *testing.T) {
+	const stuck, lags = "where Envoy 1.40.0 serves because the planned 1.39.3 can't be had, and has ended 2 times: set spec.proxy.version", "which hasn't said that"
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}}, "a")
+	f.told = func(_ string, s *v1alpha1.NodeTenantStatus) {
+		g := &s.Generations[0]
+		if g.Version == oldEnvoy {
+			g.Version, g.Role, g.Restarts = newEnvoy, v1alpha1.RoleFormer, 2
+		}
+	}
+	says := func(what string, word string, have ...string) {
+		t.Helper()
+		f.report()
+		for i := range f.nodes {
+			f.nodes[i].Status.ProxyVersions = have
+		}
+		s := f.step()
+		if s.Phase != v1alpha1.RolloutProgressing || s.Verdict != nil || f.weights() != "" {
+			t.Errorf("%s: %s with %q, %+v", what, s.Phase, f.weights(), s.Verdict)
+		}
+		for _, node := range []string{"n1", "n2"} {
+			if !strings.Contains(s.Message, "a on "+node+", "+word) {
+				t.Errorf("%s: %q doesn't say %q of %s", what, s.Message, word, node)
+			}
+		}
+	}
+	says("for good", stuck, newEnvoy)
+	says("the planned one is there by now", lags, oldEnvoy, newEnvoy)
+	for i := range f.nodes {
+		f.nodes[i].Generation = 7
+	}
+	says("the plan is newer than what is said", lags, newEnvoy)
+	for i := range f.nodes {
+		f.nodes[i].Generation, f.nodes[i].Spec.Tenants[0].Version = 0, newEnvoy
+	}
+	f.report()
+	f.want("it is planned", v1alpha1.RolloutSucceeded, "")
+}
+
 // A silent agent on a node that is there is waited for, by whatever it said.
 func TestRolloutWaitsForAnothersProcesses(t *testing.T) {
 	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
