@@ -97,3 +97,22 @@ func TestUnavailableVersionIsTold(t *testing.T) {
 		t.Errorf("%q", told[0])
 	}
 }
+
+// However much nodes say, the event that tells of a rollout says how it is stopped.
+func TestEventsSayHowItIsStopped(t *testing.T) {
+	r := newRolling(t)
+	r.lacks("Failed", strings.Repeat("x", 3000))
+	const begins, ends = "ProxyRollout Normal RolloutPhase Progressing: Progressing: step 1 of 2", `{"spec":{"abort":true}}'`
+	if len(r.told) == 0 {
+		t.Fatal("nothing is told")
+	}
+	last := r.told[len(r.told)-1]
+	if !strings.HasPrefix(last, begins) || !strings.HasSuffix(last, ends) {
+		t.Errorf("told is %q", r.told)
+	}
+	for _, line := range r.told {
+		if _, note, _ := strings.Cut(line, ": "); len(note) > 1024 {
+			t.Errorf("%d bytes: %q", len(note), note)
+		}
+	}
+}

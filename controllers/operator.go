@@ -124,7 +124,7 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 			recorder.Eventf(about, nil, corev1.EventTypeWarning, reason, "Refuse", "%.1000s", note)
 		},
 		upgrade: func(about, by *corev1.ObjectReference, kind, reason, action, note string) {
-			recorder.Eventf(about, by, kind, reason, action, "%.1000s", note)
+			recorder.Eventf(about, by, kind, reason, action, "%s", note)
 		}}, late); err != nil {
 		return err
 	}

@@ -213,16 +213,22 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	}
 	w.tellAvailable(r, status)
 	switch had := r.Status; {
-	case w.upgrade == nil:
 	case had.Phase != status.Phase && (status.Phase != v1alpha1.RolloutWaiting || had.Phase == v1alpha1.RolloutPaused) && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
-		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
+		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
 	case leftBehind(had, status) != nil:
 		h := leftBehind(had, status)
-		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonHeldBack, "Leave"+h.Reason, fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message))
+		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonHeldBack, "Leave"+h.Reason, fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message))
 	case had.Step != status.Step:
-		w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
+		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
 	}
 	return nil
+}
+
+// tellOf makes an event about an upgrade.
+func (w *writer) tellOf(about, by *corev1.ObjectReference, kind, reason, action, note string) {
+	if w.upgrade != nil {
+		w.upgrade(about, by, kind, reason, action, translate.EventNote(note))
+	}
 }
 
 // leftBehind is the tenant, or namespace, that was held back last; nil if it was before.
@@ -241,7 +247,7 @@ func leftBehind(had, now v1alpha1.ProxyRolloutStatus) *v1alpha1.HeldBackTenant {
 func (w *writer) tellAvailable(r *v1alpha1.ProxyRollout, status v1alpha1.ProxyRolloutStatus) {
 	had := meta.FindStatusCondition(r.Status.Conditions, v1alpha1.ConditionVersionAvailable)
 	c := meta.FindStatusCondition(status.Conditions, v1alpha1.ConditionVersionAvailable)
-	if w.upgrade == nil || c == nil || c.Reason == translate.ReasonFetching || had != nil && had.Reason == c.Reason {
+	if c == nil || c.Reason == translate.ReasonFetching || had != nil && had.Reason == c.Reason {
 		return
 	}
 	kind := corev1.EventTypeWarning
@@ -250,47 +256,38 @@ func (w *writer) tellAvailable(r *v1alpha1.ProxyRollout, status v1alpha1.ProxyRo
 			return // nothing was amiss
 		}
 	}
-	w.upgrade(referenceTo(r, "ProxyRollout"), nil, kind, c.Reason, "FetchVersion", c.Message)
+	w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, c.Reason, "FetchVersion", c.Message)
 }
 
 // tellUpgrade tells the owner of a tenant how the upgrade of its proxies is.
 func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
-	if w.upgrade == nil {
-		return
-	}
 	kind := corev1.EventTypeNormal
 	if u.Verdict == translate.UpgradeRolledBack || u.Verdict == translate.UpgradeHeldBack {
 		kind = corev1.EventTypeWarning
 	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.upgrade(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
+	w.tellOf(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
 }
 
 // tellPaused tells the owner of a tenant that the upgrade of its proxies was paused, or
 // goes on.
 func (w *writer) tellPaused(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
-	if w.upgrade == nil {
-		return
-	}
 	reason, action, word := "UpgradePaused", "Pause", "paused by who runs the mesh: what has begun stays as it is, and what goes wrong is still taken back"
 	if !u.Paused {
 		reason, action, word = "UpgradeResumed", "Resume", "goes on after a pause"
 	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, reason, fmt.Sprintf("%sAt%dPercent", action, u.Weight), word+". "+u.Message)
+	w.tellOf(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, reason, fmt.Sprintf("%sAt%dPercent", action, u.Weight), word+". "+u.Message)
 }
 
 // tellUpgraded tells the owner of a tenant that an upgrade has come to its end, and on
 // which nodes it hasn't: a rollout may leave out so many that are away.
 func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade, behind string) {
-	if w.upgrade == nil {
-		return
-	}
 	if behind != "" {
 		behind = ", but on nodes that haven't said so yet: " + behind
 	}
 	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.upgrade(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
+	w.tellOf(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
 		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one%s", u.From, u.To, u.Rollout, behind))
 }
 

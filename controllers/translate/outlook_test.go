@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -68,6 +69,9 @@ func TestRolloutSaysWhatPeopleAsk(t *testing.T) {
 		if !strings.HasSuffix(s.Message, stop) || len(s.Message) > maxRolloutMessage {
 			t.Errorf("%s: %q doesn't end with %q", s.Phase, s.Message, stop)
 		}
+		if note := EventNote(string(s.Phase) + ": " + s.Message); len(note) > maxNote || !strings.HasPrefix(note, string(s.Phase)+": step ") || !strings.Contains(note, "it began at ") || !strings.HasSuffix(note, stop) {
+			t.Errorf("%s: the event says %q", s.Phase, note)
+		}
 	}
 	says(f.step(), "step 1 of 3", "waiting for a on n1", "it ends with step 3; approvals that it still needs: 1")
 	says(f.want("reached", v1alpha1.RolloutWaiting, "a 10"), "goes on at ", "fares no worse")
@@ -87,5 +91,42 @@ func TestRolloutSaysWhatPeopleAsk(t *testing.T) {
 	f.report()
 	if s := f.want("done", v1alpha1.RolloutSucceeded, "a promoted, b promoted, c promoted, d promoted"); strings.Contains(s.Message, "abort") {
 		t.Errorf("%q", s.Message)
+	}
+}
+
+// So can the owner of a tenant, whatever the agent says that it waits for.
+func TestUpgradeSaysHowItIsStopped(t *testing.T) {
+	const stop = `; who runs the mesh can stop it: kubectl patch proxyrollout r --type=merge -p '{"spec":{"abort":true}}'`
+	rollout := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}},
+		Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: newEnvoy, Step: 1}}
+	at := metav1.NewTime(time.Unix(1e9, 0))
+	for _, waits := range []string{"", "an image", strings.Repeat("x", 3000)} {
+		u := Upgrade(UpgradeInput{Version: oldEnvoy, Rollouts: []v1alpha1.ProxyRollout{rollout}, Nodes: []NodeView{
+			{Node: "n1", Tenant: model.NamespaceTenant("a"), Reported: true, Status: v1alpha1.NodeTenantStatus{Name: "a", Waits: waits,
+				Generations: []v1alpha1.GenerationStatus{{Version: oldEnvoy, Role: v1alpha1.RoleLeaving, DrainUntil: &at}}}},
+			{Node: "n2", Tenant: model.NamespaceTenant("a"), Unheard: goneSince}}})
+		for kind, says := range map[string]string{"status": u.Message, "event": EventNote(u.Message)} {
+			if len(says) > 2048 || kind == "event" && len(says) > maxNote || !strings.HasPrefix(says, "an upgrade from Envoy 1.39.3 to 1.40.0") || !strings.HasSuffix(says, stop) {
+				t.Errorf("waits for %.10q: the %s says %q", waits, kind, says)
+			}
+		}
+	}
+}
+
+// What has no room in an event is left out of its middle, and never a part of a
+// character.
+func TestEventNote(t *testing.T) {
+	stop := "; to take it back: " + abortBy(strings.Repeat("n", 253))
+	for name, tc := range map[string]struct{ message, begins, ends string }{
+		"short":        {"step 1" + stop, "step 1; ", stop},
+		"just fits":    {strings.Repeat("x", maxNote), "xxx", "xxx"},
+		"long":         {"step 1 " + strings.Repeat("x", 3000) + stop, "step 1 xxx", "x…" + stop},
+		"wide":         {"step 1 " + strings.Repeat("ä", 3000) + stop, "step 1 äää", "ä…" + stop},
+		"in one piece": {"step 1 " + strings.Repeat("€", 3000), "step 1 €€€", "€…"},
+	} {
+		note := EventNote(tc.message)
+		if len(note) > maxNote || len(tc.message) <= maxNote && note != tc.message || !utf8.ValidString(note) || !strings.HasPrefix(note, tc.begins) || !strings.HasSuffix(note, tc.ends) {
+			t.Errorf("%s: %d bytes: %q", name, len(note), note)
+		}
 	}
 }

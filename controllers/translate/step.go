@@ -97,6 +97,24 @@ func (r *rollout) outlook() string {
 	return "; it began at " + s.StartedAt.UTC().Format(time.RFC3339) + out + lastly(&now) + "; to take it back: " + abortBy(r.Rollout.Name)
 }
 
+// maxNote is how long an event's note is at most: the API takes 1,024 bytes.
+const maxNote = 1000
+
+// EventNote is a message as an event tells it, which has less room than a status. Messages
+// end with when it is over and how it is stopped, so what is cut is the middle.
+func EventNote(message string) string {
+	if len(message) <= maxNote {
+		return message
+	}
+	end := message[len(message)-maxNote*2/3:]
+	if i := strings.Index(end, "; "); i >= 0 {
+		end = end[i:]
+	} else {
+		end = ""
+	}
+	return cutTo(message, maxNote-len(end)) + end
+}
+
 // taking are the tenants that take part in a step, with their weights: a tenant's
 // never falls.
 func (r *rollout) taking(step int) map[string]int32 {

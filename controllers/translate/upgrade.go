@@ -100,7 +100,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 			told = t.Weight
 		}
 	}
-	stop := "who runs the mesh can stop it: " + abortBy(r.Name)
+	stop := "" // comes last, and whole
 	switch s.Phase {
 	case v1alpha1.RolloutRolledBack, v1alpha1.RolloutRollingBack:
 		u.Verdict, u.Step = UpgradeRolledBack, ""
@@ -161,13 +161,13 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 		if waits != "" {
 			u.Message += "; " + waits
 		}
-		u.Message += "; " + stop
+		stop = "; who runs the mesh can stop it: " + abortBy(r.Name)
 	}
 	u.Message += finishing(nodes)
 	if len(unheard) > 0 {
 		u.Message += "; how it is on these nodes isn't known: " + describe(unheard)
 	}
-	u.Message = cutTo(u.Message, 2048)
+	u.Message = cutTo(u.Message, 2048-len(stop)) + stop
 	return u
 }
 
