@@ -53,9 +53,9 @@ func TestGoMemoryIsBelowTheLimit(t *testing.T) {
 	}
 }
 
-// The agent's CPU is bounded, and the kernel doesn't have to stop it for that; it has its
-// share of a node that is busy.
-func TestAgentIsBoundedAndNotThrottled(t *testing.T) {
+// Go runs as many threads as the agent's CPU limit lets it, which is one that threads can
+// match; and it has its share of a node that is busy.
+func TestAgentThreadsMatchItsLimit(t *testing.T) {
 	c := container(t, "agent/daemonset.yaml")
 	limit, threads := c.Resources.Limits.Cpu(), variable(c, "GOMAXPROCS")
 	if limit.IsZero() || threads != strconv.FormatInt(limit.Value(), 10) || limit.MilliValue()%1000 != 0 {
