@@ -3,6 +3,7 @@ package live
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -22,14 +23,16 @@ type Pace struct {
 	Patience time.Duration
 }
 
+func (p Pace) orDefault() Pace {
+	return Pace{Every: cmp.Or(p.Every, time.Second), Most: cmp.Or(p.Most, 30*time.Second), Patience: cmp.Or(p.Patience, 15*time.Second)}
+}
+
 // Follow writes what look sees whenever that has changed, until it is done or ctx is. An
 // API server that can't be asked for a while doesn't end it: it tells problems so, and
 // looks again, later each time. It returns the error of a first look, and those that
 // final says of that no later look will be better.
 func Follow(ctx context.Context, look Look, p Pace, final func(error) bool, w, problems io.Writer) error {
-	if p == (Pace{}) {
-		p = Pace{Every: time.Second, Most: 30 * time.Second, Patience: 15 * time.Second}
-	}
+	p = p.orDefault()
 	var told []byte
 	wait, inVain := p.Every, false
 	for {
