@@ -15,20 +15,27 @@ func TestServiceOf(t *testing.T) {
 	if err := store.SetService(svc); err != nil {
 		t.Fatal(err)
 	}
+	backend := func(service string) string {
+		return Backend{ServicePortKey: model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: "team-a", Name: service}, Port: 80}}.String()
+	}
+	names := []string{backend("web")}
 	for _, vip := range []string{"10.96.0.1:80", "[fd00::1]:80"} {
-		for _, name := range []string{VIPName(netip.MustParseAddrPort(vip)), HTTPName(netip.MustParseAddrPort(vip))} {
-			if namespace, service, ok := store.ServiceOf(name); !ok || namespace != "team-a" || service != "web" {
-				t.Errorf("%s is of %s/%s, %t", name, namespace, service, ok)
-			}
+		names = append(names, VIPName(netip.MustParseAddrPort(vip)), HTTPName(netip.MustParseAddrPort(vip)))
+	}
+	for _, name := range names {
+		if namespace, service, ok := store.ServiceOf(name); !ok || namespace != "team-a" || service != "web" {
+			t.Errorf("%s is of %s/%s, %t", name, namespace, service, ok)
 		}
 	}
-	backend := Backend{ServicePortKey: model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: "team-a", Name: "web"}, Port: 80}}.String()
-	if namespace, service, ok := store.ServiceOf(backend); !ok || namespace != "team-a" || service != "web" {
-		t.Errorf("%s is of %s/%s, %t", backend, namespace, service, ok)
-	}
-	for _, name := range []string{"", "vip|10.96.0.2:80", "l7|10.96.0.1:81", "l7|10.96.0.1", "be|4|team-a", "pod|10.96.0.1", "outbound"} {
+	for _, name := range []string{"", backend("webs"), "vip|10.96.0.2:80", "l7|10.96.0.1:81", "l7|10.96.0.1", "be|4|team-a", "pod|10.96.0.1", "outbound"} {
 		if namespace, service, ok := store.ServiceOf(name); ok {
 			t.Errorf("%q is of %s/%s", name, namespace, service)
+		}
+	}
+	store.DeleteService("team-a", "web")
+	for _, name := range names {
+		if namespace, service, ok := store.ServiceOf(name); ok {
+			t.Errorf("%s is of %s/%s, which is gone", name, namespace, service)
 		}
 	}
 }

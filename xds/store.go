@@ -197,7 +197,10 @@ func (s *Store) dropVIP(vip netip.AddrPort) {
 // or what leads requests to it.
 func (s *Store) ServiceOf(resource string) (namespace, name string, ok bool) {
 	if b, ok := parseBackendName(resource); ok {
-		return b.Namespace, b.Name, true
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		_, ok = s.services[b.ServiceKey]
+		return b.Namespace, b.Name, ok
 	}
 	vip, ok := parseVIPName(resource)
 	if !ok {
