@@ -125,6 +125,22 @@ func TestNodeThatIsRemoved(t *testing.T) {
 	}
 }
 
+// That is so whatever was known of the node.
+func TestNodeThatIsRemovedUnsaid(t *testing.T) {
+	r := newRolling(t)
+	r.triggers.rollouts.delay, r.triggers.tenants.delay = 0, 0
+	start(t, &r.triggers.rollouts)
+	start(t, &r.triggers.tenants)
+	r.must(r.Delete(t.Context(), newNode("n1")))
+	r.must(r.syncNode(t.Context(), "n1"))
+	if handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil }) == 0 {
+		t.Error("nothing is decided anew")
+	}
+	if handle(r.cluster, &r.triggers.tenants, r.w.writeTenant) == 0 {
+		t.Error("the owner isn't told anew")
+	}
+}
+
 // An owner whose only node goes away while an upgrade is under way, and comes back, isn't
 // told that it began again.
 func TestOwnersAreToldNothingNewOfNodesUnheard(t *testing.T) {
