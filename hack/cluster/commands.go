@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -59,22 +58,25 @@ func (c cluster) load(ctx context.Context, bin build.Binaries, n int, archives .
 	}
 	root := fmt.Sprintf("/proc/%d/root", m.PID)
 	socket := root + containerdSocket
-	if err := wait(ctx, patience, "containerd of "+nodeName(n), func(context.Context) error {
-		_, err := os.Stat(socket)
-		return err
+	ctr := func(ctx context.Context, what string, args ...string) error {
+		cmd := exec.CommandContext(ctx, bin.Path("ctr"), append([]string{"--address", socket, "--namespace", "k8s.io"}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", what, err, strings.TrimSpace(string(out)))
+		}
+		return nil
+	}
+	if err := wait(ctx, patience, "containerd of "+nodeName(n), func(ctx context.Context) error {
+		if _, err := os.Stat(socket); err != nil {
+			return err
+		}
+		return ctr(ctx, "ask for its version", "version") // its socket is there before it serves
 	}); err != nil {
 		return err
 	}
 	for _, archive := range archives {
-		// All layers, whatever the platform: the archives hold one.
-		// Its socket is there before it serves, and to load an image again is no harm.
-		if err := wait(ctx, time.Minute, filepath.Base(archive)+" in "+nodeName(n), func(ctx context.Context) error {
-			cmd := exec.CommandContext(ctx, bin.Path("ctr"), "--address", socket, "--namespace", "k8s.io", "images", "import", "--local", archive)
-			if out, err := cmd.CombinedOutput(); err != nil {
-				return fmt.Errorf("load %s: %w: %s", archive, err, strings.TrimSpace(string(out)))
-			}
-			return nil
-		}); err != nil {
+		// All layers, whatever the platform: the archives hold one. It takes as long as
+		// the disk does.
+		if err := ctr(ctx, "load "+archive+" into "+nodeName(n), "images", "import", "--local", archive); err != nil {
 			return err
 		}
 	}

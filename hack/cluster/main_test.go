@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -182,5 +183,29 @@ func TestUpKilledAndDown(t *testing.T) {
 	}
 	if again := must("down"); !strings.Contains(again, "there is no cluster "+name) {
 		t.Errorf("down again: %s", again)
+	}
+}
+
+// What failed is told when the time is over, also by what was cut off at once.
+func TestWaitTellsWhy(t *testing.T) {
+	broken := errors.New("no space left")
+	for name, f := range map[string]func(context.Context) error{
+		"once and again": func(context.Context) error { return broken },
+		"cut off":        func(ctx context.Context) error { <-ctx.Done(); return broken },
+		"then cut off": func() func(context.Context) error {
+			asked := false
+			return func(ctx context.Context) error {
+				if asked {
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				asked = true
+				return broken
+			}
+		}(),
+	} {
+		if err := wait(t.Context(), 300*time.Millisecond, name, f); !errors.Is(err, broken) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

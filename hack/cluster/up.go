@@ -123,7 +123,7 @@ func (c cluster) start(ctx context.Context, bin build.Binaries) error {
 		return err
 	}
 	// The API server makes the namespaces that these are in when it serves already.
-	if err := wait(ctx, time.Minute, "what goes with a cluster", func(ctx context.Context) error {
+	if err := wait(ctx, patience, "what goes with a cluster", func(ctx context.Context) error {
 		return c.kubectl(ctx, bin, c.addonManifests(), "apply", "--server-side", "-f", "-")
 	}); err != nil {
 		return err
@@ -251,17 +251,18 @@ func nodeReady(node *corev1.Node) bool {
 	return false
 }
 
-// wait calls f until it succeeds.
+// wait calls f until it succeeds. The end of the timeout cuts f off as well.
 func wait(ctx context.Context, timeout time.Duration, what string, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	last := errors.New("no answer yet")
+	var last error
 	for {
 		err := f(ctx)
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() == nil {
+		// Of what was cut off it is the better word what it said before.
+		if ctx.Err() == nil || last == nil {
 			last = err
 		}
 		select {
