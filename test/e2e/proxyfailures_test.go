@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -127,6 +129,92 @@ func (e *env) othersGoOn(t *testing.T, node string) {
 			t.Errorf("other proxies were %v, are %v", before, after)
 		}
 	})
+}
+
+// TestOwnerIsToldOfEnds ends a tenant's Envoy, and then again and again: its owner reads
+// why, with the last that Envoy wrote, and nobody else is concerned. Other signals than
+// this one end nothing, for Envoy is the init of its namespace; its own crashes are
+// isolation's matter.
+func TestOwnerIsToldOfEnds(t *testing.T) {
+	e.roots.loadEnded(t)
+	const cause = "Killed"
+	node, tenant := e.nodes[0], "e2e-a"
+	e.othersGoOn(t, node)
+	var last harness.Generation // that was killed
+	kill := func() {
+		t.Helper()
+		var now harness.Generation
+		began := time.Now()
+		err := harness.Wait(t.Context(), patience, 50*time.Millisecond, "the proxy to serve", func(ctx context.Context) error {
+			p, err := e.Proxy(ctx, node, tenant)
+			if err != nil {
+				return err
+			}
+			if g := p.Generations; len(g) != 1 || !g[0].Serving || g[0].PID == last.PID {
+				return fmt.Errorf("%+v", p.Generations)
+			}
+			now = p.Generations[0]
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if last.PID != 0 {
+			t.Logf("it is seen to serve again after %s, with %d restarts", time.Since(began).Round(10*time.Millisecond), now.Restarts)
+			if now.Restarts <= last.Restarts {
+				t.Errorf("%d restarts, before its end %d", now.Restarts, last.Restarts)
+			}
+		}
+		if _, err := e.AgentExec(t.Context(), node, "kill", "--signal", "KILL", strconv.Itoa(now.PID)); err != nil {
+			t.Fatal(err)
+		}
+		last = now
+	}
+	warned := func() (n int, event string) {
+		t.Helper()
+		n, event, err := e.warnings(t.Context(), tenant, cause)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n, event
+	}
+
+	since := time.Now().Add(-time.Second)
+	mustCall(t, e.pod(webB, 0), e.pod(webB, 0).IPv4, "tcp", hostPort(e.pod(webA, 0).IPv4, app.GreetPort))
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the proxy to write of it", func(ctx context.Context) error {
+		entries, err := e.AccessLog(ctx, node, tenant)
+		if err == nil && !slices.ContainsFunc(entries, func(a harness.Access) bool { return a.Time.After(since) }) {
+			err = fmt.Errorf("%d lines, none of them new", len(entries))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, _ := warned()
+	kill()
+	e.isToldOf(t, node, cause, before, "killed by SIGKILL", "no other tenant is concerned", "last it wrote: ")
+	p, _, err := e.tenantProxy(t.Context(), tenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, event := warned()
+	if f := failureOn(p, node); f == nil || f.Log == "" || !strings.Contains(event, f.Log) {
+		t.Errorf("%+v, told as %q", f, event)
+	} else {
+		t.Logf("told: %s", event)
+	}
+	e.recovers(t, node, cause)
+
+	for range 3 {
+		kill()
+	}
+	// Events of one reason are one that is counted, with the text of the first.
+	e.isToldOf(t, node, cause, before, "killed by SIGKILL", "no other tenant is concerned")
+	e.recovers(t, node, cause)
+	for _, from := range []harness.Pod{e.pod(webA, 0), e.pod(webB, 0)} {
+		mustCall(t, from, from.IPv4, "tcp", hostPort(e.pod(webA, 1).IPv4, app.GreetPort))
+	}
 }
 
 // TestOwnerIsToldOfOutOfMemory has a tenant hold more connections than its memory
