@@ -103,16 +103,7 @@ func serveRequests(t *testing.T, from harness.Pod) string {
 		t.Fatal(err)
 	}
 	address := hostPort(s.Spec.ClusterIP, 80)
-	err = harness.Wait(t.Context(), patience, 200*time.Millisecond, "requests to be read", func(ctx context.Context) error {
-		r, err := e.Call(ctx, from, "get", "http://"+address+"/")
-		if err == nil && (!r.OK || r.Answer == nil || r.Answer.Headers["X-Read"] == nil) {
-			err = fmt.Errorf("%+v", r)
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	e.answers(t, from, func(r app.CallResult) bool { return r.Answer != nil && r.Answer.Headers["X-Read"] != nil }, "get", "http://"+address+"/")
 	return address
 }
 

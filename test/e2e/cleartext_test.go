@@ -224,18 +224,6 @@ spec:
 		}
 	}
 	pass := func(from harness.Pod, address string) { t.Helper(); mustCall(t, from, "", "tcp", address) }
-	passes := func(from harness.Pod, address string) {
-		t.Helper()
-		if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "a connection of "+from.String()+" to "+address, func(ctx context.Context) error {
-			r, err := e.Call(ctx, from, "tcp", address)
-			if err == nil && !r.OK {
-				err = fmt.Errorf("%+v", r.Failure)
-			}
-			return err
-		}); err != nil {
-			t.Fatal(err)
-		}
-	}
 	// The application greets first: not even that gets out.
 	refused := func(address string) {
 		t.Helper()
@@ -248,9 +236,9 @@ spec:
 	}
 	direct, vip := hostPort(to.IPv4, app.GreetPort), hostPort(service.Spec.ClusterIP, app.GreetPort)
 	for _, a := range []string{direct, hostPort(to.IPv6, app.GreetPort), vip, nodePort} {
-		passes(outside, a) // the Service was made just now: nodes and proxies hear of it
+		e.reaches(t, outside, "tcp", a) // the Service was made just now: nodes and proxies hear of it
 	}
-	passes(mesh, vip)
+	e.reaches(t, mesh, "tcp", vip)
 	check := func(when string) {
 		t.Helper()
 		tm.waitPods(t, when, 4, func(_ string, p agent.InspectedPod) bool { return p.Strict })
@@ -330,15 +318,7 @@ spec:
 	if len(outside) == 0 {
 		t.Fatalf("node %s has no address", node.Name)
 	}
-	if err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the Service to be known", func(ctx context.Context) error {
-		r, err := e.Call(ctx, from, "tcp", hostPort(service.Spec.ClusterIP, app.GreetPort))
-		if err == nil && !r.OK {
-			err = fmt.Errorf("%+v", r.Failure)
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	e.reaches(t, from, "tcp", hostPort(service.Spec.ClusterIP, app.GreetPort)) // which was made just now
 	reaches("by default what is outside is there", true)
 	held := begin(t, "begun before", from, "hold", "--connections=5", "--interval=200ms", "--duration=8s", "--timeout=5s", outside[0])
 	tm.change(t, map[string]any{"egress": v1alpha1.EgressReject})

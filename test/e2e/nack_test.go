@@ -65,19 +65,7 @@ func TestEnvoyRefuses(t *testing.T) {
 	service := hostPort(name+".e2e-b.svc", app.GreetPort)
 	reaches := func(from harness.Pod, service string, want harness.Pod) {
 		t.Helper()
-		err := harness.Wait(t.Context(), patience, 100*time.Millisecond, from.Name+" to reach "+want.Name+" by "+service, func(ctx context.Context) error {
-			r, err := e.Call(ctx, from, "tcp", service)
-			if err != nil {
-				return err
-			}
-			if !r.OK || r.Answer == nil || r.Answer.Pod != want.Name {
-				return fmt.Errorf("%+v, %+v", r.Answer, r.Failure)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		e.answers(t, from, func(r app.CallResult) bool { return r.Answer != nil && r.Answer.Pod == want.Name }, "tcp", service)
 	}
 	for i := range e.nodes {
 		reaches(e.pod(webB, i), service, e.pod(webO, 0))

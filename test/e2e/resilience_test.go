@@ -111,16 +111,7 @@ func TestProxyKilled(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	err = harness.Wait(t.Context(), patience, 100*time.Millisecond, "its pods to be served", func(ctx context.Context) error {
-		r, err := e.Call(ctx, e.pod(webA, 0), "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
-		if err == nil && !r.OK {
-			err = fmt.Errorf("%+v", r.Failure)
-		}
-		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
+	e.reaches(t, e.pod(webA, 0), "tcp", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
 	if err := <-other; err != nil {
 		t.Errorf("the other tenant: %v", err)
 	}

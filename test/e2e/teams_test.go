@@ -103,6 +103,27 @@ func (e *env) readyAgents(t *testing.T) (agents map[string]corev1.Pod) {
 	return agents
 }
 
+// reaches waits until a call from a pod succeeds.
+func (e *env) reaches(t *testing.T, from harness.Pod, args ...string) {
+	t.Helper()
+	e.answers(t, from, func(app.CallResult) bool { return true }, args...)
+}
+
+// answers waits until a call from a pod succeeds and its result is so.
+func (e *env) answers(t *testing.T, from harness.Pod, so func(app.CallResult) bool, args ...string) {
+	t.Helper()
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, from.String()+": echo "+strings.Join(args, " "), func(ctx context.Context) error {
+		r, err := e.Call(ctx, from, args...)
+		if err == nil && (!r.OK || !so(r)) {
+			err = fmt.Errorf("%+v, answer %+v, failure %+v", r, r.Answer, r.Failure)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // waitPods waits until the agents say so of each of the team's pods that they steer,
 // and returns how many those are.
 func (tm *team) waitPods(t *testing.T, what string, want int, so func(tenant string, p agent.InspectedPod) bool) {
