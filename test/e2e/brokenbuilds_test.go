@@ -204,7 +204,7 @@ func TestBrokenBuilds(t *testing.T) {
 				if !c.fails || l.what != "e2e-b" {
 					most = 0
 				}
-				if r.Exchanges == 0 || r.Failures.Total > most || c.fails && l.what == "e2e-b" && r.Failures.Total == 0 {
+				if l.err != nil || r.Exchanges == 0 || r.Failures.Total > most || c.fails && l.what == "e2e-b" && r.Failures.Total == 0 {
 					t.Errorf("%s: %v; %d failures, at most %d may be: %+v", l.what, l.err, r.Failures.Total, most, r.Failures.First)
 				}
 				if r.Failures.Total > 0 {

@@ -182,7 +182,7 @@ func TestRolloutTakenBack(t *testing.T) {
 		}
 		close(over)
 		l := <-results
-		if r := l.result; r.Failures.Total > 0 || r.Exchanges == 0 {
+		if r := l.result; l.err != nil || r.Failures.Total > 0 || r.Exchanges == 0 {
 			t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
 		}
 	})

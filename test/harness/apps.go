@@ -2,6 +2,7 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -196,8 +197,9 @@ func (c *Cluster) Load(ctx context.Context, from Pod, started chan<- struct{}, a
 	return c.load(ctx, from, nil, started, append([]string{"echo"}, args...))
 }
 
-// LoadUntil is Load whose command ends when stop is closed, its duration at the latest:
-// a test of what takes a machine's time can't know how long that will be.
+// LoadUntil is Load whose command ends when stop is closed: a test of what takes a
+// machine's time can't know how long that will be. Ending before that, as its duration
+// is over or as no connection is left, is an error; the result is returned with it.
 func (c *Cluster) LoadUntil(ctx context.Context, from Pod, started chan<- struct{}, stop <-chan struct{}, args ...string) (app.RunResult, error) {
 	stdin, end := io.Pipe()
 	defer stdin.Close() // nobody shall write to a command that ended by itself
@@ -209,7 +211,13 @@ func (c *Cluster) LoadUntil(ctx context.Context, from Pod, started chan<- struct
 		_, _ = io.WriteString(end, "\n")
 		end.Close()
 	}()
-	return c.load(ctx, from, stdin, started, append([]string{"echo", args[0], "--until-stdin"}, args[1:]...))
+	r, err := c.load(ctx, from, stdin, started, append([]string{"echo", args[0], "--until-stdin"}, args[1:]...))
+	select {
+	case <-stop:
+	default:
+		err = errors.Join(err, fmt.Errorf("echo %s in %s ended before it was told to", args[0], from))
+	}
+	return r, err
 }
 
 func (c *Cluster) load(ctx context.Context, from Pod, stdin io.Reader, started chan<- struct{}, command []string) (app.RunResult, error) {
