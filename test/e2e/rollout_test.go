@@ -2,13 +2,16 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -184,35 +187,19 @@ func TestRollingUpdate(t *testing.T) {
 }
 
 // TestLeaderKilled kills the operator's leader under load. Nobody notices; what
-// proxies ask for anew is served by the other replica at once, and new pods come up
-// when there is a new leader.
+// proxies ask for anew is served while nobody leads, and new pods come up when there is
+// a new leader.
 func TestLeaderKilled(t *testing.T) {
 	service := deployRolling(t)
 	results, over := make(chan loaded, 1), make(chan struct{})
 	startLoadUntil(t, results, over, "load", e.pod(webB, 0), "--connections", "10", "--new-connection-ratio", "0.5", service)
-	leader := func(ctx context.Context) (string, error) {
-		lease, err := e.Kube.CoordinationV1().Leases(harness.SystemNamespace).Get(ctx, "bulkhead-operator", metav1.GetOptions{})
-		if err != nil || lease.Spec.HolderIdentity == nil {
-			return "", fmt.Errorf("read lease: %w", err)
-		}
-		pod, _, _ := strings.Cut(*lease.Spec.HolderIdentity, "_")
-		return pod, nil
-	}
-	var old string
-	err := harness.Wait(t.Context(), patience, 500*time.Millisecond, "a leader that is there", func(ctx context.Context) (err error) {
-		if old, err = leader(ctx); err == nil {
-			_, err = e.Kube.CoreV1().Pods(harness.SystemNamespace).Get(ctx, old, metav1.GetOptions{})
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	old := e.leader(t)
 	now := int64(0) // kill -9
 	if err := e.Kube.CoreV1().Pods(harness.SystemNamespace).Delete(t.Context(), old, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
 		t.Fatal(err)
 	}
 	killed := time.Now()
+	free := e.holdLease(t)
 	// A service that no proxy has heard of.
 	fresh := strings.NewReplacer("name: rolling, namespace", "name: fresh, namespace", "HTTP", fmt.Sprint(app.HTTPPort)).Replace(rolling[:strings.Index(rolling, "---")])
 	e.removeIn(t, "e2e-a", "service", "fresh")
@@ -223,39 +210,100 @@ func TestLeaderKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// By the other replica, which doesn't wait for the lease, of 15 s, for that.
-	soon := 15 * time.Second
 	for _, from := range []harness.Pod{e.pod(webB, 0), e.pod(webB, 1), e.pod(jobA, 0)} {
-		within := soon
-		soon = patience // what the first shows is enough
-		err := harness.Wait(t.Context(), within, 100*time.Millisecond, from.String()+" to reach a new service", func(ctx context.Context) error {
-			r, err := e.Call(ctx, from, "get", "http://"+hostPort(s.Spec.ClusterIP, 80)+"/")
-			if err == nil && !r.OK {
-				err = fmt.Errorf("%+v", r.Failure)
-			}
-			return err
-		})
-		if err != nil {
-			t.Error(err)
-		}
+		e.reaches(t, from, "get", "http://"+hostPort(s.Spec.ClusterIP, 80)+"/")
 	}
 	t.Logf("a new service was reached from all nodes %s after the leader was killed", time.Since(killed).Round(time.Millisecond))
+	free()
 	if _, err := e.Kubectl(t.Context(), "", "scale", "deployment/rolling", "--namespace=e2e-a", "--replicas=5"); err != nil {
 		t.Fatal(err)
 	}
 	rolledOut(t)
 	t.Logf("new pods were ready %s after", time.Since(killed).Round(time.Millisecond))
-	if next, err := leader(t.Context()); err != nil || next == old {
-		t.Errorf("the leader is %s, %v; it was killed", next, err)
+	if next := e.leader(t); next == old {
+		t.Errorf("the leader is %s; it was killed", next)
 	}
 	close(over)
 	l := <-results
-	if r := l.result; r.Failures.Total > 0 || r.Exchanges < 25*l.seconds()/2 {
+	if r := l.result; l.err != nil || r.Failures.Total > 0 || r.Exchanges < 25*l.seconds()/2 {
 		t.Errorf("%d exchanges, %d failures, first %+v; %v", r.Exchanges, r.Failures.Total, r.Failures.First, l.err)
 	}
 	if err := e.WaitInstalled(t.Context(), patience); err != nil {
 		t.Error(err)
 	}
+}
+
+const operatorLease = "bulkhead-operator"
+
+// leader waits until a replica of the operator that is there leads, and returns its pod's
+// name.
+func (e *env) leader(t *testing.T) (pod string) {
+	t.Helper()
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "a leader that is there", func(ctx context.Context) error {
+		lease, err := e.Kube.CoordinationV1().Leases(harness.SystemNamespace).Get(ctx, operatorLease, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if lease.Spec.HolderIdentity == nil || *lease.Spec.HolderIdentity == "" {
+			return errors.New("nobody leads")
+		}
+		pod, _, _ = strings.Cut(*lease.Spec.HolderIdentity, "_")
+		_, err = e.Kube.CoreV1().Pods(harness.SystemNamespace).Get(ctx, pod, metav1.GetOptions{})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pod
+}
+
+// holdLease takes the operator's Lease away from a leader that is gone: no replica leads
+// until the function that it returns is called, or the test ends.
+func (e *env) holdLease(t *testing.T) (free func()) {
+	t.Helper()
+	const nobody = "e2e-nobody"
+	leases := e.Kube.CoordinationV1().Leases(harness.SystemNamespace)
+	held := func(lease *coordinationv1.Lease) bool {
+		return lease.Spec.HolderIdentity != nil && *lease.Spec.HolderIdentity == nobody
+	}
+	// The leader may write it until it has ended: then this is tried again.
+	write := func(ctx context.Context, lease *coordinationv1.Lease, holder string, valid int32) error {
+		now := metav1.NowMicro()
+		lease.Spec.HolderIdentity, lease.Spec.LeaseDurationSeconds, lease.Spec.AcquireTime, lease.Spec.RenewTime = &holder, &valid, &now, &now
+		_, err := leases.Update(ctx, lease, metav1.UpdateOptions{})
+		return err
+	}
+	free = sync.OnceFunc(func() {
+		asked := false
+		err := harness.Wait(context.Background(), patience, 200*time.Millisecond, "the Lease to be free", func(ctx context.Context) error {
+			lease, err := leases.Get(ctx, operatorLease, metav1.GetOptions{})
+			switch {
+			case err != nil:
+				return err
+			case held(lease):
+				asked = true
+				return write(ctx, lease, "", 1)
+			case !asked:
+				t.Errorf("a replica led meanwhile: %+v", lease.Spec)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(free)
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the Lease to be held", func(ctx context.Context) error {
+		lease, err := leases.Get(ctx, operatorLease, metav1.GetOptions{})
+		if err != nil || held(lease) {
+			return err
+		}
+		return write(ctx, lease, nobody, int32((10 * time.Minute).Seconds()))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return free
 }
 
 // TestServiceIsTold: what is wrong with a Service stands in the Service.
