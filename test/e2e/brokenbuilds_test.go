@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -119,6 +120,7 @@ func TestBrokenBuilds(t *testing.T) {
 	}
 	e.enforced(t, "e2e-b", v1alpha1.Limits{MemoryMax: 240 << 20, Pids: 512})
 	const weight, rate = 20, 200
+	var failing []time.Duration // how long it took with those that fail
 	for _, c := range []struct {
 		fault, version string
 		// reason of the verdict, and what its message says.
@@ -180,22 +182,34 @@ func TestBrokenBuilds(t *testing.T) {
 				t.Fatal(err)
 			}
 			back := time.Now()
-			took := time.Duration(0)
-			if !began.IsZero() {
-				took = back.Sub(began)
-			}
-			t.Logf("taken back everywhere %s after the first connection: %s", took.Round(10*time.Millisecond), s.Message)
+			t.Log(s.Message)
 			if v := s.Verdict; v == nil || v.Reason != c.reason || v.Tenant != "e2e-b" || !strings.Contains(v.Message, c.says) {
 				t.Errorf("%+v", v)
-			}
-			if took > c.within || took == 0 && c.within > 0 {
-				t.Errorf("it took %s", took)
 			}
 			servingVersions(t, "e2e-a", newEnvoy)
 			servingVersions(t, "e2e-b", newEnvoy)
 			close(over)
+			loads := map[string]loaded{}
 			for range cap(results) {
 				l := <-results
+				loads[l.what] = l
+			}
+			// Its connections may be there for less than it takes to look for them.
+			if f := loads["e2e-b"].result.Failures.First; c.fails && f != nil && (began.IsZero() || f.At.Before(began)) {
+				began = f.At
+			}
+			took := time.Duration(0)
+			if !began.IsZero() {
+				took = back.Sub(began)
+			}
+			t.Logf("taken back everywhere %s after the first connection", took.Round(10*time.Millisecond))
+			if took > c.within || took <= 0 && c.within > 0 {
+				t.Errorf("it took %s", took)
+			}
+			if c.fails {
+				failing = append(failing, took)
+			}
+			for _, l := range loads {
 				r := l.result
 				t.Logf("%s: %d exchanges on %d connections, %d failures", l.what, r.Exchanges, r.Connections, r.Failures.Total)
 				// At most the canary's share of what went on while it was there, which is seen
@@ -238,5 +252,9 @@ func TestBrokenBuilds(t *testing.T) {
 				onlyVersion(t, tenant, newEnvoy)
 			}
 		})
+	}
+	// A busy machine is late now and then; what waits for more than it must is always.
+	if len(failing) > 1 && slices.Min(failing) > 10*time.Second {
+		t.Errorf("each time it took more than 10 s: %s", failing)
 	}
 }
