@@ -186,21 +186,23 @@ func TestRelayFloodingTenant(t *testing.T) {
 		}
 	}()
 	eventually(t, "the flood is a flood", func() bool { return flooded.Load() > 10_000 })
-	slow := 0
-	for i := range 200 {
+	const changes = 200
+	var took []time.Duration
+	for i := range changes {
 		began := time.Now()
 		quickUp.send(t, fmt.Sprint(i), resource(TypeCluster, "deliver", fmt.Sprint(i)))
 		wantNames(t, quick.next(), "deliver@"+fmt.Sprint(i))
-		if time.Since(began) > time.Second {
-			slow++
-		}
+		took = append(took, time.Since(began))
 	}
 	close(stop)
 	f.relay.Close(Key{Tenant: teamA}) // ends the sender if it is held back
 	<-stopped
-	// What waits for another proxy's pace waits each time; a machine that stands still, once.
-	if slow > 10 {
-		t.Errorf("%d of 200 changes took longer than a second", slow)
+	// What waits for another proxy's pace waits each time; a machine that stands still, now
+	// and then.
+	slices.Sort(took)
+	t.Logf("half of the changes took up to %s, the slowest %s", took[changes/2], took[changes-1])
+	if half, most := took[changes/2], took[changes-11]; half > 100*time.Millisecond || most > time.Second {
+		t.Errorf("half of %d changes took up to %s, all but ten up to %s", changes, half, most)
 	}
 }
 

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,9 +16,9 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/harness"
 )
 
-// enforced waits until the kernels of all nodes have the limits of a tenant, and logs
+// enforced waits until the kernels of all nodes have the limits of a tenant, and returns
 // how long that took: less than 2 s where nothing else keeps the machine busy.
-func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) {
+func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) time.Duration {
 	t.Helper()
 	begin := time.Now()
 	err := harness.Wait(t.Context(), 30*time.Second, 20*time.Millisecond, "limits of "+tenant, func(ctx context.Context) error {
@@ -39,7 +40,19 @@ func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%+v after %s", want, time.Since(begin).Round(time.Millisecond))
+	took := time.Since(begin)
+	t.Logf("%+v after %s", want, took.Round(time.Millisecond))
+	return took
+}
+
+// soon fails unless one of several changes was enforced within 2 s. A busy machine is
+// late now and then; what agents do only when they look at all again, every 10 s, is
+// late each time.
+func soon(t *testing.T, took []time.Duration) {
+	t.Helper()
+	if slices.Min(took) > 2*time.Second {
+		t.Errorf("no change was enforced within 2 s: %s", took)
+	}
 }
 
 // A policy, its topology's ceilings, and their end, in place.
@@ -76,7 +89,7 @@ spec:
 		t.Fatal(err)
 	}
 	want := v1alpha1.Limits{CPUMillis: 900, MemoryMax: 300 << 20, Pids: 200, Connections: 500, NewConnections: 100, NewDirect: 900, Egress: 20 << 20, Ingress: 30 << 20}
-	e.enforced(t, "e2e-a", want)
+	took := []time.Duration{e.enforced(t, "e2e-a", want)}
 	policy := func(accepted, ready string) {
 		t.Helper()
 		var p v1alpha1.IsolationPolicy
@@ -115,7 +128,7 @@ spec:
 		t.Fatal(err)
 	}
 	want.CPUMillis, want.Connections = 500, 200
-	e.enforced(t, "e2e-a", want)
+	took = append(took, e.enforced(t, "e2e-a", want))
 	policy("Capped", "Enforced")
 	if err := harness.Wait(t.Context(), patience, 50*time.Millisecond, "the node's bound", func(ctx context.Context) error {
 		var np v1alpha1.NodeProxy
@@ -129,13 +142,19 @@ spec:
 	}); err != nil {
 		t.Error(err)
 	}
+	for _, want.Pids = range []int64{210, 220, 230} {
+		if _, err := e.Kubectl(t.Context(), "", "patch", "isolationpolicy", "limits", "-n", "e2e-a", "--type=merge", "--patch", fmt.Sprintf(`{"spec":{"pids":%d}}`, want.Pids)); err != nil {
+			t.Fatal(err)
+		}
+		took = append(took, e.enforced(t, "e2e-a", want))
+	}
 	if err := ceilings(t.Context(), "null"); err != nil {
 		t.Fatal(err)
 	}
 	if err := remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: unlimited})
+	soon(t, append(took, e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: unlimited})))
 }
 
 // TestLimitsAboveTheNode: limits that no node has bound nothing, and say so; a policy
@@ -156,7 +175,7 @@ func TestLimitsAboveTheNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	defaults := v1alpha1.Limits{CPUMillis: 1024_000, MemoryMax: 400 << 20, Pids: 300}
-	e.enforced(t, "e2e-a", defaults)
+	took := []time.Duration{e.enforced(t, "e2e-a", defaults)}
 	if err := e.Apply(t.Context(), `
 apiVersion: mesh.bulkhead.dev/v1alpha1
 kind: IsolationPolicy
@@ -165,7 +184,7 @@ spec: {cpu: {limit: 1000}, memory: {max: 900Gi}, pids: 32768}
 `); err != nil {
 		t.Fatal(err)
 	}
-	e.enforced(t, "e2e-a", v1alpha1.Limits{CPUMillis: 1000_000, MemoryMax: 900 << 30, Pids: 32768})
+	took = append(took, e.enforced(t, "e2e-a", v1alpha1.Limits{CPUMillis: 1000_000, MemoryMax: 900 << 30, Pids: 32768}))
 	err := harness.Wait(t.Context(), patience, 50*time.Millisecond, "the policy's owner to be told", func(ctx context.Context) error {
 		var p v1alpha1.IsolationPolicy
 		if err := e.Client.Get(ctx, client.ObjectKey{Namespace: "e2e-a", Name: "above"}, &p); err != nil {
@@ -191,5 +210,5 @@ spec: {cpu: {limit: 1000}, memory: {max: 900Gi}, pids: 32768}
 	if _, err := e.Kubectl(t.Context(), "", "delete", "isolationpolicy", "above", "--namespace=e2e-a", "--wait=true"); err != nil {
 		t.Fatal(err)
 	}
-	e.enforced(t, "e2e-a", defaults)
+	soon(t, append(took, e.enforced(t, "e2e-a", defaults)))
 }
