@@ -187,30 +187,41 @@ func TestWire(t *testing.T) {
 			address = a.Address
 		}
 	}
-	var report capture.Report
-	var err error
+	complete := false
 	for range 3 { // a busy machine may miss a packet
-		if report, err = e.Capture(t.Context(), node.Name, address, marker, patience, func(context.Context) error {
+		report, err := e.Capture(t.Context(), node.Name, address, marker, patience, func(context.Context) error {
 			for _, pair := range [][2]harness.Pod{{e.pod(webA, 0), e.pod(webB, 1)}, {e.pod(webB, 1), e.pod(webA, 0)}, {e.pod(webO, 0), e.pod(webO, 1)}} {
 				for _, ip := range []string{pair[1].IPv4, pair[1].IPv6} {
 					mustCall(t, pair[0], "", "tcp", "--data", marker, hostPort(ip, app.GreetPort))
 				}
 			}
 			return nil
-		}); err != nil {
+		})
+		if err != nil {
 			t.Fatal(err)
 		}
-		if report.Dropped == 0 && !report.Full {
-			break
+		tunnelled := e.noneReadable(t, report)
+		if complete = report.Dropped == 0 && !report.Full; !complete {
+			t.Logf("of %d packets, %d were missed: once more", report.Packets, report.Dropped)
+			continue
 		}
+		if n := marked(report, func(f capture.Flow) bool { return !e.isMesh(f.From.String()) && !e.isMesh(f.To.String()) }); n == 0 {
+			t.Error("the marker isn't readable between pods outside of the mesh: the capture proves nothing")
+		}
+		if tunnelled == 0 {
+			t.Error("no HBONE traffic was captured")
+		}
+		break
 	}
-	if report.Dropped > 0 || report.Full {
-		t.Fatalf("the capture isn't complete: %+v", report)
+	if !complete {
+		t.Error("no capture was complete")
 	}
-	if n := marked(report, func(f capture.Flow) bool { return !e.isMesh(f.From.String()) && !e.isMesh(f.To.String()) }); n == 0 {
-		t.Error("the marker isn't readable between pods outside of the mesh: the capture proves nothing")
-	}
-	tunnelled := 0
+}
+
+// noneReadable fails if a capture has anything readable between pods in the mesh, which
+// one that isn't complete shows as well, and returns how many bytes went through tunnels.
+func (e *env) noneReadable(t *testing.T, report capture.Report) (tunnelled int) {
+	t.Helper()
 	for _, f := range report.Flows {
 		if !e.isMesh(f.From.String()) || !e.isMesh(f.To.String()) {
 			continue
@@ -223,9 +234,7 @@ func TestWire(t *testing.T) {
 		}
 		tunnelled += f.Bytes
 	}
-	if tunnelled == 0 {
-		t.Error("no HBONE traffic was captured")
-	}
+	return tunnelled
 }
 
 func (e *env) isMesh(ip string) bool { return e.identities()[ip] != "" }
