@@ -65,7 +65,9 @@ func TestNamespaceJoinsAndLeaves(t *testing.T) {
 	joined.waitPods(t, "its pods to be steered no more", 0, func(string, agent.InspectedPod) bool { return false })
 	// Proxies stay for the connections through them, however long those last.
 	select {
-	case <-time.After(12 * time.Second): // longer than proxies without connections stay
+	// Longer than proxies without connections stay, 10 s, and until agents look at all
+	// again, after another 10 s at most.
+	case <-time.After(22 * time.Second):
 	case <-t.Context().Done():
 	}
 	for _, node := range e.nodes {
