@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,23 +32,22 @@ const (
 	correctPods
 )
 
-// correctionMark is that of corrections. Nobody else in a tenant's namespace may mark what
-// he sends, and no packet comes in with a mark.
+// correctionMark is that of corrections. Only what is sent in the tenant's namespace passes
+// the hook output, and no proxy in there may mark what it sends: that takes CAP_NET_ADMIN or
+// CAP_NET_RAW in the user namespace that owns it, the node's.
 const correctionMark = 0x100
 
-// chainCorrect does what corrections say.
-const chainCorrect = "correct"
-
-func correctChain(s innerState) chain {
+// correctionRules do what corrections say, and accept whatever is none: they come last. They
+// have no chain of their own: a version that doesn't know it would leave it as it is, and
+// could then remove none of the sets that it names.
+func correctionRules(s innerState) (rules []rule) {
 	const header, what, is = 8, 1, 40 // UDP's, and of what follows it
 	key, done := transport(header+what, is, regKey), drop()
 	when := func(what byte) rule { return join(transport(header, 1, regTemp), equal(regTemp, what)) }
-	c := chain{name: chainCorrect}
-	if s.concurrent == 0 {
-		return c
-	}
-	add := func(r ...rule) { c.rules = append(c.rules, join(r...)) }
+	add := func(r ...rule) { rules = append(rules, join(r...)) }
 	forAll, forPods := s.rooms()
+	add(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_UDP), accept())
+	add(theMark(regTemp), differs(regTemp, native(correctionMark)...), accept())
 	for _, set := range s.allRooms() {
 		add(when(correctNobodys), key, isIn(set.Name, regKey), put(set.Name, regKey, 0, released), done)
 	}
@@ -60,7 +60,7 @@ func correctChain(s innerState) chain {
 		add(when(correctPods), key, put(set.Name, regKey, 0, flowIdle), done)
 	}
 	add(done)
-	return c
+	return rules
 }
 
 // correct tells the rules of a network namespace.

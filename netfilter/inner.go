@@ -246,6 +246,11 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if len(outputRules(want)) == 0 {
 		c.DelChain(output) // so that packets needn't pass it
 	}
+	if !t.have.made {
+		if err := forgetChains(c, append(chains, chain{name: prerouting.Name}, chain{name: output.Name})); err != nil {
+			return err
+		}
+	}
 	t.generation = 0
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("write its table %s: %w", TableName, err)
@@ -261,6 +266,26 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 		return err
 	}
 	t.have, t.generation = want, gen
+	return nil
+}
+
+// forgetChains removes chains that aren't known, another version's: none of the sets that
+// their rules name could be removed.
+func forgetChains(c *nftables.Conn, known []chain) error {
+	have, err := c.ListChainsOfTableFamily(inner.Family)
+	if err != nil {
+		return fmt.Errorf("list chains: %w", err)
+	}
+	have = slices.DeleteFunc(have, func(h *nftables.Chain) bool {
+		return h.Table.Name != inner.Name || slices.ContainsFunc(known, func(k chain) bool { return k.name == h.Name })
+	})
+	for _, h := range have {
+		c.FlushChain(&nftables.Chain{Name: h.Name, Table: inner})
+	}
+	// Behind that, as one may lead to another.
+	for _, h := range have {
+		c.DelChain(&nftables.Chain{Name: h.Name, Table: inner})
+	}
 	return nil
 }
 
@@ -343,7 +368,7 @@ func outputRules(s innerState) (rules []rule) {
 		}
 	}
 	if s.concurrent > 0 {
-		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_UDP), markIs(correctionMark), goTo(chainCorrect)))
+		rules = append(rules, correctionRules(s)...)
 	}
 	return rules
 }
@@ -383,7 +408,7 @@ func paceChains(s innerState) (chains []chain) {
 
 // innerChains find the listener, and in there the generation.
 func innerChains(s innerState) []chain {
-	chains := append(paceChains(s), correctChain(s))
+	chains := paceChains(s)
 	for _, f := range families {
 		v := f.version
 		source, destination := network(f.source, f.length, regKey), network(f.destination, f.length, regKey)
