@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -87,6 +89,107 @@ func TestCorrections(t *testing.T) {
 					t.Errorf("%s has %+v", set.Name, elements)
 				}
 			}
+		})
+	})
+}
+
+// sendMarked sends a datagram from the thread's network namespace, with a mark or 0.
+func sendMarked(to *unix.SockaddrInet4, mark int, datagram []byte) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if mark != 0 {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, mark); err != nil {
+			return err
+		}
+	}
+	return unix.Sendto(fd, datagram, 0, to)
+}
+
+// Nobody else corrects anything: not who sends the same in the tenant's namespace, where
+// proxies can't mark it, nor who sends it there, with the mark or without.
+func TestOthersCorrectNothing(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.Concurrent = 8
+		check(t, d.UpdateTenant(one))
+		check(t, tellRules(t, one, correction{correctOthers, connectionOf(0)}))
+
+		near, far := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 9}, &unix.SockaddrInet4{Addr: [4]byte{10, 9, 0, 2}, Port: 9}
+		up := func(index int, address string) error {
+			link, err := netlink.LinkByIndex(index)
+			if err != nil {
+				return err
+			}
+			a, err := netlink.ParseAddr(address)
+			return errors.Join(err, netlink.LinkSetUp(link), netlink.AddrAdd(link, a))
+		}
+		check(t, up(one.HostIfindex, "10.9.0.1/24"))
+		var heard *net.UDPConn
+		inNetns(t, one.Netns, func() (err error) {
+			if err := up(one.TenantIfindex, "10.9.0.2/24"); err != nil {
+				return err
+			}
+			heard, err = net.ListenUDP("udp4", &net.UDPAddr{Port: 9})
+			return err
+		})
+		defer heard.Close()
+
+		among, elsewhere := func(f func() error) { inNetns(t, one.Netns, f) }, func(f func() error) { check(t, f()) }
+		for i, from := range []struct {
+			name string
+			in   func(func() error)
+			to   *unix.SockaddrInet4
+			mark int
+		}{
+			{"the tenant's namespace, without a mark", among, near, 0},
+			{"the tenant's namespace, with another mark", among, near, correctionMark << 1},
+			{"elsewhere, without a mark", elsewhere, far, 0},
+			{"elsewhere, with the mark", elsewhere, far, correctionMark},
+		} {
+			for _, said := range []string{string(rune(correctOthers)) + connectionOf(uint32(i+1)), string(rune(correctNobodys)) + connectionOf(0)} {
+				eventually(t, "datagram from "+from.name, func() bool {
+					var sent error
+					from.in(func() error { sent = sendMarked(from.to, from.mark, []byte(said)); return nil })
+					check(t, heard.SetReadDeadline(time.Now().Add(100*time.Millisecond)))
+					b := make([]byte, len(said)+1)
+					n, err := heard.Read(b)
+					return sent == nil && err == nil && string(b[:n]) == said
+				})
+			}
+		}
+		var elements []nftables.SetElement
+		inside(t, one, func(c *nftables.Conn) {
+			forAll, forPods := innerState{concurrent: 8}.rooms()
+			for _, set := range append(forPods, forAll) {
+				more, err := c.GetSetElements(set)
+				check(t, err)
+				elements = append(elements, more...)
+			}
+		})
+		if len(elements) != 1 || string(elements[0].Key) != connectionOf(0) || elements[0].Expires < flowIdle/2 {
+			t.Errorf("room is that of %+v", elements)
+		}
+
+		// The thread is a proxy's now, which ends with the function.
+		inNetns(t, one.Netns, func() error {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			none := [2]unix.CapUserData{}
+			if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+				return err
+			}
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, correctionMark); !errors.Is(err, unix.EPERM) {
+				return fmt.Errorf("without capabilities packets are marked: %v", err)
+			}
+			return nil
 		})
 	})
 }
