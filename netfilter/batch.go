@@ -99,8 +99,11 @@ func generation(netns int) (uint32, error) {
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
 	})
-	if err != nil || len(answer) != 1 || len(answer[0].Data) < 4 {
-		return 0, fmt.Errorf("ask for the generation of nftables: %d answers, %w", len(answer), err)
+	if err != nil {
+		return 0, fmt.Errorf("ask for the generation of nftables: %w", err)
+	}
+	if len(answer) != 1 || len(answer[0].Data) < 4 {
+		return 0, fmt.Errorf("ask for the generation of nftables: %d answers, want one", len(answer))
 	}
 	attrs, err := netlink.NewAttributeDecoder(answer[0].Data[4:])
 	if err != nil {
@@ -112,5 +115,8 @@ func generation(netns int) (uint32, error) {
 			return attrs.Uint32(), nil
 		}
 	}
-	return 0, fmt.Errorf("read the generation of nftables: there is none, %w", attrs.Err())
+	if err := attrs.Err(); err != nil {
+		return 0, fmt.Errorf("read the generation of nftables: %w", err)
+	}
+	return 0, errors.New("read the generation of nftables: there is none")
 }

@@ -63,7 +63,11 @@ func correctionRules(s innerState) (rules []rule) {
 	return rules
 }
 
-// correct tells the rules of a network namespace.
+// errNotTaken is of a correction that passed: no rule does what it says.
+var errNotTaken = errors.New("no rule takes it")
+
+// correct tells the rules of a network namespace. It returns an error that wraps
+// errNotTaken if there are none.
 func correct(netns int, all []correction) error {
 	if len(all) == 0 {
 		return nil
@@ -97,8 +101,11 @@ func sendCorrections(netns int, all []correction) error {
 	}
 	for _, c := range all {
 		// The rules drop what they have read, of which the kernel tells who sent it.
-		if _, err := unix.Write(fd, append([]byte{c.what}, c.connection...)); !errors.Is(err, unix.EPERM) {
-			return fmt.Errorf("no rule takes it: %w", err)
+		switch _, err := unix.Write(fd, append([]byte{c.what}, c.connection...)); {
+		case err == nil:
+			return errNotTaken
+		case !errors.Is(err, unix.EPERM):
+			return fmt.Errorf("send to loopback: %w", err)
 		}
 	}
 	return nil

@@ -41,8 +41,8 @@ func TestCorrections(t *testing.T) {
 		check(t, err)
 		one := tenant(t, 1)
 		check(t, d.UpdateTenant(one))
-		if err := tellRules(t, one, correction{correctOthers, connectionOf(0)}); err == nil {
-			t.Error("without a bound rules take what they are told")
+		if err := tellRules(t, one, correction{correctOthers, connectionOf(0)}); !errors.Is(err, errNotTaken) {
+			t.Errorf("rules without a bound are told: %v", err)
 		}
 		one.Connections.Concurrent = 8
 		check(t, d.UpdateTenant(one))
@@ -90,6 +90,41 @@ func TestCorrections(t *testing.T) {
 				}
 			}
 		})
+	})
+}
+
+// That rules have gone just now with their bound, or with the tenant, is no error; that they
+// are missing is.
+func TestCorrectionsWithoutRules(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.Concurrent = 8
+		check(t, d.UpdateTenant(one))
+		openAccepted(t, one, 1)
+		was := d.roomsOf(1, one.Netns)
+		inside(t, one, func(c *nftables.Conn) {
+			c.FlushChain(&nftables.Chain{Name: "output", Table: inner})
+			check(t, c.Flush())
+		})
+		if _, err := d.CheckConnections(1, one.Netns); !errors.Is(err, errNotTaken) || strings.Contains(err.Error(), "%!") {
+			t.Errorf("a check without rules: %v", err)
+		}
+		late := func() error {
+			return inTenant(one.Netns, func(ns int) error {
+				return d.correctRooms(1, one.Netns, ns, was, []correction{{correctOthers, connectionOf(0)}})
+			})
+		}
+		one.Connections.Concurrent = 0
+		check(t, d.UpdateTenant(one))
+		if err := late(); err != nil {
+			t.Errorf("the bound has gone: %v", err)
+		}
+		check(t, d.DeleteTenant(1))
+		if err := late(); err != nil {
+			t.Errorf("the tenant has gone: %v", err)
+		}
 	})
 }
 

@@ -2,6 +2,7 @@ package netfilter
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -49,15 +50,7 @@ func (d *Datapath) Connections(index uint16) (n int64, err error) {
 // set that has grown beyond its size, which no rule holds to it any more, is replaced.
 // It returns when to call it again.
 func (d *Datapath) CheckConnections(index uint16, netns string) (again time.Duration, err error) {
-	state := func() (s innerState) {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if t := d.tenants[index]; t != nil {
-			s = t.have
-		}
-		return s
-	}
-	s := state()
+	s := d.roomsOf(index, netns)
 	if s.concurrent == 0 {
 		return checkSeldom, nil
 	}
@@ -69,7 +62,7 @@ func (d *Datapath) CheckConnections(index uint16, netns string) (again time.Dura
 			return err
 		}
 		found, err := checkRooms(c, s)
-		if now := state(); now.concurrent != s.concurrent || now.renewed != s.renewed {
+		if !d.hasRooms(index, netns, s) {
 			again = checkOften
 			return nil
 		}
@@ -83,12 +76,38 @@ func (d *Datapath) CheckConnections(index uint16, netns string) (again time.Dura
 			again = checkOften
 			return d.renewRooms(index, s, found.connections)
 		}
-		return correct(ns, found.wrong)
+		return d.correctRooms(index, netns, ns, s, found.wrong)
 	})
 	if err != nil {
 		return again, fmt.Errorf("check connections of tenant %d: %w", index, err)
 	}
 	return again, nil
+}
+
+// roomsOf is what a tenant's table says while the tenant has a network namespace, as a path.
+func (d *Datapath) roomsOf(index uint16, netns string) (s innerState) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t := d.tenants[index]; t != nil && t.netns == netns {
+		s = t.have
+	}
+	return s
+}
+
+// hasRooms reports whether a tenant still has the sets that it had.
+func (d *Datapath) hasRooms(index uint16, netns string, was innerState) bool {
+	now := d.roomsOf(index, netns)
+	return now.concurrent == was.concurrent && now.renewed == was.renewed
+}
+
+// correctRooms has the rules of a tenant correct its sets, unless it has others by now.
+func (d *Datapath) correctRooms(index uint16, netns string, ns int, was innerState, wrong []correction) error {
+	err := correct(ns, wrong)
+	// The rules may have gone with the bound, or the tenant, just now.
+	if errors.Is(err, errNotTaken) && !d.hasRooms(index, netns, was) {
+		return nil
+	}
+	return err
 }
 
 // renewRooms has a tenant's rules write into other sets, into which the connections that
