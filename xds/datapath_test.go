@@ -278,7 +278,7 @@ func connect(ca *authority, cert *tls.Certificate, to, authority string, header 
 	if r.StatusCode == http.StatusOK {
 		source, _, _ := net.SplitHostPort(raw.LocalAddr().String())
 		if greeting, err := bufio.NewReader(r.Body).ReadString('\n'); err != nil || greeting != authority+" sees "+source+"\n" {
-			return 0, fmt.Errorf("got %q, %w from the application", greeting, err)
+			return 0, fmt.Errorf("got %q, %v from the application", greeting, err)
 		}
 	}
 	return r.StatusCode, nil

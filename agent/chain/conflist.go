@@ -34,8 +34,12 @@ type element struct {
 // elements finds the plugins of a conflist.
 func elements(conflist []byte) ([]element, error) {
 	d := json.NewDecoder(bytes.NewReader(conflist))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return nil, fmt.Errorf("parse conflist: not a JSON object: %w", err)
+	t, err := d.Token()
+	if err != nil {
+		return nil, fmt.Errorf("parse conflist: %w", err)
+	}
+	if t != json.Delim('{') {
+		return nil, errors.New("parse conflist: not a JSON object")
 	}
 	var found []element
 	seen := false
@@ -55,8 +59,12 @@ func elements(conflist []byte) ([]element, error) {
 			return nil, errors.New(`parse conflist: "plugins" is there twice`)
 		}
 		seen = true
-		if t, err := d.Token(); err != nil || t != json.Delim('[') {
-			return nil, fmt.Errorf(`parse conflist: "plugins" is no list: %w`, err)
+		t, err := d.Token()
+		if err != nil {
+			return nil, fmt.Errorf("parse conflist: %w", err)
+		}
+		if t != json.Delim('[') {
+			return nil, errors.New(`parse conflist: "plugins" is no list`)
 		}
 		for d.More() {
 			var raw json.RawMessage

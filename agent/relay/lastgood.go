@@ -86,8 +86,12 @@ func (s *goodSet) load(path string) error {
 		return err
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil || info.Size() > maxGood+1<<20 {
-		return fmt.Errorf("read %s: too large or unreadable: %w", path, err)
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.Size() > maxGood+1<<20 {
+		return fmt.Errorf("read %s: it has %d bytes, more than %d", path, info.Size(), maxGood+1<<20)
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {

@@ -139,8 +139,11 @@ func moduleDir(ctx context.Context, dir, module string) (string, error) {
 	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", module)
 	cmd.Dir = dir
 	out, err := cmd.Output()
-	if err != nil || strings.TrimSpace(string(out)) == "" {
-		return "", fmt.Errorf("find module %s in %s (go mod download): %w", module, dir, err)
+	if err != nil {
+		return "", fmt.Errorf("find module %s in %s: %w", module, dir, err)
+	}
+	if strings.TrimSpace(string(out)) == "" {
+		return "", fmt.Errorf("find module %s in %s: it isn't there; run go mod download", module, dir)
 	}
 	return strings.TrimSpace(string(out)), nil
 }

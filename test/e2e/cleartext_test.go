@@ -174,7 +174,7 @@ func TestEmergencyBypass(t *testing.T) {
 				want float64
 			}{{"bulkhead-operator", 8080, "bulkhead_emergency_bypass", 1}, {"bulkhead-agent", 15021, "bulkhead_bypassed_pods", float64(bypassed)}} {
 				if got, err := metric(ctx, m.app, m.port, m.name, tm.name); err != nil || (got >= m.want) != on {
-					return fmt.Errorf("metric %s is %g, %w", m.name, got, err)
+					return fmt.Errorf("metric %s is %g, %v", m.name, got, err)
 				}
 			}
 			return nil

@@ -37,7 +37,7 @@ func testNetworkIsGone(t *testing.T, l *lab.Lab) {
 		}
 		lab.Eventually(t, "the pods in the kernel", func() error {
 			if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
-				return fmt.Errorf("%d pods and %d tenants are steered, %w", pods, tenants, err)
+				return fmt.Errorf("%d pods and %d tenants are steered, %v", pods, tenants, err)
 			}
 			return nil
 		})
@@ -91,7 +91,7 @@ func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 		})
 		lab.Eventually(t, "the pods in the kernel, "+when, func() error {
 			if pods, tenants, err := steered(t, n); err != nil || pods != len(n.Pods) || tenants != 2 {
-				return fmt.Errorf("%d pods and %d tenants are steered, %w", pods, tenants, err)
+				return fmt.Errorf("%d pods and %d tenants are steered, %v", pods, tenants, err)
 			}
 			return nil
 		})

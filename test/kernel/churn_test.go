@@ -356,7 +356,7 @@ func programs(ifindex int, attach ebpf.AttachType) int {
 func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
 	pods, chains, err := steered(c.t, c.n)
 	if err != nil || pods != len(uids) || chains != tenants {
-		return fmt.Errorf("%d pods and %d tenants have chains, %d and %d are planned, %w", pods, chains, len(uids), tenants, err)
+		return fmt.Errorf("%d pods and %d tenants have chains, %d and %d are planned, %v", pods, chains, len(uids), tenants, err)
 	}
 	c.n.Do(c.t, func() {
 		table := &nftables.Table{Name: "bulkhead", Family: nftables.TableFamilyNetdev}
@@ -365,7 +365,7 @@ func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
 			"owners4": len(uids), "owners6": len(uids), "macs4": len(uids), "self6": len(uids), "tenants": tenants, "tenant_of": tenants, "tenant_macs": tenants} {
 			elements, listErr := (&nftables.Conn{}).GetSetElements(&nftables.Set{Table: table, Name: set})
 			if listErr != nil || len(elements) != want {
-				err = fmt.Errorf("the set %s has %d elements, want %d: %w", set, len(elements), want, listErr)
+				err = fmt.Errorf("the set %s has %d elements, want %d: %v", set, len(elements), want, listErr)
 			}
 			for _, e := range elements {
 				if set == "pods" {
@@ -384,7 +384,7 @@ func (c *churn) exactRuleset(uids map[string]bool, tenants int) (err error) {
 			}
 		}
 		if listErr != nil || veths != tenants {
-			err = fmt.Errorf("%d veths of %d tenants: %w", veths, tenants, listErr)
+			err = fmt.Errorf("%d veths of %d tenants: %v", veths, tenants, listErr)
 		}
 	})
 	return err

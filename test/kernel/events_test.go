@@ -300,7 +300,7 @@ func TestEventsWhileRedirectionChanges(t *testing.T) {
 		lab.Eventually(t, "the redirection by "+string(r), func() error {
 			i, err := l.Node1.Inspect()
 			if err != nil || i.Redirection != string(r) {
-				return fmt.Errorf("it is by %s: %s, %w", i.Redirection, i.Problem, err)
+				return fmt.Errorf("it is by %s: %s, %v", i.Redirection, i.Problem, err)
 			}
 			return onlyRedirection(t, l.Node1)
 		})

@@ -67,7 +67,7 @@ func testFirewall(t *testing.T, l *lab.Lab) {
 		var err error
 		n.Do(t, func() { out, err = exec.Command("nft", "list", "ruleset").CombinedOutput() })
 		if err != nil || n.Redirection == v1alpha1.RedirectionNetfilter && !strings.Contains(string(out), "table netdev bulkhead") {
-			return fmt.Errorf("%w: %s", err, out)
+			return fmt.Errorf("%v: %s", err, out)
 		}
 		return nil
 	})

@@ -76,7 +76,7 @@ func testHTTPComesAndGoes(t *testing.T, l *lab.Lab) {
 			t.Helper()
 			lab.Eventually(t, "requests lead to "+pod, func() error {
 				if got, err := get(t, l.A1, to); err != nil || got != pod {
-					return fmt.Errorf("got %s, %w", got, err)
+					return fmt.Errorf("got %s, %v", got, err)
 				}
 				return nil
 			})

@@ -87,7 +87,7 @@ func left(t *testing.T, n *lab.Node, tenant string) error {
 		}
 	})
 	if err != nil || len(veths) != len(left) {
-		return fmt.Errorf("links %q are left, %w", veths, err)
+		return fmt.Errorf("links %q are left, %v", veths, err)
 	}
 	return nil
 }

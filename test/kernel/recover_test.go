@@ -74,7 +74,7 @@ func testLimitsRecover(t *testing.T, l *lab.Lab) {
 					before, err = remains(t, l, proxy)
 					// Two sockets of the one that the test keeps: from the pod, and to the server.
 					if open := before["connections"]; err != nil || open > 2 {
-						return fmt.Errorf("%d connections are open, %w", open, err)
+						return fmt.Errorf("%d connections are open, %v", open, err)
 					}
 					return nil
 				})

@@ -72,7 +72,7 @@ func TestRedirectionAndTenantsChange(t *testing.T) {
 		lab.Eventually(t, "the tenants by "+string(r), func() error {
 			i, err := n.Inspect()
 			if err != nil || i.Redirection != string(r) || len(i.Tenants) != want {
-				return fmt.Errorf("%d tenants by %s: %s, %w", len(i.Tenants), i.Redirection, i.Problem, err)
+				return fmt.Errorf("%d tenants by %s: %s, %v", len(i.Tenants), i.Redirection, i.Problem, err)
 			}
 			return nil
 		})

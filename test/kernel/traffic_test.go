@@ -47,7 +47,7 @@ func apply(t *testing.T, n *lab.Node, so func(agent.InspectedPod) bool) {
 	lab.Eventually(t, "the plan", func() error {
 		i, err := n.Inspect()
 		if err != nil || i.Problem != "" {
-			return fmt.Errorf("%s, %w", i.Problem, err)
+			return fmt.Errorf("%s, %v", i.Problem, err)
 		}
 		for _, tenant := range i.Tenants {
 			for _, p := range tenant.Pods {

@@ -43,7 +43,7 @@ func runGuest() error {
 		return err
 	}
 	if lo, err := netlink.LinkByName("lo"); err != nil || netlink.LinkSetUp(lo) != nil {
-		return fmt.Errorf("no loopback: %w", err)
+		return fmt.Errorf("no loopback: %v", err)
 	}
 	if o.Systemd {
 		return becomeSystemd(o)

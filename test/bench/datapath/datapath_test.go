@@ -176,7 +176,7 @@ func (l *bench) steer(w *way) {
 	n.WritePlan()
 	lab.Eventually(b, "the redirection by "+string(r), func() error {
 		if i, err := n.Inspect(); err != nil || i.Redirection != string(r) || i.Problem != "" {
-			return fmt.Errorf("it is by %s: %s, %w", i.Redirection, i.Problem, err)
+			return fmt.Errorf("it is by %s: %s, %v", i.Redirection, i.Problem, err)
 		}
 		return nil
 	})
