@@ -14,6 +14,8 @@ import (
 // The least that an IsolationPolicy can ask for is enough for Envoys to start and to
 // serve: each limit by itself, and all of them at once.
 func TestLeastLimits(t *testing.T) {
+	// With the least CPU time an Envoy takes seconds to start while nothing else runs.
+	const patience = 3 * lab.Patience
 	l := lab.New(t)
 	n := l.Node1
 	for _, c := range []struct {
@@ -32,7 +34,7 @@ func TestLeastLimits(t *testing.T) {
 			serves := func(not map[int]bool) map[int]bool {
 				t.Helper()
 				pids := map[int]bool{}
-				lab.Eventually(t, "processes that serve within the limits", func() error {
+				lab.EventuallyWithin(t, patience, "processes that serve within the limits", func() error {
 					b := n.Tenant("team-b")
 					clear(pids)
 					for _, g := range b.Generations {
@@ -52,7 +54,7 @@ func TestLeastLimits(t *testing.T) {
 				lab.Check(t, unix.Kill(pid, unix.SIGKILL))
 			}
 			began := time.Now()
-			lab.Eventually(t, "their successors", func() error {
+			lab.EventuallyWithin(t, patience, "their successors", func() error {
 				b := n.Tenant("team-b")
 				for _, g := range b.Generations {
 					if g.PID == 0 || before[g.PID] {

@@ -401,7 +401,13 @@ func (h *Host) Begin(t testing.TB, args ...string) (wait func(result any)) {
 // Eventually waits for a condition, which may call t.Fatal.
 func Eventually(t testing.TB, what string, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(Patience)
+	EventuallyWithin(t, Patience, what, f)
+}
+
+// EventuallyWithin is Eventually with more patience, for what takes long on any machine.
+func EventuallyWithin(t testing.TB, patience time.Duration, what string, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
 	for {
 		err := f()
 		if err == nil {
