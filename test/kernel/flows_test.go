@@ -161,10 +161,12 @@ func testIdleAgent(t *testing.T, l *lab.Lab) {
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {
 		// On a busy machine it may still have something to do at first.
 		lab.Eventually(t, "the agent of "+n.Name+" to be idle", func() error {
-			before := n.AgentTime(t)
-			time.Sleep(wait)
-			if spent := n.AgentTime(t) - before; spent > most {
-				return fmt.Errorf("it used %s of CPU in %s", spent, wait)
+			for range 2 { // in a row: what it does every few seconds is no idling
+				before := n.AgentTime(t)
+				time.Sleep(wait)
+				if spent := n.AgentTime(t) - before; spent > most {
+					return fmt.Errorf("it used %s of CPU in %s", spent, wait)
+				}
 			}
 			return nil
 		})
