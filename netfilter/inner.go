@@ -85,7 +85,12 @@ type innerState struct {
 }
 
 func (s innerState) equal(o innerState) bool {
-	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.concurrent == o.concurrent && s.renewed == o.renewed && s.own == o.own && s.seed == o.seed && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+	return s.active == o.active && s.weight == o.weight && s.pace == o.pace && s.sameRooms(o) && s.own == o.own && s.seed == o.seed && maps.Equal(s.pods, o.pods) && maps.Equal(s.nodes, o.nodes) && maps.Equal(s.strict, o.strict)
+}
+
+// sameRooms reports whether two states have the same sets of the room.
+func (s innerState) sameRooms(o innerState) bool {
+	return s.concurrent == o.concurrent && s.renewed == o.renewed
 }
 
 // addresses are what the sets of addresses have.
@@ -178,7 +183,7 @@ func (t *tenantState) write(c *nftables.Conn, want innerState) error {
 	if err := makeRooms(c.NetNS, want); err != nil {
 		return fmt.Errorf("make room for %d connections: %w", want.concurrent, err)
 	}
-	otherRooms := want.concurrent != t.have.concurrent || want.renewed != t.have.renewed
+	otherRooms := !want.sameRooms(t.have)
 	if otherRooms && want.concurrent != 0 {
 		if err := fillRooms(c, want); err != nil {
 			return err

@@ -96,8 +96,7 @@ func (d *Datapath) roomsOf(index uint16, netns string) (s innerState) {
 
 // hasRooms reports whether a tenant still has the sets that it had.
 func (d *Datapath) hasRooms(index uint16, netns string, was innerState) bool {
-	now := d.roomsOf(index, netns)
-	return now.concurrent == was.concurrent && now.renewed == was.renewed
+	return d.roomsOf(index, netns).sameRooms(was)
 }
 
 // correctRooms has the rules of a tenant correct its sets, unless it has others by now.
@@ -115,7 +114,7 @@ func (d *Datapath) correctRooms(index uint16, netns string, ns int, was innerSta
 func (d *Datapath) renewRooms(index uint16, was innerState, connections int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if t := d.tenants[index]; t == nil || t.have.concurrent != was.concurrent || t.have.renewed != was.renewed {
+	if t := d.tenants[index]; t == nil || !t.have.sameRooms(was) {
 		return nil
 	}
 	d.log.Warn("A tenant had more connections than there is room for; its room is made anew", "tenant", index, "connections", connections, "most", was.concurrent)
