@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -245,49 +244,17 @@ func TestEventPace(t *testing.T) {
 	const perSecond = 100
 	m := newMesh(t)
 	r := m.events(64)
-	to := &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4()}
-	// spoof sends a SYN from another pod's address, on one CPU: a pace is of a CPU, too.
-	spoof := func(from *testPod, as netip.Addr, times int) {
+	spoofs := func(p *testPod, times int) {
 		t.Helper()
-		packet := slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, as.AsSlice(), remoteAddresses.v4.AsSlice(), []byte{1: 1, 3: 80, 12: 5 << 4, 13: 2, 19: 0})
-		from.do(t, func() {
-			onOneCPU(t)
-			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
-			check(t, err)
-			defer unix.Close(fd)
-			for range times {
-				check(t, unix.Sendto(fd, packet, 0, to))
-			}
-		})
-	}
-	var sent, lost uint64
-	told, begun := map[string]uint64{}, time.Now()
-	for lost < 3*perSecond && sent < 50*perSecond {
-		spoof(m.a, m.b.v4, 100)
-		sent += 100
-		if told["b"] == 0 {
-			spoof(m.b, m.a.v4, 1)
+		as := m.b.v4
+		if p == m.b {
+			as = m.a.v4
 		}
-		for deadline := time.Now().Add(patience); told["a"]+lost < sent || told["b"] < 1; {
-			select {
-			case e := <-r.C:
-				if e.Kind != steer.Denied || e.Reason != "Spoofed" {
-					t.Errorf("%+v", e)
-				}
-				told[e.PodUID]++
-				continue
-			default:
-			}
-			lost = m.counters(1).EventsLost
-			if time.Now().After(deadline) {
-				t.Fatalf("of %d denials %v were told, %d are lost", sent, told, lost)
-			}
-		}
+		sendPackets(t, p, times, slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, as.AsSlice(), remoteAddresses.v4.AsSlice(), []byte{1: 1, 3: 80, 12: 5 << 4, 13: 2, 19: 0}))
 	}
-	took := time.Since(begun)
-	if most := uint64(took.Seconds()*perSecond) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != 1 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
-		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and all of the other", took, told, lost, most, sent)
-	}
+	eventPace{perSecond: perSecond, enough: 3 * perSecond, others: 1, cause: spoofs, are: func(e steer.Event) bool {
+		return e.Kind == steer.Denied && e.Reason == "Spoofed"
+	}}.check(t, m, r)
 }
 
 // A pod makes an event of each packet where its connections pass in the clear: by SYNs and
@@ -297,36 +264,43 @@ func TestDirectEventPace(t *testing.T) {
 	m := newMesh(t)
 	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: port}}))
 	r := m.events(256)
-	to := &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4()}
-	// churn opens a connection and ends it, on one CPU: a pace is of a CPU, too.
-	churn := func(p *testPod, times int) {
+	// A connection is two events: it opens and ends.
+	churn := func(p *testPod, events int) {
 		t.Helper()
 		packet := func(flags byte) []byte {
 			return slices.Concat([]byte{0x45, 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, p.v4.AsSlice(), remoteAddresses.v4.AsSlice(), segment(20000, port, flags))
 		}
-		syn, reset := packet(tcpSYN), packet(4)
-		p.do(t, func() {
-			onOneCPU(t)
-			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
-			check(t, err)
-			defer unix.Close(fd)
-			for range times {
-				check(t, errors.Join(unix.Sendto(fd, syn, 0, to), unix.Sendto(fd, reset, 0, to)))
-			}
-		})
+		sendPackets(t, p, events/2, packet(tcpSYN), packet(4))
 	}
+	eventPace{perSecond: perSecond, atOnce: perSecond, enough: perSecond, others: 2, cause: churn, are: func(e steer.Event) bool {
+		return e.Way == steer.WayDirectOutbound && e.Kind != steer.Denied
+	}}.check(t, m, r)
+}
+
+// eventPace is how many events of a veth are told in a second, and after a rest at once.
+type eventPace struct {
+	perSecond, atOnce uint64
+	// enough are lost, then it has been seen; others are what another veth makes meanwhile.
+	enough, others uint64
+	// cause makes so many events at a pod's veth.
+	cause func(p *testPod, events int)
+	are   func(steer.Event) bool
+}
+
+func (p eventPace) check(t *testing.T, m *mesh, r *eventReader) {
+	t.Helper()
 	var sent, lost uint64
 	told, begun := map[string]uint64{}, time.Now()
-	for lost < perSecond && sent < 50*perSecond {
-		churn(m.a, 50)
+	for lost < p.enough && sent < 50*p.perSecond {
+		p.cause(m.a, 100)
 		sent += 100
 		if told["b"] == 0 {
-			churn(m.b, 1)
+			p.cause(m.b, int(p.others))
 		}
-		for deadline := time.Now().Add(patience); told["a"]+lost < sent || told["b"] < 2; {
+		for deadline := time.Now().Add(patience); told["a"]+lost < sent || told["b"] < p.others; {
 			select {
 			case e := <-r.C:
-				if e.Way != steer.WayDirectOutbound || e.Kind == steer.Denied {
+				if !p.are(e) {
 					t.Errorf("%+v", e)
 				}
 				told[e.PodUID]++
@@ -340,9 +314,25 @@ func TestDirectEventPace(t *testing.T) {
 		}
 	}
 	took := time.Since(begun)
-	if most := perSecond + uint64(took.Seconds()*perSecond) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != 2 || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
-		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and both of the other", took, told, lost, most, sent)
+	if most := p.atOnce + uint64(took.Seconds()*float64(p.perSecond)) + 1; lost == 0 || told["a"] > most || told["a"]+lost != sent || told["b"] != p.others || m.counters(2).EventsLost != 0 || r.Lost() != 0 {
+		t.Errorf("in %s %v were told and %d lost; want at most %d of %d, and all of the other", took, told, lost, most, sent)
 	}
+}
+
+// sendPackets sends packets again and again, on one CPU: a pace is of a CPU, too.
+func sendPackets(t *testing.T, p *testPod, times int, packets ...[]byte) {
+	t.Helper()
+	p.do(t, func() {
+		onOneCPU(t)
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
+		check(t, err)
+		defer unix.Close(fd)
+		for range times {
+			for _, packet := range packets {
+				check(t, unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: remoteAddresses.v4.As4()}))
+			}
+		}
+	})
 }
 
 // Nobody reads: the ring fills, events are lost and counted, connections go on.
