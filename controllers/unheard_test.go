@@ -16,6 +16,26 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
 )
 
+// becomes has the node be ready or not, since then.
+func (r *rolling) becomes(ready corev1.ConditionStatus, since time.Time) {
+	r.t.Helper()
+	var node corev1.Node
+	r.must(r.Get(r.t.Context(), client.ObjectKey{Name: "n1"}, &node))
+	node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready, LastTransitionTime: metav1.NewTime(since)}}
+	r.must(r.Status().Update(r.t.Context(), &node))
+	r.must(r.syncNode(r.t.Context(), "n1"))
+}
+
+// says has the node's agent report a tenant, knowing its node to be ready since then.
+func (r *rolling) says(tenant v1alpha1.NodeTenantStatus, since time.Time) {
+	r.t.Helper()
+	at := metav1.NewTime(since)
+	r.report(func(s *v1alpha1.NodeProxyStatus) {
+		s.ReadySince, s.Tenants = &at, []v1alpha1.NodeTenantStatus{tenant}
+	})
+	r.must(r.syncReport(r.t.Context(), "n1"))
+}
+
 // A proxy on a node that goes isn't told to its owner as one that serves, nor to who
 // bounds it or runs the mesh, and it is again when the node's agent has spoken: each at
 // once.
@@ -28,23 +48,7 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 	policy := &v1alpha1.IsolationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"}}
 	r.must(r.Create(t.Context(), policy))
 	limits := translate.Limits([]v1alpha1.IsolationPolicy{*policy}, r.namespaces["a"].Bounds)
-	var node corev1.Node
-	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
-	becomes := func(ready corev1.ConditionStatus, at time.Time) {
-		t.Helper()
-		node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready, LastTransitionTime: metav1.NewTime(at)}}
-		r.must(r.Status().Update(t.Context(), &node))
-		r.must(r.syncNode(t.Context(), "n1"))
-	}
-	says := func(since time.Time) {
-		t.Helper()
-		at := metav1.NewTime(since)
-		r.report(func(s *v1alpha1.NodeProxyStatus) {
-			s.ReadySince = &at
-			s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Limits: limits}}
-		})
-		r.must(r.syncReport(t.Context(), "n1"))
-	}
+	serves := v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Limits: limits}
 	want := func(what string, serving int32, reason string) {
 		t.Helper()
 		if handle(r.cluster, &r.triggers.tenants, r.w.writeTenant) == 0 {
@@ -71,17 +75,17 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 			t.Errorf("%s: the MeshTopology has %d that serve", what, topology.Status.ReadyProxies)
 		}
 	}
-	becomes(corev1.ConditionTrue, born)
-	says(born)
+	r.becomes(corev1.ConditionTrue, born)
+	r.says(serves, born)
 	want("it serves", 1, "")
-	becomes(corev1.ConditionUnknown, born.Add(time.Minute))
+	r.becomes(corev1.ConditionUnknown, born.Add(time.Minute))
 	want("its node is away", 0, "isn't Ready since")
-	becomes(corev1.ConditionTrue, born.Add(time.Hour))
+	r.becomes(corev1.ConditionTrue, born.Add(time.Hour))
 	want("its node is back", 0, "has said nothing since")
-	says(born.Add(time.Hour))
+	r.says(serves, born.Add(time.Hour))
 	want("its agent has spoken", 1, "")
 	// Its NodeProxy goes after it, and its pods much later.
-	r.must(r.Delete(t.Context(), &node))
+	r.must(r.Delete(t.Context(), newNode("n1")))
 	r.must(r.syncNode(t.Context(), "n1"))
 	want("it is removed", 0, noSuchNode)
 }
@@ -98,17 +102,13 @@ func TestNodeThatIsRemoved(t *testing.T) {
 		s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Generations: []v1alpha1.GenerationStatus{
 			generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, StartedAt: &at}}}}
 	})
-	var node corev1.Node
-	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
-	node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionUnknown, LastTransitionTime: at}}
-	r.must(r.Status().Update(t.Context(), &node))
-	r.must(r.syncNode(t.Context(), "n1"))
+	r.becomes(corev1.ConditionUnknown, born)
 	r.clock = r.clock.Add(time.Hour) // far beyond readyWithin
 	if s := r.decide(); s.Verdict != nil || s.Phase != v1alpha1.RolloutProgressing || !strings.Contains(s.Message, "n1 (the node isn't Ready") {
 		t.Fatalf("its node is away: %s, %+v: %s", s.Phase, s.Verdict, s.Message)
 	}
 	handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil })
-	r.must(r.Delete(t.Context(), &node))
+	r.must(r.Delete(t.Context(), newNode("n1")))
 	r.must(r.syncNode(t.Context(), "n1"))
 	if handle(r.cluster, &r.triggers.rollouts, func(context.Context, struct{}) error { return nil }) == 0 {
 		t.Error("its node is removed, and nothing is decided anew")
@@ -145,24 +145,8 @@ func TestNodeThatIsRemovedUnsaid(t *testing.T) {
 // told that it began again.
 func TestOwnersAreToldNothingNewOfNodesUnheard(t *testing.T) {
 	r := newRolling(t)
-	var node corev1.Node
-	r.must(r.Get(t.Context(), client.ObjectKey{Name: "n1"}, &node))
-	becomes := func(ready corev1.ConditionStatus, at time.Time) {
-		t.Helper()
-		node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready, LastTransitionTime: metav1.NewTime(at)}}
-		r.must(r.Status().Update(t.Context(), &node))
-		r.must(r.syncNode(t.Context(), "n1"))
-	}
-	says := func(since time.Time) {
-		t.Helper()
-		at := metav1.NewTime(since)
-		r.report(func(s *v1alpha1.NodeProxyStatus) {
-			s.ReadySince = &at
-			s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
-				generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}}
-		})
-		r.must(r.syncReport(t.Context(), "n1"))
-	}
+	halfway := v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Weight: 10, Generations: []v1alpha1.GenerationStatus{
+		generation(v1alpha1.RoleFirst, "1.40.0", 0), {Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}}}
 	told := func(what, message string, want ...string) {
 		t.Helper()
 		r.told = nil
@@ -176,14 +160,14 @@ func TestOwnersAreToldNothingNewOfNodesUnheard(t *testing.T) {
 			t.Errorf("%s: %+v, want a message with %q", what, u, message)
 		}
 	}
-	becomes(corev1.ConditionTrue, born)
-	says(born)
+	r.becomes(corev1.ConditionTrue, born)
+	r.says(halfway, born)
 	r.decide()
 	told("under way", "10 % of new connections", "TenantProxy Normal UpgradeHealthy Shift10Percent: ")
-	becomes(corev1.ConditionUnknown, born.Add(time.Minute))
+	r.becomes(corev1.ConditionUnknown, born.Add(time.Minute))
 	told("away", "how far it is here isn't known")
-	becomes(corev1.ConditionTrue, born.Add(time.Hour))
+	r.becomes(corev1.ConditionTrue, born.Add(time.Hour))
 	told("back", "how far it is here isn't known")
-	says(born.Add(time.Hour))
+	r.says(halfway, born.Add(time.Hour))
 	told("heard", "it serves, has not crashed")
 }
