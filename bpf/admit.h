@@ -17,6 +17,8 @@ struct tenant_load {
 	__s64 connections;
 	// When the next flow that its pods begin beside it would be due, at direct_per_second.
 	__u64 direct_due;
+	// When the next event of its sockets would be due; see tells_socket.
+	__u64 events_due;
 };
 
 struct {
@@ -28,19 +30,26 @@ struct {
 
 enum admitted { ADMITTED, TOO_MANY, TOO_FAST };
 
-// in_time says whether another one of rate a second is due, and counts it if so.
-static __always_inline int in_time(struct tenant_load *l, __u64 *when, __u32 rate)
+// is_due says whether another one is due, one for each pace and some ahead of the clock by
+// so long, and counts it if so.
+static __always_inline int is_due(struct tenant_load *l, __u64 *when, __u64 pace, __u64 ahead)
 {
-	__u64 now = bpf_ktime_get_ns(), pace = NSEC_PER_SEC / rate;
+	__u64 now = bpf_ktime_get_ns();
 	bpf_spin_lock(&l->lock);
 	__u64 due = *when;
 	if (due < now)
 		due = now;
-	int yes = due - now <= NSEC_PER_SEC - pace;
+	int yes = due - now <= ahead - pace;
 	if (yes)
 		*when = due + pace;
 	bpf_spin_unlock(&l->lock);
 	return yes;
+}
+
+// in_time is the same for a rate in a second, and as many at once.
+static __always_inline int in_time(struct tenant_load *l, __u64 *when, __u32 rate)
+{
+	return is_due(l, when, NSEC_PER_SEC / rate, NSEC_PER_SEC);
 }
 
 // admit says whether a tenant takes a new connection. One that it doesn't take is

@@ -209,6 +209,7 @@ type datapathTenantLoad struct {
 	InboundDue  uint64
 	Connections int64
 	DirectDue   uint64
+	EventsDue   uint64
 }
 
 type datapathVeth struct {

@@ -21,10 +21,11 @@ import (
 // has; buffer is how many wait in the channel, at least 1: while it is full, they are
 // lost (EventReader.Lost). There is one reader at a time; the caller closes it, or
 // Close does. Opened and Closed of connections through tenants need a cgroup of
-// version 2 (Tenant.CgroupV2); direct ones are told in any case, at most 1,000 events
-// a second for each pod and CPU. Denied are those whose first packet was dropped, at
-// most 100 a second for each pod and CPU. Where there are more, or the kernel's buffer
-// of 1 MiB is full, they are lost: Counters.EventsLost.
+// version 2 (Tenant.CgroupV2), and are at most 10,000 events a second for each tenant, and
+// 1,000 at once; direct ones are told in any case, at most 1,000 events a second for each
+// pod and CPU. Denied are those whose first packet was dropped, at most 100 a second for
+// each pod and CPU. Where there are more, or the kernel's buffer of 1 MiB is full, they
+// are lost: Counters.EventsLost.
 func (d *Datapath) Events(buffer int) (*steer.EventReader, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

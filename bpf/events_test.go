@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -275,6 +277,80 @@ func TestDirectEventPace(t *testing.T) {
 	eventPace{perSecond: perSecond, atOnce: perSecond, enough: perSecond, others: 2, cause: churn, are: func(e steer.Event) bool {
 		return e.Way == steer.WayDirectOutbound && e.Kind != steer.Denied
 	}}.check(t, m, r)
+}
+
+// Whoever has taken over a proxy opens and closes connections as fast as it can, while
+// nobody reads: the kernel's buffer has room for another tenant's events.
+func TestSocketEventPace(t *testing.T) {
+	const perSecond, atOnce, perConnection = 10_000, 1000, 4 // opened and closed, at both ends
+	m := newMesh(t)
+	m.counting(steer.ConnectionLimits{})
+	m.proxy2.stop()
+	m.two.CgroupV2 = makeCgroup(t)
+	check(t, m.d.UpdateTenant(m.two.Tenant))
+	m.proxy2 = startProxyIn(t, m.two.namespace, "proxy2", m.two.CgroupV2)
+	check(t, m.d.SetListeners(2, 0, m.proxy2.pid))
+	deadline := time.Now().Add(patience)
+	for lost := uint64(0); lost == 0; {
+		if time.Now().After(deadline) {
+			t.Fatal("all events of a tenant are told")
+		}
+		before, begun := m.counters(1).EventsLost, time.Now()
+		// A tunnel between two pods of the tenant has both ends in its namespace. In the
+		// time fewer may be told than the buffer has room for.
+		_, err := fmt.Fprintf(m.proxy1.stdin, "%s %s 3000 400ms\n", at(m.a.v4, 0), at(m.c.v4, 15008))
+		check(t, err)
+		sent := perConnection * m.proxy1.churned(t)
+		m.greets("another tenant", m.b.namespace, at(remoteAddresses.v4, 80), "proxy2")
+		r, told, others := m.events(1<<14), uint64(0), 0
+		for told+lost < sent || others == 0 {
+			select {
+			case e := <-r.C:
+				switch {
+				case e.Tenant == 1 && e.Kind != steer.Denied:
+					told++
+				case e.Tenant == 2 && e.Kind == steer.Opened && e.Way == steer.WayOutbound && e.PodUID == "b":
+					others++
+				default:
+					t.Errorf("%+v", e)
+				}
+				continue
+			default:
+			}
+			lost = m.counters(1).EventsLost - before
+			if time.Now().After(deadline) {
+				t.Fatalf("of %d events %d were told, %d are lost, %d of another tenant's 1 were told", sent, told, lost, others)
+			}
+		}
+		took := time.Since(begun)
+		check(t, r.Close())
+		if most := atOnce + uint64(took.Seconds()*perSecond) + 1; told > most || told+lost != sent || others != 1 {
+			t.Errorf("in %s %d of %d were told, %d are lost; want at most %d; %d of another tenant", took, told, sent, lost, most, others)
+		}
+		t.Logf("%d events in %s, %d told, %d lost", sent, took, told, lost)
+	}
+	if c := m.counters(2); c.EventsLost != 0 {
+		t.Errorf("%d events of another tenant are lost", c.EventsLost)
+	}
+}
+
+// churned waits until a proxy has made the connections that it was told to, and returns how
+// many they are.
+func (p *proxy) churned(t *testing.T) (n uint64) {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		select {
+		case l := <-p.accepted:
+			if number, ok := strings.CutPrefix(l, churned+" "); ok {
+				n, err := strconv.ParseUint(number, 10, 64)
+				check(t, err)
+				return n
+			}
+		case <-deadline:
+			t.Fatal("the proxy makes no connections")
+		}
+	}
 }
 
 // eventPace is how many events of a veth are told in a second, and after a rest at once.

@@ -12,7 +12,10 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -105,17 +108,57 @@ func runProxy(name string) int {
 		}()
 	}
 	fmt.Println("ready")
-	// Each line, "from to", is a connection that it makes.
+	// Each line, "from to", is a connection that it makes, and "from to number time" are
+	// as many, one after the other, as it can make in the time.
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		from, to, _ := strings.Cut(lines.Text(), " ")
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.MustParseAddrPort(from))}
-		if c, err := d.Dial("tcp", to); err != nil {
+		f := strings.Fields(lines.Text())
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.MustParseAddrPort(f[0]))}
+		if len(f) == 4 {
+			fmt.Println(churned, churn(d, f[1], f[2], f[3]))
+		} else if c, err := d.Dial("tcp", f[1]); err != nil {
 			fmt.Fprintln(os.Stderr, name, err)
 		} else {
 			defer c.Close()
 		}
 	}
 	return 0
+}
+
+// churned begins the line that says how many connections were made.
+const churned = "churned"
+
+// churn makes connections and resets them when they are greeted.
+func churn(d net.Dialer, to, number, lasts string) (made int64) {
+	most, err := strconv.ParseInt(number, 10, 64)
+	if err != nil {
+		panic(err)
+	}
+	length, err := time.ParseDuration(lasts)
+	if err != nil {
+		panic(err)
+	}
+	end := time.Now().Add(length)
+	var begun, finished atomic.Int64
+	var workers sync.WaitGroup
+	for range 4 {
+		workers.Go(func() {
+			for begun.Add(1) <= most && time.Now().Before(end) {
+				c, err := d.Dial("tcp", to)
+				if err == nil {
+					_, err = c.Read(make([]byte, 1))
+					c.(*net.TCPConn).SetLinger(0)
+					c.Close()
+				}
+				if err != nil {
+					fmt.Fprintln(os.Stderr, "churn:", err)
+					return
+				}
+				finished.Add(1)
+			}
+		})
+	}
+	workers.Wait()
+	return finished.Load()
 }
 
 // Ports that a proxy serves in another way than the others.
