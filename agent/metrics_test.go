@@ -58,7 +58,7 @@ func fill(t *testing.T, v reflect.Value) {
 // Whatever a tenant does, its series are as many as the documentation says, and the
 // values of their labels are the operator's and this program's.
 func TestSeriesOfATenantAreBounded(t *testing.T) {
-	const documented = 49 // docs/operating.md, "Who uses what"
+	const documented = 50 // docs/operating.md, "Who uses what"
 	f := tenantFigures{usage: &isolation.Usage{}, account: &cost.Account{}, counters: &steer.Counters{}, tunnels: tunnelHosts{0: {Hosts: 1}, 1: {Refused: 2}}}
 	for _, v := range []any{&f.status, f.usage, f.account, f.counters} {
 		fill(t, reflect.ValueOf(v).Elem())
@@ -77,7 +77,7 @@ func TestSeriesOfATenantAreBounded(t *testing.T) {
 		"kind": {"private", "pss", "charged"}, "resource": {"cpu", "memory", "io"}, "why": {"excluded", "bypass"},
 		"listener": {"outbound", "inbound", "plain", "nodePlain"},
 		"reason": {"spoofed", "fragment", "malformed", "noTenant", "notThePod", "deliver", "foreign", "protocol", "unsteered", "midstream",
-			"flowsFull", "plainText", "tooMany", "tooFast", "directTooFast"},
+			"flowsFull", "plainText", "tooMany", "tooFast", "directTooFast", "portsTaken"},
 	}
 	series, seen, described := 0, map[string]bool{}, map[*prometheus.Desc]bool{}
 	for m := range c {

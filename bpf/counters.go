@@ -65,6 +65,7 @@ func addDrops(d *steer.Drops, o *datapathDrops) {
 	d.TooMany += o.TooMany
 	d.TooFast += o.TooFast
 	d.DirectTooFast += o.DirectTooFast
+	d.PortsTaken += o.PortsTaken
 }
 
 // PodCounters returns the counters of all pods, by UID.

@@ -35,6 +35,7 @@ type datapathDrops struct {
 	TooMany       uint64
 	TooFast       uint64
 	DirectTooFast uint64
+	PortsTaken    uint64
 }
 
 type datapathEvent struct {

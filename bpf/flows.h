@@ -107,6 +107,7 @@ static __noinline int is_former(__u32 tenant, const struct addr *pod)
 #define IS_MIDSTREAM (-1)
 #define FLOWS_FULL (-2)
 #define DIRECT_TOO_FAST (-3)
+#define PORTS_TAKEN (-4)
 
 static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound)
 {
@@ -227,14 +228,16 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 }
 
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
-// IS_MIDSTREAM, FLOWS_FULL or DIRECT_TOO_FAST. by is the tenant that sent it, if one did.
+// IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST or PORTS_TAKEN. by is the tenant that sent it,
+// if one did.
 static __always_inline int belongs_to(const struct packet *p, const struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
 {
 	__u32 tenant = pod->tenant;
 	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
-	// What isn't the sender's isn't touched: a tenant is hostile.
+	// What isn't the sender's isn't touched: a tenant is hostile. Who may open connections of
+	// the pod is told that it can't have these ports, others aren't.
 	if (s && by && s->tenant != by && !(by == tenant && opens(p) && s->ended))
-		return s->tenant;
+		return opens(p) && (by == tenant || is_former(by, &f->pod)) ? PORTS_TAKEN : s->tenant;
 	// A former tenant could take up ports beforehand, and would get what the pod opens
 	// from them. Peers' SYNs can be forged: they end none that was there before it moved.
 	int taken = !by && s && s->tenant != DIRECT && s->tenant != tenant && !s->led && (from_pod || s->learned);

@@ -1,10 +1,13 @@
 package bpf
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -66,6 +69,62 @@ func TestFormerTakesPorts(t *testing.T) {
 			t.Errorf("IPv%d, to the pod: %q, %v, want proxy2", family, got, err)
 		}
 	}
+}
+
+// A connection for a pod with the ports of one that stayed elsewhere is refused, to who may
+// open some for it. Others aren't answered.
+func TestPortsTaken(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.remote, 81)
+	serve(t, m.a.namespace, 8081)
+	serve(t, m.a.namespace, 8082)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}, {Inbound: true, Port: 8082}}))
+	eachFamily(t, func(t *testing.T, family int) {
+		m.t = t
+		m.a.Tenant = 1
+		check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+		pod, remote, from := m.a.of(family), remoteAddresses.of(family), deliver.of(family)
+		var held []heldFlow
+		m.hold(&held, "as the pod", m.one.namespace, at(pod, 40000), at(remote, 80), "app "+pod.String())
+		m.hold(&held, "to the pod", m.one.namespace, at(remote, 40001), at(pod, 8081), "app "+remote.String())
+		m.hold(&held, "to the pod, for the node", m.one.namespace, at(from, 40002), at(pod, 8081), "app "+from.String())
+		m.a.Tenant = 2
+		check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+		m.hold(&held, "in the clear", m.a.namespace, at(pod, 40003), at(remote, 81), "app "+pod.String())
+		m.hold(&held, "to the pod in the clear", m.remote, at(remote, 40004), at(pod, 8082), "app "+remote.String())
+		for _, c := range []struct {
+			name     string
+			by       *testTenant
+			from, to netip.AddrPort
+		}{
+			{"its tenant, as the pod", m.two, at(pod, 40000), at(remote, 80)},
+			{"its tenant, to the pod", m.two, at(remote, 40001), at(pod, 8081)},
+			{"its tenant, to the pod for the node", m.two, at(from, 40002), at(pod, 8081)},
+			{"its tenant, what is in the clear", m.two, at(pod, 40003), at(remote, 81)},
+			{"its tenant, what is in the clear to the pod", m.two, at(remote, 40004), at(pod, 8082)},
+			{"its former tenant, what is in the clear", m.one, at(pod, 40003), at(remote, 81)},
+		} {
+			before := m.counters(c.by.Index).Dropped
+			began := time.Now()
+			if _, got, err := dial(t, c.by.namespace, c.from, c.to); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("%s: %q, %v after %v, want it refused", c.name, got, err, time.Since(began))
+			}
+			if now := m.counters(c.by.Index).Dropped; now.PortsTaken != before.PortsTaken+1 || now.Foreign != before.Foreign {
+				t.Errorf("%s: dropped %+v, before %+v", c.name, now, before)
+			}
+		}
+		goOn(t, "after attempts at their ports", held)
+
+		check(t, m.d.deleteFormers(func(datapathFormer, uint64) bool { return true }))
+		before := m.counters(1).Dropped
+		// One that is answered isn't sent again.
+		synFrom(t, m.one.namespace, at(pod, 40003), at(remote, 81), func() bool { return m.counters(1).Dropped.Foreign >= before.Foreign+2 })
+		if now := m.counters(1).Dropped; now.PortsTaken != before.PortsTaken {
+			t.Errorf("one that may not: dropped %+v, before %+v", now, before)
+		}
+		goOn(t, "after an attempt of another", held)
+	})
 }
 
 // A former tenant leaves room for what the pod opens in the clear.

@@ -132,6 +132,9 @@ struct drops {
 	__u64 too_many, too_fast;
 	// from_pod: a flow beside the tenant, of pods that begin them faster than they may.
 	__u64 direct_too_fast;
+	// from_tenant: a new connection as a pod or to it, with the ports of another's that is
+	// written down. It is refused.
+	__u64 ports_taken;
 };
 
 struct tenant_counters {

@@ -378,10 +378,15 @@ func TestSpoofing(t *testing.T) {
 // syn begins a connection, which must not come about, and waits for a condition.
 func syn(t *testing.T, n *namespace, from netip.Addr, to netip.AddrPort, done func() bool) {
 	t.Helper()
+	synFrom(t, n, at(from, 0), to, done)
+}
+
+func synFrom(t *testing.T, n *namespace, from, to netip.AddrPort, done func() bool) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	connected := make(chan error, 1)
 	attempt := func() {
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(at(from, 0)), Control: func(_, _ string, c syscall.RawConn) error {
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Control: func(_, _ string, c syscall.RawConn) error {
 			return c.Control(func(fd uintptr) {
 				unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 				unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)

@@ -77,13 +77,13 @@ static __always_inline int readdress(struct __sk_buff *skb, const struct packet 
 	return bpf_skb_store_bytes(skb, field, new, sizeof(new), 0);
 }
 
-// refuse answers a pod's SYN as a host does that has no listener. The SYN itself
-// becomes the answer, with its options, so that no length changes.
-static __always_inline int refuse(struct __sk_buff *skb, const struct packet *p, const struct pod *pod)
+// to_refusal makes a SYN the answer of a host that has no listener, with the SYN's
+// options, so that no length changes.
+static __always_inline long to_refusal(struct __sk_buff *skb, const struct packet *p)
 {
 	struct tcphdr tcp, answer;
 	if (bpf_skb_load_bytes(skb, p->offset, &tcp, sizeof(tcp)))
-		return DROP;
+		return -1;
 	answer = tcp;
 	answer.source = tcp.dest;
 	answer.dest = tcp.source;
@@ -93,19 +93,16 @@ static __always_inline int refuse(struct __sk_buff *skb, const struct packet *p,
 	__s64 difference = bpf_csum_diff((__be32 *)&tcp, sizeof(tcp), (__be32 *)&answer, sizeof(answer), 0);
 	if (difference < 0 || bpf_skb_store_bytes(skb, p->offset, &answer, sizeof(answer), 0) ||
 	    bpf_l4_csum_replace(skb, p->offset + offsetof(struct tcphdr, check), 0, difference, 0))
-		return DROP;
+		return -1;
 	// Which address comes first is nothing to a checksum.
 	struct addr swapped[2] = { p->destination, p->source };
-	long failed;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		__be32 words[8];
 		__builtin_memcpy(words, swapped, sizeof(words));
 		__be32 v4[2] = { words[3], words[7] };
-		failed = bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), v4, sizeof(v4), 0);
-	} else {
-		failed = bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), swapped, sizeof(swapped), 0);
+		return bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), v4, sizeof(v4), 0);
 	}
-	return failed ? DROP : deliver(skb, pod);
+	return bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), swapped, sizeof(swapped), 0);
 }
 
 // bytes_of a TCP packet, from its IP header on.
@@ -198,7 +195,7 @@ int from_pod(struct __sk_buff *skb)
 	// look like the proxy's own, and its answers would stay in there.
 	if (p.destination_port == HBONE_PORT) {
 		int dropped = drop(&p, tenant, ifindex, unsteered, WAY_OUTBOUND);
-		return opens(&p) ? refuse(skb, &p, pod) : dropped;
+		return opens(&p) && !to_refusal(skb, &p) ? deliver(skb, pod) : dropped;
 	}
 	watch_client(&p, &f, tenant);
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
@@ -351,16 +348,24 @@ int from_tenant(struct __sk_buff *skb)
 
 	struct pod *from = bpf_map_lookup_elem(&pods, &p.source);
 	struct pod *to = bpf_map_lookup_elem(&pods, &p.destination);
+	int sent = tenant, delivered = tenant;
 	// Also of a pod that isn't its own any more, the flows that stayed.
 	if (from) {
 		flow_from(&f, &p);
-		if (belongs_to(&p, &f, from, 1, tenant, bytes) != tenant)
+		sent = belongs_to(&p, &f, from, 1, tenant, bytes);
+		if (sent != tenant)
 			from = 0;
 	}
 	if (to) {
 		flow_to(&f, &p);
-		if (belongs_to(&p, &f, to, 0, tenant, bytes) != tenant)
+		delivered = belongs_to(&p, &f, to, 0, tenant, bytes);
+		if (delivered != tenant)
 			to = 0;
+	}
+	// At once, and not by silence: it chooses another port then.
+	if (delivered == PORTS_TAKEN || (sent == PORTS_TAKEN && !to)) {
+		int dropped = drop(&p, tenant, ifindex, ports_taken, WAY_UPSTREAM);
+		return to_refusal(skb, &p) ? dropped : to_other_end(skb, ifindex);
 	}
 	if (is_deliver_address(&p.source) && !to)
 		return drop(&p, tenant, ifindex, deliver, WAY_UPSTREAM);

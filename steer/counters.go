@@ -99,6 +99,9 @@ type Drops struct {
 	// DirectTooFast: a new flow beside the proxy, of a tenant whose pods begin them faster
 	// than they may.
 	DirectTooFast uint64
+	// PortsTaken: a new connection of a tenant as one of its pods or to it, with the
+	// addresses and ports of one that stayed elsewhere. It is refused.
+	PortsTaken uint64
 }
 
 // ByReason names the reasons of which there were any.
@@ -108,6 +111,7 @@ func (d Drops) ByReason() map[string]uint64 {
 		"notThePod": d.NotThePod, "deliver": d.Deliver, "foreign": d.Foreign, "protocol": d.Protocol,
 		"unsteered": d.Unsteered, "midstream": d.Midstream, "flowsFull": d.FlowsFull, "plainText": d.PlainText,
 		"tooMany": d.TooMany, "tooFast": d.TooFast, "directTooFast": d.DirectTooFast,
+		"portsTaken": d.PortsTaken,
 	})
 }
 
