@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
+	"github.com/bulkhead-mesh/bulkhead/steer"
 	"github.com/bulkhead-mesh/bulkhead/test/echo/app"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
@@ -24,13 +25,13 @@ func firstBytes(f *v1alpha1.GenerationFigures) (n int64) {
 }
 
 // How a canary's connections fare is counted beside those of what serves, from outside:
-// what it can't connect to, what it resets, and how long it takes to answer. One whose
-// Envoy keeps silent is still compared by what the kernel sees.
+// what it can't connect to, what it resets, what handshakes fail, and how long it takes to
+// answer. One whose Envoy keeps silent is still compared by what the kernel sees.
 func TestCanaryFigures(t *testing.T) {
 	const silent, resetting, closed, tries = 9101, 9102, 9103, 120
 	l := lab.New(t)
 	n := l.Node1
-	n.Canary = 50
+	n.Canary = 75 // the larger part, so that what is told of the other one is seen
 	n.WritePlan()
 	n.WaitReady()
 	type figures = v1alpha1.GenerationFigures
@@ -58,10 +59,10 @@ func TestCanaryFigures(t *testing.T) {
 	again := func() int64 { return int64(l.A1.Counter(t, "TcpExt TCPSynRetrans") - before) }
 	// all says that so many were counted of n connections.
 	all := func(counted, n int64) bool { return counted >= n && counted <= n+again() }
-	// shared says that each has a part of what was counted of n connections, and together
+	// shared says that each has its part of what was counted of n connections, and together
 	// they have all of it.
 	shared := func(first, canary int64, n int64) error {
-		if first < n/5 || canary < n/5 || !all(first+canary, n) {
+		if first < n/20 || canary <= first || !all(first+canary, n) {
 			return fmt.Errorf("%d and %d of %d, and %d SYNs were repeated", first, canary, n, again())
 		}
 		return nil
@@ -120,7 +121,7 @@ func TestCanaryFigures(t *testing.T) {
 	})
 	until("connections", func(first, canary *figures) error {
 		for _, f := range []*figures{first, canary} {
-			if f.Unread != "" || f.Unanswered+f.Resets+f.UpstreamFailures > 0 || firstBytes(f) > f.Connections || f.Connections > int64(dialled)+again() {
+			if f.Unread != "" || f.Unanswered+f.Resets+f.UpstreamFailures+f.HandshakeFailures > 0 || firstBytes(f) > f.Connections || f.Connections > int64(dialled)+again() {
 				t.Fatalf("nothing went wrong of %d, and %d SYNs were repeated: %+v beside %+v", dialled, again(), *canary, *first)
 			}
 		}
@@ -133,7 +134,7 @@ func TestCanaryFigures(t *testing.T) {
 	listener.Close()
 	connect(tries, closed, lab.Patience, toEnd)
 	until("failures to connect", func(first, canary *figures) error {
-		if first.UpstreamFailures == 0 || canary.UpstreamFailures == 0 || first.Resets+canary.Resets > 0 {
+		if first.UpstreamFailures == 0 || canary.UpstreamFailures <= first.UpstreamFailures || first.Resets+canary.Resets > 0 {
 			return errors.New("as Envoy says")
 		}
 		return shared(first.Unanswered, canary.Unanswered, tries)
@@ -151,6 +152,23 @@ func TestCanaryFigures(t *testing.T) {
 			return errors.New("others aren't answered, too")
 		}
 		return shared(first.Resets, canary.Resets, tries)
+	})
+	// Who speaks no TLS to the tunnels' port.
+	l.Outside.Do(t, func() {
+		for range tries {
+			c, err := net.DialTimeout("tcp", lab.At(l.A1.V4, steer.Inbound.Port()).String(), lab.Patience)
+			lab.Check(t, err)
+			c.SetDeadline(time.Now().Add(lab.Patience))
+			fmt.Fprint(c, "GET / HTTP/1.1\r\n\r\n")
+			toEnd(c)
+			c.Close()
+		}
+	})
+	until("handshakes that fail", func(first, canary *figures) error {
+		if first.Unanswered+canary.Unanswered > tries+again() || first.Resets+canary.Resets > tries+again() {
+			t.Fatalf("tunnels are counted as connections: %+v beside %+v", *canary, *first)
+		}
+		return shared(first.HandshakeFailures, canary.HandshakeFailures, tries)
 	})
 
 	// At another weight counting begins anew.
