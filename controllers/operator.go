@@ -93,24 +93,24 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	}
 	store := xds.NewStore(xds.StoreOptions{Logger: o.Logger})
 	m := newMesh(mgr.GetCache(), store, []string{o.Namespace, metav1.NamespaceSystem}, o.Logger)
-	recorder := mgr.GetEventRecorder("bulkhead-operator")
+	tell := newTeller(mgr.GetEventRecorder("bulkhead-operator"))
 	m.event = func(p translate.Pod, reason, note string) {
 		if leading() { // all replicas see it
-			recorder.Eventf(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}}, nil, corev1.EventTypeWarning, reason, "Refuse", "%s", note)
+			tell(&corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}, nil, corev1.EventTypeWarning, reason, "Refuse", note)
 		}
 	}
 	k := &keeper{
 		cache: mgr.GetCache(), live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, mesh: m, log: o.Logger, now: time.Now, leading: leading,
 		event: func(secret *corev1.ObjectReference, kind, reason, note string) {
-			recorder.Eventf(secret, nil, kind, reason, "Sign", "%.1000s", note)
+			tell(secret, nil, kind, reason, "Sign", note)
 		},
 		dnsNames: []string{o.Service + "." + o.Namespace + ".svc", o.Service + "." + o.Namespace + ".svc.cluster.local"},
 	}
 	jwts := &jwtKeeper{
 		live: mgr.GetAPIReader(), writer: mgr.GetClient(), namespace: o.Namespace, ttl: o.JWTTTL, log: o.Logger, now: time.Now, leading: leading,
 		event: func(reason, note string) {
-			secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: SecretJWT}}
-			recorder.Eventf(secret, nil, corev1.EventTypeWarning, reason, "Read", "%s", note)
+			secret := &corev1.ObjectReference{APIVersion: "v1", Kind: "Secret", Namespace: o.Namespace, Name: SecretJWT}
+			tell(secret, nil, corev1.EventTypeWarning, reason, "Read", note)
 		},
 		changed: func() { m.triggers.membership.add(struct{}{}) },
 	}
@@ -119,13 +119,7 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	if err := startPublishers(mgr, m, k, late); err != nil {
 		return err
 	}
-	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now,
-		event: func(about *corev1.ObjectReference, reason, note string) {
-			recorder.Eventf(about, nil, corev1.EventTypeWarning, reason, "Refuse", "%.1000s", note)
-		},
-		upgrade: func(about, by *corev1.ObjectReference, kind, reason, action, note string) {
-			recorder.Eventf(about, by, kind, reason, action, "%s", note)
-		}}, late); err != nil {
+	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now, events: tell}, late); err != nil {
 		return err
 	}
 	register, err := agentServices(mgr, m, k, jwts, store, o)

@@ -35,9 +35,9 @@ func newRolling(t *testing.T) *rolling {
 	r := &rolling{cluster: c, w: c.writer(), clock: born}
 	r.w.Client = interceptor.NewClient(c.WithWatch, interceptor.Funcs{Apply: r.withVersions})
 	r.w.now = func() time.Time { return r.clock }
-	r.w.upgrade = func(about, _ *corev1.ObjectReference, kind, reason, action, note string) {
+	r.w.events = newTeller(recorder(func(about *corev1.ObjectReference, _ runtime.Object, kind, reason, action, note string) {
 		r.told = append(r.told, strings.Join([]string{about.Kind, kind, reason, action}, " ")+": "+note)
-	}
+	}))
 	r.must(r.w.writePlan(t.Context(), "n1"))
 	r.must(c.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{
 		Target: v1alpha1.RolloutTarget{Version: "1.41.0"}, Steps: []v1alpha1.RolloutStep{{Weight: 10, Approval: true}, {Weight: 100}}}}))

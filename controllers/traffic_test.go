@@ -141,7 +141,7 @@ func TestEmergencyBypass(t *testing.T) {
 		newService("web", "10.96.0.1", corev1.ServicePort{Name: "http", Port: 80}), newSlice("web", discoveryv1.EndpointPort{Name: new("http"), Port: new(int32(8080))}, "10.0.1.1"))
 	w := c.writer()
 	var events []string
-	w.event = func(o *corev1.ObjectReference, reason, note string) {
+	w.events = func(o, _ *corev1.ObjectReference, _, reason, _, note string) {
 		events = append(events, o.Kind+" "+o.Name+" "+reason+": "+note)
 	}
 	status := func() (tenant v1alpha1.TenantProxy) {

@@ -29,11 +29,8 @@ type writer struct {
 	jwts          *jwtKeeper
 	namespace     string
 	now           func() time.Time
-	// event makes a warning event; it never blocks. Default: none.
-	event func(about *corev1.ObjectReference, reason, note string)
-	// upgrade makes an event about an upgrade by a rollout, of type kind. Default:
-	// none. Events that are alike in all but the note are told once.
-	upgrade func(about, by *corev1.ObjectReference, kind, reason, action, note string)
+	// events are told so. Default: not.
+	events teller
 }
 
 // reasonCrowded is of events about a node with hardly any room for tenants.

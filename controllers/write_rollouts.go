@@ -224,13 +224,6 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	return nil
 }
 
-// tellOf makes an event about an upgrade.
-func (w *writer) tellOf(about, by *corev1.ObjectReference, kind, reason, action, note string) {
-	if w.upgrade != nil {
-		w.upgrade(about, by, kind, reason, action, translate.EventNote(note))
-	}
-}
-
 // leftBehind is the tenant, or namespace, that was held back last; nil if it was before.
 func leftBehind(had, now v1alpha1.ProxyRolloutStatus) *v1alpha1.HeldBackTenant {
 	if len(now.HeldBack) == 0 {

@@ -47,23 +47,3 @@ func (w *writer) writeService(ctx context.Context, key types.NamespacedName) err
 	}
 	return nil
 }
-
-// tell makes a warning event of an object.
-func (w *writer) tell(o client.Object, kind, reason, note string) {
-	if w.event != nil {
-		w.event(referenceTo(o, kind), reason, note)
-	}
-}
-
-// referenceTo names an object as it was read: events of one reason about the same
-// version are one for the API server, with the words of the first.
-func referenceTo(o client.Object, kind string) *corev1.ObjectReference {
-	return &corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID(), ResourceVersion: o.GetResourceVersion()}
-}
-
-func apiVersion(kind string) string {
-	if kind == "Service" {
-		return "v1"
-	}
-	return v1alpha1.GroupVersion.String()
-}

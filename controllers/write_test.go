@@ -205,7 +205,9 @@ func TestStatusFollowsAgents(t *testing.T) {
 	}
 	// A crash loop is an event for each cause, not for each crash.
 	var events []string
-	w.event = func(_ *corev1.ObjectReference, reason, note string) { events = append(events, reason+" "+note) }
+	w.events = func(_, _ *corev1.ObjectReference, _, reason, _, note string) {
+		events = append(events, reason+" "+note)
+	}
 	for i, f := range []v1alpha1.ProxyFailure{{Cause: "Crash", Restarts: 1, Log: "assert failure"}, {Cause: "Crash", Restarts: 2}, {Cause: "OutOfMemory", Restarts: 3}, {Cause: "OutOfMemory", Restarts: 3, Recovered: true}} {
 		np = c.nodeProxy("n1")
 		f.At = metav1.NewTime(born.Add(time.Duration(i) * time.Minute))
@@ -269,7 +271,7 @@ func TestServicesAreTold(t *testing.T) {
 		foreign)
 	w := c.writer()
 	var events []string
-	w.event = func(o *corev1.ObjectReference, reason, _ string) {
+	w.events = func(o, _ *corev1.ObjectReference, _, reason, _, _ string) {
 		events = append(events, o.Kind+" "+o.Name+" "+reason)
 	}
 	condition := func(namespace, name string) (c1 metav1.Condition) {
