@@ -42,7 +42,7 @@ type mesh struct {
 	exempt []string // namespaces that are never members
 	now    func() time.Time
 	// event tells a pod's owner; it never blocks.
-	event func(pod translate.Pod, reason, note string)
+	event func(pod *corev1.ObjectReference, reason, note string)
 	// loaded is closed when the first full picture is in the store.
 	loaded chan struct{}
 
@@ -128,7 +128,7 @@ type tenantCost struct {
 
 func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.Logger) *mesh {
 	m := &mesh{
-		reader: reader, store: store, exempt: exempt, log: log, now: time.Now, event: func(translate.Pod, string, string) {}, loaded: make(chan struct{}),
+		reader: reader, store: store, exempt: exempt, log: log, now: time.Now, event: func(*corev1.ObjectReference, string, string) {}, loaded: make(chan struct{}),
 		namespaces: map[string]namespaceState{}, nodes: map[string]translate.Node{}, reports: map[string]nodeReport{}, pods: map[string]*podState{},
 		podUIDs: map[types.NamespacedName]string{}, namespacePods: map[string]map[string]*podState{}, nodePods: map[string]map[string]*podState{},
 		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},

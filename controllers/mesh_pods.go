@@ -27,6 +27,8 @@ const reasonAddressRefused = "AddressRefused"
 type podState struct {
 	translate.Pod
 	key types.NamespacedName
+	// version of the object that it was read from.
+	version string
 	// reported addresses are the pod status'.
 	reported []netip.Addr
 	// announced addresses are an agent's word. They count until the status says
@@ -41,6 +43,11 @@ type podState struct {
 	refused string
 	// formers are the pod as it was at proxies that its connections may still be at.
 	formers []podState
+}
+
+// reference names the pod as it was read.
+func (st *podState) reference() *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: st.Namespace, Name: st.Name, UID: types.UID(st.UID), ResourceVersion: st.version}
 }
 
 // syncPod brings a pod up to date. after isn't zero if it has to be called again
@@ -99,7 +106,7 @@ func (m *mesh) setPod(p *corev1.Pod, announced []netip.Addr) error {
 			pod.Exclusions = m.planned[pod.UID]
 		}
 	}
-	st.Pod = pod
+	st.Pod, st.version = pod, p.ResourceVersion
 	st.reported = translate.PodAddrs(p.Status.PodIPs)
 	if announced != nil {
 		st.announced, st.replaced = announced, st.reported
@@ -138,10 +145,10 @@ func (m *mesh) removePod(st *podState) {
 func (m *mesh) settle(st *podState, before podState) error {
 	m.claim(st)
 	if st.refused != before.refused && st.refused != "" {
-		m.event(st.Pod, reasonAddressRefused, st.refused)
+		m.event(st.reference(), reasonAddressRefused, st.refused)
 	}
 	if st.Problem != before.Problem && st.Problem != (translate.Problem{}) {
-		m.event(st.Pod, st.Problem.Reason, st.Problem.Message)
+		m.event(st.reference(), st.Problem.Reason, st.Problem.Message)
 	}
 	var errs []error
 	// Others hear of an address when the API server says it too.

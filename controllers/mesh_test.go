@@ -51,7 +51,7 @@ func newCluster(t *testing.T, objects ...client.Object) *cluster {
 		WithStatusSubresource(&v1alpha1.NodeProxy{}, &v1alpha1.TenantProxy{}, &v1alpha1.ProxyRollout{}, &v1alpha1.IsolationPolicy{}, &v1alpha1.MeshTopology{}, &gatewayv1.HTTPRoute{}, &gatewayv1.GRPCRoute{}).
 		WithIndex(&discoveryv1.EndpointSlice{}, sliceService, indexSlice).Build()
 	c.mesh = newMesh(c.WithWatch, xds.NewStore(xds.StoreOptions{Logger: slog.New(slog.DiscardHandler)}), []string{"bulkhead-system", "kube-system"}, slog.New(slog.DiscardHandler))
-	c.event = func(p translate.Pod, _, note string) { c.refused = append(c.refused, p.Name+": "+note) }
+	c.event = func(p *corev1.ObjectReference, _, note string) { c.refused = append(c.refused, p.Name+": "+note) }
 	tr := &c.triggers
 	start(t, &tr.topologies)
 	start(t, &tr.namespaces)

@@ -13,14 +13,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
-	"github.com/bulkhead-mesh/bulkhead/controllers/translate"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
@@ -94,9 +92,9 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	store := xds.NewStore(xds.StoreOptions{Logger: o.Logger})
 	m := newMesh(mgr.GetCache(), store, []string{o.Namespace, metav1.NamespaceSystem}, o.Logger)
 	tell := newTeller(mgr.GetEventRecorder("bulkhead-operator"))
-	m.event = func(p translate.Pod, reason, note string) {
+	m.event = func(pod *corev1.ObjectReference, reason, note string) {
 		if leading() { // all replicas see it
-			tell(&corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}, nil, corev1.EventTypeWarning, reason, "Refuse", note)
+			tell(pod, nil, corev1.EventTypeWarning, reason, "Refuse", note)
 		}
 	}
 	k := &keeper{

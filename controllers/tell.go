@@ -1,6 +1,8 @@
 package controllers
 
 import (
+	"context"
+
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/events"
@@ -26,19 +28,38 @@ func newTeller(recorder events.EventRecorder) teller {
 	}
 }
 
-// tell makes a warning event of an object.
-func (w *writer) tell(o client.Object, kind, reason, note string) {
-	w.tellOf(referenceTo(o, kind), nil, corev1.EventTypeWarning, reason, "Refuse", note)
+// news is an event about an object that changes.
+type news struct {
+	by                         *corev1.ObjectReference
+	kind, reason, action, note string
 }
 
-func (w *writer) tellOf(about, by *corev1.ObjectReference, kind, reason, action, note string) {
-	if w.events != nil {
-		w.events(about, by, kind, reason, action, note)
+// warning is news of something that isn't as it should be.
+func warning(reason, note string) news {
+	return news{nil, corev1.EventTypeWarning, reason, "Refuse", note}
+}
+
+// latest reads an object of which there is something to tell from the API server itself.
+// The cache may not have what was written last: the same would be told again, or what is
+// new would be the same event as what was told before, in that one's words. It reports
+// false if the object is no more.
+func (w *writer) latest(ctx context.Context, key client.ObjectKey, o client.Object) (bool, error) {
+	err := w.keeper.live.Get(ctx, key, o)
+	return err == nil, client.IgnoreNotFound(err)
+}
+
+// tell makes events of an object as it was read before it was changed.
+func (w *writer) tell(o client.Object, kind string, all ...news) {
+	if w.events == nil {
+		return
+	}
+	for _, n := range all {
+		w.events(referenceTo(o, kind), n.by, n.kind, n.reason, n.action, n.note)
 	}
 }
 
-// referenceTo names an object in one of its versions. What it was read as when something
-// was written to it may be older than that: see written.
+// referenceTo names an object in one of its versions: what is told of another one is
+// another event.
 func referenceTo(o client.Object, kind string) *corev1.ObjectReference {
 	return &corev1.ObjectReference{APIVersion: apiVersion(kind), Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID(), ResourceVersion: o.GetResourceVersion()}
 }

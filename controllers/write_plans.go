@@ -84,7 +84,7 @@ func (w *writer) writePlan(ctx context.Context, node string) error {
 		had[t.Name] = true
 	}
 	if crowded := translate.Crowded(plan.members); crowded != "" && exists {
-		w.tell(&have, "NodeProxy", reasonCrowded, crowded)
+		w.tell(&have, "NodeProxy", warning(reasonCrowded, crowded))
 	}
 	want := v1alpha1.NodeProxy{
 		ObjectMeta: metav1.ObjectMeta{Name: node, OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: node, UID: types.UID(plan.node.UID)}}},

@@ -207,81 +207,83 @@ func (w *writer) writeRolloutStatus(ctx context.Context, r *v1alpha1.ProxyRollou
 	if err := w.applyStatus(ctx, &want, "ProxyRollout"); err != nil {
 		return err
 	}
-	kind := corev1.EventTypeNormal
-	if status.Phase == v1alpha1.RolloutRollingBack || status.Phase == v1alpha1.RolloutRolledBack || leftBehind(r.Status, status) != nil {
-		kind = corev1.EventTypeWarning
-	}
-	w.tellAvailable(r, status)
-	switch had := r.Status; {
-	case had.Phase != status.Phase && (status.Phase != v1alpha1.RolloutWaiting || had.Phase == v1alpha1.RolloutPaused) && (had.Phase != v1alpha1.RolloutWaiting || status.Phase != v1alpha1.RolloutProgressing):
-		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutPhase, string(status.Phase), string(status.Phase)+": "+status.Message)
-	case leftBehind(had, status) != nil:
-		h := leftBehind(had, status)
-		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonHeldBack, "Leave"+h.Reason, fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message))
-	case had.Step != status.Step:
-		w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, reasonRolloutStep, fmt.Sprint("Step", status.Step), status.Message)
-	}
+	w.tell(r, "ProxyRollout", newsOfRollout(r.Status, status)...) // it was read from the API server itself
 	return nil
 }
 
-// leftBehind is the tenant, or namespace, that was held back last; nil if it was before.
-func leftBehind(had, now v1alpha1.ProxyRolloutStatus) *v1alpha1.HeldBackTenant {
-	if len(now.HeldBack) == 0 {
-		return nil
+// newsOfRollout is what who runs the mesh is told of a change.
+func newsOfRollout(had, now v1alpha1.ProxyRolloutStatus) (all []news) {
+	if n, ok := newsOfVersion(had.Conditions, now.Conditions); ok {
+		all = append(all, n)
 	}
-	last := &now.HeldBack[len(now.HeldBack)-1]
-	if slices.ContainsFunc(had.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return h.Tenant == last.Tenant }) {
-		return nil
+	for _, h := range now.HeldBack {
+		if slices.ContainsFunc(had.HeldBack, func(old v1alpha1.HeldBackTenant) bool { return old.Tenant == h.Tenant }) {
+			continue
+		}
+		all = append(all, news{referenceToNamespace(translate.NamespaceOf(h.Tenant)), corev1.EventTypeWarning, reasonHeldBack, "Leave" + h.Reason,
+			fmt.Sprintf("%s stays at the version before (%s on %s): %s", h.Tenant, h.Reason, h.Node, h.Message)})
 	}
-	return last
+	kind := corev1.EventTypeNormal
+	if now.Phase == v1alpha1.RolloutRollingBack || now.Phase == v1alpha1.RolloutRolledBack {
+		kind = corev1.EventTypeWarning
+	}
+	switch {
+	case had.Phase != now.Phase && (now.Phase != v1alpha1.RolloutWaiting || had.Phase == v1alpha1.RolloutPaused) && (had.Phase != v1alpha1.RolloutWaiting || now.Phase != v1alpha1.RolloutProgressing):
+		all = append(all, news{nil, kind, reasonRolloutPhase, string(now.Phase), string(now.Phase) + ": " + now.Message})
+	case had.Step != now.Step:
+		all = append(all, news{nil, kind, reasonRolloutStep, fmt.Sprint("Step", now.Step), now.Message})
+	}
+	return all
 }
 
-// tellAvailable tells once why nodes can't have a rollout's version, and when they can.
-func (w *writer) tellAvailable(r *v1alpha1.ProxyRollout, status v1alpha1.ProxyRolloutStatus) {
-	had := meta.FindStatusCondition(r.Status.Conditions, v1alpha1.ConditionVersionAvailable)
-	c := meta.FindStatusCondition(status.Conditions, v1alpha1.ConditionVersionAvailable)
+// newsOfVersion is, once, why nodes can't have a rollout's version, and that they can.
+func newsOfVersion(before, now []metav1.Condition) (n news, ok bool) {
+	had := meta.FindStatusCondition(before, v1alpha1.ConditionVersionAvailable)
+	c := meta.FindStatusCondition(now, v1alpha1.ConditionVersionAvailable)
 	if c == nil || c.Reason == translate.ReasonFetching || had != nil && had.Reason == c.Reason {
-		return
+		return n, false
 	}
 	kind := corev1.EventTypeWarning
 	if c.Status == metav1.ConditionTrue {
 		if kind = corev1.EventTypeNormal; had == nil {
-			return // nothing was amiss
+			return n, false // nothing was amiss
 		}
 	}
-	w.tellOf(referenceTo(r, "ProxyRollout"), nil, kind, c.Reason, "FetchVersion", c.Message)
+	return news{nil, kind, c.Reason, "FetchVersion", c.Message}, true
 }
 
-// tellUpgrade tells the owner of a tenant how the upgrade of its proxies is.
-func (w *writer) tellUpgrade(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+// byRollout is the rollout that an owner is told of.
+func byRollout(u *v1alpha1.TenantUpgrade) *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
+}
+
+// newsOfUpgrade tells the owner of a tenant how the upgrade of its proxies is.
+func newsOfUpgrade(u *v1alpha1.TenantUpgrade) news {
 	kind := corev1.EventTypeNormal
 	if u.Verdict == translate.UpgradeRolledBack || u.Verdict == translate.UpgradeHeldBack {
 		kind = corev1.EventTypeWarning
 	}
-	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.tellOf(referenceTo(t, "TenantProxy"), by, kind, "Upgrade"+u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message)
+	return news{byRollout(u), kind, "Upgrade" + u.Verdict, fmt.Sprintf("Shift%dPercent", u.Weight), u.Message}
 }
 
-// tellPaused tells the owner of a tenant that the upgrade of its proxies was paused, or
+// newsOfPause tells the owner of a tenant that the upgrade of its proxies was paused, or
 // goes on.
-func (w *writer) tellPaused(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade) {
+func newsOfPause(u *v1alpha1.TenantUpgrade) news {
 	reason, action, word := "UpgradePaused", "Pause", "paused by who runs the mesh: what has begun stays as it is, and what goes wrong is still taken back"
 	if !u.Paused {
 		reason, action, word = "UpgradeResumed", "Resume", "goes on after a pause"
 	}
-	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.tellOf(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, reason, fmt.Sprintf("%sAt%dPercent", action, u.Weight), word+". "+u.Message)
+	return news{byRollout(u), corev1.EventTypeNormal, reason, fmt.Sprintf("%sAt%dPercent", action, u.Weight), word + ". " + u.Message}
 }
 
-// tellUpgraded tells the owner of a tenant that an upgrade has come to its end, and on
+// newsOfEnd tells the owner of a tenant that an upgrade has come to its end, and on
 // which nodes it hasn't: a rollout may leave out so many that are away.
-func (w *writer) tellUpgraded(t *v1alpha1.TenantProxy, u *v1alpha1.TenantUpgrade, behind string) {
+func newsOfEnd(u *v1alpha1.TenantUpgrade, behind string) news {
 	if behind != "" {
 		behind = ", but on nodes that haven't said so yet: " + behind
 	}
-	by := &corev1.ObjectReference{APIVersion: apiVersion("ProxyRollout"), Kind: "ProxyRollout", Name: u.Rollout}
-	w.tellOf(referenceTo(t, "TenantProxy"), by, corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
-		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one%s", u.From, u.To, u.Rollout, behind))
+	return news{byRollout(u), corev1.EventTypeNormal, "UpgradeSucceeded", "Finish",
+		fmt.Sprintf("the upgrade from Envoy %s to %s by ProxyRollout %s is done: all new connections go to the new one%s", u.From, u.To, u.Rollout, behind)}
 }
 
 // forRollouts is a digest of what rollouts decide by: agents report more than that, and

@@ -43,7 +43,7 @@ func (w *writer) writeService(ctx context.Context, key types.NamespacedName) err
 		return fmt.Errorf("apply status of Service %s: %w", key, err)
 	}
 	if want != nil && (have == nil || have.Reason != want.Reason) {
-		w.tell(&s, "Service", want.Reason, want.Message)
+		w.tell(&s, "Service", warning(want.Reason, want.Message))
 	}
 	return nil
 }

@@ -132,8 +132,7 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 			in.Told = t.Status.Upgrade
 		}
 		upgrade := translate.Upgrade(in)
-		ended := translate.EndedUpgrade(have[name], m.Version, upgrade, rollouts)
-		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade, ended))
+		errs = append(errs, w.writeTenantProxy(ctx, namespace, tenant, m, nodes, have[name], upgrade, rollouts))
 		delete(have, name)
 	}
 	for _, t := range have {
@@ -144,7 +143,7 @@ func (w *writer) writeTenant(ctx context.Context, namespace string) error {
 	return errors.Join(errs...)
 }
 
-func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, upgrade, ended *v1alpha1.TenantUpgrade) error {
+func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant model.Tenant, m translate.Membership, views []translate.NodeView, have *v1alpha1.TenantProxy, upgrade *v1alpha1.TenantUpgrade, rollouts []v1alpha1.ProxyRollout) error {
 	want := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: translate.TenantProxyName(tenant)}}
 	if have == nil {
 		if err := w.apply(ctx, &want, "TenantProxy", ""); err != nil {
@@ -159,37 +158,58 @@ func (w *writer) writeTenantProxy(ctx context.Context, namespace string, tenant 
 		return nil
 	}
 	want.Status.Cost = nil // writeCosts owns it
+	of := func() []news {
+		ended := translate.EndedUpgrade(have, m.Version, upgrade, rollouts)
+		return newsOfTenant(have.Status, want.Status, ended, views)
+	}
+	if len(of()) > 0 {
+		have = &v1alpha1.TenantProxy{}
+		if there, err := w.latest(ctx, client.ObjectKeyFromObject(&want), have); err != nil {
+			return fmt.Errorf("read TenantProxy %s/%s: %w", namespace, want.Name, err)
+		} else if !there {
+			return nil // its deletion is on the way to us
+		}
+	}
 	if err := w.applyStatus(ctx, &want, "TenantProxy"); err != nil {
 		return err
 	}
-	if on, was := meta.IsStatusConditionTrue(want.Status.Conditions, v1alpha1.ConditionEmergencyBypass), meta.IsStatusConditionTrue(have.Status.Conditions, v1alpha1.ConditionEmergencyBypass); on != was {
+	w.tell(have, "TenantProxy", of()...)
+	return nil
+}
+
+// newsOfTenant is what the owner of a tenant is told of a change.
+func newsOfTenant(had, now v1alpha1.TenantProxyStatus, ended *v1alpha1.TenantUpgrade, views []translate.NodeView) (all []news) {
+	condition := func(kind string) (before, after *metav1.Condition) {
+		return meta.FindStatusCondition(had.Conditions, kind), meta.FindStatusCondition(now.Conditions, kind)
+	}
+	is := func(c *metav1.Condition) bool { return c != nil && c.Status == metav1.ConditionTrue }
+	if was, on := condition(v1alpha1.ConditionEmergencyBypass); is(on) != is(was) {
 		reason := reasonBypassOff
-		if on {
+		if is(on) {
 			reason = reasonBypassOn
 		}
-		w.tell(have, "TenantProxy", reason, meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionEmergencyBypass).Message)
+		all = append(all, warning(reason, on.Message))
 	}
 	// Once for each cause, not for each restart: a crash loop must not fill the log of
 	// events.
-	if now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionStable); now.Status == metav1.ConditionFalse {
-		if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionStable); had == nil || had.Status != now.Status || had.Reason != now.Reason {
-			w.tell(have, "TenantProxy", now.Reason, now.Message)
-		}
+	if before, stable := condition(v1alpha1.ConditionStable); stable.Status == metav1.ConditionFalse && (before == nil || before.Status != stable.Status || before.Reason != stable.Reason) {
+		all = append(all, warning(stable.Reason, stable.Message))
 	}
 	if ended != nil {
-		w.tellUpgraded(have, ended, translate.Behind(views, ended.To))
+		all = append(all, newsOfEnd(ended, translate.Behind(views, ended.To)))
 	}
-	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && (had == nil || had.Verdict != u.Verdict || had.Weight != u.Weight || had.Rollout != u.Rollout) {
-		w.tellUpgrade(have, u)
+	if u, before := now.Upgrade, had.Upgrade; u != nil {
+		if before == nil || before.Verdict != u.Verdict || before.Weight != u.Weight || before.Rollout != u.Rollout {
+			all = append(all, newsOfUpgrade(u))
+		}
+		if before != nil && before.Rollout == u.Rollout && before.Paused != u.Paused && !translate.IsOver(u) {
+			all = append(all, newsOfPause(u))
+		}
 	}
-	if u, had := want.Status.Upgrade, have.Status.Upgrade; u != nil && had != nil && had.Rollout == u.Rollout && had.Paused != u.Paused && !translate.IsOver(u) {
-		w.tellPaused(have, u)
+	if before, configured := condition(v1alpha1.ConditionConfigured); configured.Status == metav1.ConditionFalse && (before == nil || before.Message != configured.Message) {
+		all = append(all, warning(configured.Reason, configured.Message))
 	}
-	now := meta.FindStatusCondition(want.Status.Conditions, v1alpha1.ConditionConfigured)
-	if had := meta.FindStatusCondition(have.Status.Conditions, v1alpha1.ConditionConfigured); now.Status == metav1.ConditionFalse && (had == nil || had.Message != now.Message) {
-		w.tell(have, "TenantProxy", now.Reason, now.Message)
-	}
-	return nil
+	return all
 }
 
 // writePolicies tells the policies of a namespace what is enforced, and has the
@@ -232,30 +252,44 @@ func (w *writer) writeTopology(ctx context.Context, name string) error {
 	if equality.Semantic.DeepEqual(t.Status, status) {
 		return nil
 	}
+	if len(newsOfBypasses(t.Status.Bypasses, status.Bypasses)) > 0 {
+		t = v1alpha1.MeshTopology{}
+		if there, err := w.latest(ctx, client.ObjectKey{Name: name}, &t); err != nil {
+			return fmt.Errorf("read MeshTopology %s: %w", name, err)
+		} else if !there {
+			return nil
+		}
+	}
 	want := v1alpha1.MeshTopology{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: status}
 	if err := w.applyStatus(ctx, &want, "MeshTopology"); err != nil {
 		return err
 	}
-	w.tellBypasses(&t, status.Bypasses)
+	w.tell(&t, "MeshTopology", newsOfBypasses(t.Status.Bypasses, status.Bypasses)...)
 	return nil
 }
 
-// tellBypasses tells of each emergency bypass that begins, changes or ends.
-func (w *writer) tellBypasses(t *v1alpha1.MeshTopology, now []v1alpha1.BypassStatus) {
+// newsOfBypasses is of each emergency bypass that begins, changes or ends.
+func newsOfBypasses(before, now []v1alpha1.BypassStatus) (all []news) {
+	add := func(namespace, reason, note string) {
+		n := warning(reason, note)
+		n.by = referenceToNamespace(namespace)
+		all = append(all, n)
+	}
 	had := map[string]v1alpha1.BypassStatus{}
-	for _, b := range t.Status.Bypasses {
+	for _, b := range before {
 		had[b.Namespace] = b
 	}
 	for _, b := range now {
 		old := had[b.Namespace]
 		delete(had, b.Namespace)
 		if old.RequestedBy != b.RequestedBy || old.Reason != b.Reason {
-			w.tell(t, "MeshTopology", reasonBypassOn, fmt.Sprintf("namespace %s bypasses the mesh, in plain text, by order of %s: %s", b.Namespace, b.RequestedBy, b.Reason))
+			add(b.Namespace, reasonBypassOn, fmt.Sprintf("namespace %s bypasses the mesh, in plain text, by order of %s: %s", b.Namespace, b.RequestedBy, b.Reason))
 		}
 	}
 	for _, b := range had {
-		w.tell(t, "MeshTopology", reasonBypassOff, fmt.Sprintf("namespace %s is behind its proxies again; it bypassed the mesh since %s, by order of %s", b.Namespace, b.Since.UTC().Format(time.RFC3339), b.RequestedBy))
+		add(b.Namespace, reasonBypassOff, fmt.Sprintf("namespace %s is behind its proxies again; it bypassed the mesh since %s, by order of %s", b.Namespace, b.Since.UTC().Format(time.RFC3339), b.RequestedBy))
 	}
+	return all
 }
 
 // writeMembership tells the agents who is in the mesh and whom to trust.

@@ -66,10 +66,10 @@ func (r *rollout) ownFault(tenant string, p placed, g *v1alpha1.GenerationStatus
 // have pods. It reports false if so many namespaces are behind that it must be the
 // version.
 func (r *rollout) holdBack(v v1alpha1.RolloutVerdict, why string) bool {
-	namespace := namespaceOf(v.Tenant)
+	namespace := NamespaceOf(v.Tenant)
 	behind := map[string]bool{}
 	for _, h := range r.status.HeldBack {
-		behind[namespaceOf(h.Tenant)] = true
+		behind[NamespaceOf(h.Tenant)] = true
 	}
 	percent := int32(10)
 	if p := r.Rollout.Spec.MaxHeldBackPercent; p != nil {
@@ -83,7 +83,7 @@ func (r *rollout) holdBack(v v1alpha1.RolloutVerdict, why string) bool {
 	h := v1alpha1.HeldBackTenant{Tenant: v.Tenant, Node: v.Node, Reason: v.Reason, Message: cutTo(v.Message+"; "+why, 1000), At: metav1.NewTime(r.Now)}
 	if behind[namespace] {
 		h.Tenant = namespace
-		r.status.HeldBack = slices.DeleteFunc(r.status.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return namespaceOf(h.Tenant) == namespace })
+		r.status.HeldBack = slices.DeleteFunc(r.status.HeldBack, func(h v1alpha1.HeldBackTenant) bool { return NamespaceOf(h.Tenant) == namespace })
 	} else if n := len(behind); n >= min(most, maxHeldBack) || n+1 >= all {
 		return false
 	}
@@ -96,13 +96,13 @@ func (r *rollout) holdBack(v v1alpha1.RolloutVerdict, why string) bool {
 func (r *rollout) namespaces() map[string]bool {
 	all := map[string]bool{}
 	for name := range r.tenants {
-		all[namespaceOf(name)] = true
+		all[NamespaceOf(name)] = true
 	}
 	return all
 }
 
-// namespaceOf a tenant, by its name; the name itself if it belongs to none.
-func namespaceOf(tenant string) string {
+// NamespaceOf a tenant, by its name; the name itself if it belongs to none.
+func NamespaceOf(tenant string) string {
 	if t, err := model.ParseTenant(tenant); err == nil && t.Scope != model.ScopeNode {
 		return t.Namespace
 	}
@@ -114,7 +114,7 @@ func isHeldBack(s v1alpha1.ProxyRolloutStatus, tenant string) bool { return held
 // heldBack is what a status says of a tenant, or of its namespace, that stays behind.
 func heldBack(s v1alpha1.ProxyRolloutStatus, tenant string) *v1alpha1.HeldBackTenant {
 	for i, h := range s.HeldBack {
-		if h.Tenant == tenant || h.Tenant == namespaceOf(tenant) {
+		if h.Tenant == tenant || h.Tenant == NamespaceOf(tenant) {
 			return &s.HeldBack[i]
 		}
 	}

@@ -165,7 +165,7 @@ func (r *rollout) taking(step int) map[string]int32 {
 func (r *rollout) untried(step v1alpha1.RolloutStep) bool {
 	left := len(step.Namespaces) > 0
 	for name := range r.tenants {
-		if len(step.Namespaces) > 0 && !slices.Contains(step.Namespaces, namespaceOf(name)) {
+		if len(step.Namespaces) > 0 && !slices.Contains(step.Namespaces, NamespaceOf(name)) {
 			continue
 		}
 		if !isHeldBack(r.status, name) {
