@@ -86,6 +86,8 @@ type measured struct {
 	tracked     report.Samples
 	failed, all int
 	first       string
+	// ended counts measurements that a proxy of the victim didn't live through.
+	ended int
 }
 
 func BenchmarkFairness(b *testing.B) {
@@ -125,7 +127,7 @@ func BenchmarkFairness(b *testing.B) {
 					}
 					ready = true
 				}
-				found[i][j].add(g.measure(v, a))
+				g.measure(v, a, &found[i][j])
 				found[i][j].tracked = append(found[i][j].tracked, g.tracked())
 			}
 		}
@@ -135,7 +137,7 @@ func BenchmarkFairness(b *testing.B) {
 }
 
 // measure has the victim at work while team-b does something.
-func (g *bench) measure(v variant, a aggression) (r load.PacedResult, sched load.Sched) {
+func (g *bench) measure(v variant, a aggression, m *measured) {
 	w := g.n.way(v, "team-a")
 	// A first one makes what is made on demand.
 	o := load.PacedOptions{To: lab.At(w.to.V4, load.RequestPort), Rate: rate, Connections: connections, NewEvery: newEvery, Duration: 100 * time.Millisecond, Patience: 5 * time.Second}
@@ -145,16 +147,24 @@ func (g *bench) measure(v variant, a aggression) (r load.PacedResult, sched load
 	ended := make(chan struct{})
 	go func() { defer close(ended); a.run(ctx, g, g.n.way(v, "team-b")) }()
 	time.Sleep(settle)
-	before, errBefore := load.ReadSched(w.proxies()...)
+	proxies := w.proxies()
+	before, errBefore := load.ReadSched(proxies...)
 	o.Duration, o.Patience = 3**report.Duration, time.Second
-	r = g.Exchange(w.from, o, "victim", victim())
-	after, errAfter := load.ReadSched(w.proxies()...)
+	r := g.Exchange(w.from, o, "victim", victim())
+	after, errAfter := load.ReadSched(proxies...)
 	cancel()
 	<-ended
-	if err := cmp.Or(errBefore, errAfter); err != nil {
+	m.add(r)
+	err := cmp.Or(errBefore, errAfter)
+	switch {
+	case err == nil:
+		m.addSched(after.Minus(before), r.Requests)
+	case v.shared():
+		// With the neighbour's memory its own has run out: that is a result.
+		m.ended++
+	default:
 		g.b.Fatalf("%s, %s: a proxy of the victim ended: %v", v.name(), a.name, err)
 	}
-	return r, after.Minus(before)
 }
 
 // forgetTracked empties the nodes' tables of connections: what was left would be the next
@@ -176,12 +186,16 @@ func (g *bench) tracked() (n float64) {
 	return n
 }
 
-func (m *measured) add(r load.PacedResult, sched load.Sched) {
-	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+func (m *measured) addSched(s load.Sched, requests int) {
+	m.wait = append(m.wait, 1000*ms(s.Waited)/float64(max(s.Turns, 1)))
+	m.cpu = append(m.cpu, ms(s.Ran)/float64(requests)*1000)
+}
+
+func (m *measured) add(r load.PacedResult) {
 	m.p50, m.p99, m.p999 = append(m.p50, ms(r.P50)), append(m.p99, ms(r.P99)), append(m.p999, ms(r.P999))
 	m.late = append(m.late, 1000*ms(r.Late))
-	m.wait = append(m.wait, 1000*ms(sched.Waited)/float64(max(sched.Turns, 1)))
-	m.cpu = append(m.cpu, ms(sched.Ran)/float64(r.Requests)*1000)
 	m.failed, m.all = m.failed+r.Failed, m.all+r.Requests
 	if m.first == "" {
 		m.first = r.FirstFailure
@@ -189,8 +203,12 @@ func (m *measured) add(r load.PacedResult, sched load.Sched) {
 }
 
 func (m *measured) failures() string {
-	if m.failed == 0 {
-		return "0"
+	s := "0"
+	if m.failed > 0 {
+		s = fmt.Sprintf("%d of %d", m.failed, m.all)
 	}
-	return fmt.Sprintf("%d of %d", m.failed, m.all)
+	if m.ended > 0 {
+		s += fmt.Sprintf(", a proxy ended in %d of %d rounds", m.ended, len(m.p99))
+	}
+	return s
 }

@@ -60,7 +60,7 @@ func aim(found [][]measured) report.Table {
 		Header: []string{"team-b", "redirection", "Node to alone", "Namespace to alone", "Namespace: ms more than alone", "Node to Namespace", "failed", "rounds"}}
 	for shared, s := range variants {
 		for own, o := range variants {
-			if s.isolation != "Node" || o.isolation != "Namespace" || s.redirection != o.redirection {
+			if !s.shared() || o.isolation != "Namespace" || s.redirection != o.redirection {
 				continue
 			}
 			for i, a := range aggressions[1:] {

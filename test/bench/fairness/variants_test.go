@@ -54,6 +54,9 @@ func (v variant) limits() v1alpha1.Limits {
 	return v1alpha1.Limits{MemoryMax: proxyMemory, CPUMillis: v.cpuMillis, NewConnections: v.pace, NewDirect: v.pace}
 }
 
+// shared says that the victim's proxies are team-b's, too.
+func (v variant) shared() bool { return v.isolation == "Node" }
+
 func (v variant) name() string { return v.isolation + " · " + string(v.redirection) }
 
 // cpus are parted: pods, which are both ends of both loads, have the first half of

@@ -31,8 +31,13 @@ func (s Samples) Spread() string {
 	return fmt.Sprintf("%s (%s–%s)", s, figure(slices.Min(s)), figure(slices.Max(s)))
 }
 
-// String is the median.
-func (s Samples) String() string { return figure(s.Median()) }
+// String is the median, and empty without a sample.
+func (s Samples) String() string {
+	if len(s) == 0 {
+		return ""
+	}
+	return figure(s.Median())
+}
 
 // figure has three digits that count.
 func figure(f float64) string {
