@@ -89,7 +89,7 @@ type datapathFlowState struct {
 	Learned       uint8
 	Outbound      uint8
 	Led           uint8
-	Pad           [4]uint8
+	Expected      uint32
 	Seen          uint64
 	BytesSent     uint64
 	BytesReceived uint64

@@ -30,14 +30,15 @@ struct flow_state {
 	__u32 tenant;
 	// The pod's veth, and whether the programs wrote it down.
 	__u32 ifindex;
-	// Which ends have sent a FIN, and whether one a RST.
+	// Which ends have sent a FIN, and whether one a RST that the other takes.
 	__u8 ended;
 	__u8 learned;
 	__u8 outbound;
 	// The SYN of the pod, or of its peer, led it there. What a tenant opened by itself,
 	// or had when the agent looked, gets no SYN of theirs.
 	__u8 led;
-	__u8 pad[4];
+	// The sequence number that the pod's end waits for; 0 before it has said so.
+	__u32 expected;
 	// When its last packet came: nanoseconds of CLOCK_MONOTONIC.
 	__u64 seen;
 	__u64 bytes_sent, bytes_received;
@@ -202,16 +203,24 @@ static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 t
 
 // follow keeps the books of a flow that is written down, and says where it
 // belongs.
-static __always_inline int follow(const struct flow *f, struct flow_state *s, const struct pod *pod, __u32 flags, int from_pod, __u32 bytes)
+static __always_inline int follow(const struct flow *f, struct flow_state *s, const struct pod *pod, const struct packet *p, int from_pod, __u32 bytes)
 {
 	int tenant = s->tenant;
-	__u8 ended = s->ended;
+	__u8 ended = s->ended, flags = p->flags;
+	__u32 expected = s->expected;
 	s->seen = bpf_ktime_get_ns();
 	__sync_fetch_and_add(from_pod ? &s->bytes_sent : &s->bytes_received, bytes);
-	if (flags & TCP_RST)
+	if (from_pod && flags & TCP_ACK)
+		s->expected = p->acknowledged;
+	else if (!from_pod && expected && p->sequence == expected)
+		s->expected = p->next;
+	// The pod's kernel takes no other either (RFC 5961, 3.2): anybody can send one with the
+	// right ports.
+	int forged = !from_pod && expected && p->sequence != expected;
+	if (flags & TCP_RST && !forged)
 		ended |= ENDED_RESET;
-	else
-		ended &= ~ENDED_RESET; // it was forged: they talk on
+	else if (from_pod)
+		ended &= ~ENDED_RESET; // it was forged: the pod talks on
 	if (flags & TCP_FIN)
 		ended |= from_pod ? ENDED_POD : ENDED_PEER;
 	int both = (ended & (ENDED_POD | ENDED_PEER)) == (ENDED_POD | ENDED_PEER);
@@ -241,12 +250,14 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	// A former tenant could take up ports beforehand, and would get what the pod opens
 	// from them. Peers' SYNs can be forged: they end none that was there before it moved.
 	int taken = !by && s && s->tenant != DIRECT && s->tenant != tenant && !s->led && (from_pod || s->learned);
-	if (s && opens(p) && (s->ended || taken)) {
+	// A FIN of the peer's can be forged, too, and a pod that hasn't sent its own is still there.
+	__u8 over = by || from_pod ? 0xff : ENDED_POD | ENDED_RESET;
+	if (s && opens(p) && (s->ended & over || taken)) {
 		forget(f, s);
 		s = 0;
 	}
 	if (s)
-		return follow(f, s, pod, p->flags, from_pod, bytes);
+		return follow(f, s, pod, p, from_pod, bytes);
 	if (!opens(p))
 		return tenant == DIRECT ? IS_MIDSTREAM : tenant;
 	if (by) {

@@ -346,15 +346,6 @@ func TestFlowEnds(t *testing.T) {
 	excluded := []steer.Exclusion{{Port: 80}}
 	check(t, m.d.SetExclusions(excluded))
 	c := hold("app 10.77.0.2")
-	forgePacket(t, m.remote, to, from, 4)
-	if s := m.flowAt(40000); s.Ended&endedReset == 0 {
-		t.Fatalf("a reset isn't seen: %+v", s)
-	}
-	check(t, echo(c, 1000))
-	if s := m.flowAt(40000); s.Ended&endedReset != 0 || s.Seen == 0 {
-		t.Errorf("ended by a forged reset: %+v", s)
-	}
-
 	check(t, c.SetLinger(0))
 	check(t, c.Close())
 	check(t, m.d.SetExclusions(nil))

@@ -21,6 +21,9 @@ struct packet {
 	__u8 later;
 	// Of TCP.
 	__u8 flags;
+	__u32 sequence, acknowledged;
+	// The sequence number of what comes after it.
+	__u32 next;
 };
 
 #define TCP_FIN 1
@@ -121,6 +124,10 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 	p->source_port = bpf_ntohs(tcp.source);
 	p->destination_port = bpf_ntohs(tcp.destination);
 	p->flags = tcp.flags;
+	p->sequence = bpf_ntohl(tcp.sequence);
+	p->acknowledged = bpf_ntohl(tcp.acknowledged);
+	__u32 headers = p->offset + (tcp.offset >> 4) * 4;
+	p->next = p->sequence + (skb->len > headers ? skb->len - headers : 0) + ((p->flags & (TCP_SYN | TCP_FIN)) != 0);
 	// Opens nothing anywhere, and would be taken for what does.
 	if (p->flags & TCP_SYN && p->flags & (TCP_FIN | TCP_RST))
 		return MALFORMED;

@@ -1,0 +1,81 @@
+package bpf
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+)
+
+// Whoever knows the ports of a connection that stays where it began can send in its
+// peer's name, and have neither its end nor that it is swept.
+func TestForgedEnds(t *testing.T) {
+	const fin, syn, rst, ack = 1, 2, 4, 16
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	d := m.pod("d", 1, addresses("10.77.0.40", "fd77::40"), false)
+	serve(t, d.namespace, 8080)
+	remote := remoteAddresses.v4
+	type kept struct {
+		heldFlow
+		pod, peer netip.AddrPort
+	}
+	var all []kept
+	keep := func(name string, from *namespace, by, to netip.AddrPort, outbound bool, want string) {
+		t.Helper()
+		var held []heldFlow
+		m.hold(&held, name, from, by, to, want)
+		k := kept{held[0], by, to}
+		if !outbound {
+			k.pod, k.peer = to, by
+		}
+		all = append(all, k)
+	}
+	keep("in the clear, outbound", d.namespace, at(d.v4, 41000), at(remote, 80), true, "app "+d.v4.String())
+	keep("in the clear, inbound", m.remote, at(remote, 41001), at(d.v4, 8080), false, "app "+remote.String())
+	keep("former tenant, outbound", m.a.namespace, at(m.a.v4, 41002), at(remote, 80), true, "proxy1")
+	keep("former tenant, inbound", m.remote, at(remote, 41003), at(m.a.v4, 8080), false, "proxy1")
+	check(t, m.d.MovePod(d.Pod, m.reader(d)))
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	flow := func(k kept) datapathFlowState {
+		t.Helper()
+		var s datapathFlowState
+		pod, err := addrKey(k.pod.Addr())
+		check(t, err)
+		peer, err := addrKey(k.peer.Addr())
+		check(t, err)
+		check(t, m.d.maps[datapathMapFlows].Lookup(datapathFlow{Pod: pod, Peer: peer, PodPort: k.pod.Port(), PeerPort: k.peer.Port()}, &s))
+		return s
+	}
+	for _, k := range all {
+		for _, flags := range []byte{rst, fin} {
+			goOn(t, "before", []heldFlow{k.heldFlow})
+			forgePacket(t, m.remote, k.peer, k.pod, flags)
+			if s := flow(k); s.Ended&endedReset != 0 {
+				t.Errorf("%s: ended by a forged reset: %+v", k.name, s)
+			}
+			forgePacket(t, m.remote, k.peer, k.pod, syn)
+			goOn(t, fmt.Sprint("forged ", flags), []heldFlow{k.heldFlow})
+		}
+	}
+
+	// Its end is seen, and who opens another with the same ports finds the mesh.
+	for _, k := range all {
+		want := map[netip.Addr]string{d.v4: "proxy1", m.a.v4: "proxy2"}[k.pod.Addr()]
+		from := m.remote
+		if k.LocalAddr().String() == k.pod.String() {
+			from = map[netip.Addr]*namespace{d.v4: d.namespace, m.a.v4: m.a.namespace}[k.pod.Addr()]
+		}
+		// With something that isn't acknowledged yet.
+		_, err := k.Write([]byte("x"))
+		check(t, err)
+		check(t, k.Conn.(*net.TCPConn).SetLinger(0))
+		check(t, k.Close())
+		// A peer can't take it back, by what the pod's kernel drops for its checksum.
+		forgePacket(t, m.remote, k.peer, k.pod, ack)
+		if _, got, err := dial(t, from, addrPortOf(k.LocalAddr()), addrPortOf(k.RemoteAddr())); got != want {
+			t.Errorf("%s: the next with its ports: %q, %v, want %q", k.name, got, err, want)
+		}
+	}
+}
