@@ -65,6 +65,42 @@ static __always_inline __be16 gre_call(struct __sk_buff *skb, __u32 offset)
 	return gre.call;
 }
 
+// Where a node's tunnels of VXLAN (IANA's port, and Linux's before), and Geneve end.
+#define VXLAN_PORT 4789
+#define VXLAN_LINUX_PORT 8472
+#define GENEVE_PORT 6081
+
+// is_wrapped tells whether a node that has such a tunnel would unwrap the packet, and send
+// on what is in it as if it had come from there: TCP past the proxy, with any source. Of a
+// packet in fragments the first says so; without it nothing is put together.
+static __noinline int is_wrapped(struct __sk_buff *skb, const struct packet *p)
+{
+	__u8 version;
+	__be16 port;
+	if (!p)
+		return 0;
+	switch (p->protocol) {
+	case IPPROTO_IPIP:
+	case IPPROTO_IPV6:
+		return 1;
+	case IPPROTO_GRE:
+		// Version 1 is PPTP's, which no interface of the node takes.
+		return !p->later && (bpf_skb_load_bytes(skb, p->offset + 1, &version, sizeof(version)) || !(version & 7));
+	case IPPROTO_UDP:
+		if (p->later || bpf_skb_load_bytes(skb, p->offset + 2, &port, sizeof(port)))
+			return 0;
+		return port == bpf_htons(VXLAN_PORT) || port == bpf_htons(VXLAN_LINUX_PORT) || port == bpf_htons(GENEVE_PORT);
+	}
+	return 0;
+}
+
+// may_wrap: a pod that isn't in the mesh (any more).
+static __always_inline int may_wrap(const struct packet *p, __u32 ifindex)
+{
+	struct pod *pod = bpf_map_lookup_elem(&pods, &p->source);
+	return pod && pod->ifindex == ifindex && pod->tenant == DIRECT;
+}
+
 static __always_inline __u32 direct_rate(__u32 tenant)
 {
 	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);

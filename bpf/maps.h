@@ -117,7 +117,8 @@ struct drops {
 	__u64 deliver;
 	// from_tenant: neither from nor to a pod of the tenant.
 	__u64 foreign;
-	// from_tenant: neither TCP nor ARP nor neighbour discovery.
+	// from_tenant: neither TCP nor ARP nor neighbour discovery. from_pod: a packet in
+	// another one, for the end of a tunnel.
 	__u64 protocol;
 	// steer: neither end is a pod of the tenant. from_pod: to the tunnels' port.
 	__u64 unsteered;

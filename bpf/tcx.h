@@ -152,6 +152,8 @@ int from_pod(struct __sk_buff *skb)
 	if (parsed == NOT_IP)
 		return NEXT;
 	if (p.protocol != IPPROTO_TCP) {
+		if (is_wrapped(skb, &p) && !may_wrap(&p, ifindex))
+			return drop(&p, tenant, ifindex, protocol, WAY_OUTBOUND);
 		if (!may_begin_other(skb, &p, tenant))
 			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
 		return NEXT;

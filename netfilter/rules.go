@@ -37,6 +37,10 @@ const (
 	// chainRefuse answers a pod's SYN as a host does that has no listener.
 	chainRefuse = "refuse"
 
+	// chainWrapped drops packets in others, but those of pods that aren't in the mesh (any
+	// more).
+	chainWrapped = "wrapped"
+
 	// Of a packet's mark, in from_tenant only: whether its source and destination
 	// are pods that the tenant may speak for, or to.
 	markFrom, markTo = 1, 2
@@ -80,6 +84,10 @@ func hostChains(pass, own uint32) []chain {
 			byProtocol(chainFromTenant, goTo(dropChain(dropMalformed, false)))...)},
 		chain{chainBack, []rule{
 			join(iif(regKey), find(setTenantOf, regKey, regFound), markFound()), join(setPriority(own), forward()), goTo(dropChain(dropNoTenant, false)),
+		}},
+		chain{chainWrapped, []rule{
+			onlyMark(1), join(iif(regKey), find(setPods, regKey, regFound), markFound()),
+			join(markIs(0), back()), goTo(dropChain(dropProtocol, false)),
 		}},
 		chain{chainRefuse, append(counted(dropUnsteered, iif), jump(tellChain(dropUnsteered, false)), refuseTCP())},
 	)
@@ -128,7 +136,23 @@ func isOther(then rule) rule {
 	return join(meta(expr.MetaKeyL4PROTO, regTemp), differs(regTemp, unix.IPPROTO_TCP), then)
 }
 
-// isPort matches TCP's source port, at 0, or its destination port, at 2.
+// isWrapped matches packets that a node with such a tunnel would unwrap, and send on what
+// is in them as if it had come from there: TCP past the proxy, with any source.
+func isWrapped(then rule) (rules []rule) {
+	is := func(protocol byte, what rule) {
+		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), what, then))
+	}
+	is(unix.IPPROTO_IPIP, nil)
+	is(unix.IPPROTO_IPV6, nil)
+	// Version 1 is PPTP's, which no interface of the node takes.
+	is(unix.IPPROTO_GRE, join(transport(1, 1, regTemp), masked(regTemp, []byte{7}, []byte{0}), equal(regTemp, 0)))
+	for _, port := range []uint16{4789, 8472, 6081} { // VXLAN's by IANA, and Linux's before, Geneve's
+		is(unix.IPPROTO_UDP, isPort(2, port))
+	}
+	return rules
+}
+
+// isPort matches the source port of TCP or UDP, at 0, or the destination port, at 2.
 func isPort(at uint32, port uint16) rule {
 	return join(transport(at, 2, regTemp), equal(regTemp, big16(port)...))
 }
@@ -178,7 +202,8 @@ func (f family) fromPod(priority uint32) []chain {
 	v := f.version
 	tcp, own, self := "from_pod_tcp"+v, "from_pod_own"+v, "from_pod_self"+v
 	chains := []chain{
-		{chainFromPod + v, []rule{isTCP(goTo(tcp)), isOther(back()), goTo(dropChain(dropMalformed, false))}},
+		{chainFromPod + v, append(append([]rule{isTCP(goTo(tcp))}, isWrapped(goTo(chainWrapped))...),
+			isOther(back()), goTo(dropChain(dropMalformed, false)))},
 		{tcp, []rule{
 			join(iif(regKey), network(f.source, f.length, regKey+1), isIn(setSent+v, regKey), goTo(own)),
 			goTo(dropChain(dropSpoofed, false)),

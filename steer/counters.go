@@ -78,7 +78,8 @@ type Drops struct {
 	Deliver uint64
 	// Foreign: the tenant sent what is neither from nor to its own pods.
 	Foreign uint64
-	// Protocol: the tenant sent other things than TCP.
+	// Protocol: the tenant sent other things than TCP, or a pod a packet in another one,
+	// which a tunnel of a node would unwrap.
 	Protocol uint64
 	// Unsteered: TCP of no pod of the tenant reached its namespace, or a pod sent it to
 	// the tunnels' port, where its SYN is refused.
