@@ -3,7 +3,6 @@ package xds
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"flag"
 	"net/netip"
 	"os"
@@ -112,8 +111,6 @@ func TestGolden(t *testing.T) {
 	vip4, vip6 := netip.MustParseAddrPort("10.96.0.10:80"), netip.MustParseAddrPort("[fd00:96::10]:80")
 	pod4, pod6 := netip.MustParseAddr("10.1.0.3"), netip.MustParseAddr("fd00:1::3")
 	one := func(m proto.Message, err error) ([]proto.Message, error) { return []proto.Message{m}, err }
-	quiet := testProxy
-	quiet.AccessLog, quiet.Workloads = false, quiet.Workloads[:1]
 	backend := Backend{ServicePortKey: model.ServicePortKey{ServiceKey: model.ServiceKey{Namespace: "team-a", Name: "api"}, Port: 80}}
 	routes := func(r model.Routing) func() ([]proto.Message, error) {
 		return func() ([]proto.Message, error) {
@@ -123,21 +120,6 @@ func TestGolden(t *testing.T) {
 	}
 	draining := model.Service{Namespace: "team-a", Name: "api", Ports: []model.ServicePort{{Port: 80, Endpoints: testService.Ports[0].Endpoints[1:2]}}}
 	files := map[string]func() ([]proto.Message, error){
-		"listeners":         func() ([]proto.Message, error) { return messages(Listeners(testNetwork, testProxy)) },
-		"listeners-one-pod": func() ([]proto.Message, error) { return messages(Listeners(testNetwork, quiet)) },
-		"listeners-reject": func() ([]proto.Message, error) {
-			reject := quiet
-			reject.RejectOutside = true
-			ls, err := Listeners(testNetwork, reject)
-			return messages(ls[:1], err)
-		},
-		"listeners-http": func() ([]proto.Message, error) {
-			account := identityPath(quiet.Workloads[0].Identity)
-			return one(outboundWith(testNetwork, quiet, map[string][]httpChain{account: {{vip4, true}, {netip.MustParseAddrPort("10.96.0.11:80"), false}, {vip6, true}}}))
-		},
-		"listeners-no-pods": func() ([]proto.Message, error) {
-			return messages(Listeners(testNetwork, model.Proxy{Node: "node-1", Tenant: testProxy.Tenant}))
-		},
 		"clusters-static":        func() ([]proto.Message, error) { return messages(StaticClusters()) },
 		"cluster-vip":            func() ([]proto.Message, error) { return one(VIPCluster(vip4)) },
 		"cluster-pod-mesh-ipv4":  func() ([]proto.Message, error) { return one(PodCluster(pod4, testProxy.Workloads[1])) },
@@ -148,19 +130,14 @@ func TestGolden(t *testing.T) {
 		"endpoints-ipv6":         func() ([]proto.Message, error) { return one(VIPEndpoints(vip6, testService, Place{})) },
 		"endpoints-all-draining": func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, draining, Place{})) },
 		"endpoints-unknown":      func() ([]proto.Message, error) { return one(VIPEndpoints(vip4, model.Service{}, Place{})) },
-		"http-listener":          func() ([]proto.Message, error) { return one(HTTPListener(vip4)) },
 		"http-endpoints":         func() ([]proto.Message, error) { return one(HTTPEndpoints(vip6), nil) },
 		"http-backend":           func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP)) },
 		"http-backend-h2c":       func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP2)) },
 		"http-backend-ws":        func() ([]proto.Message, error) { return one(BackendCluster(backend, model.ProtocolHTTP1)) },
 		"http-backend-endpoints": func() ([]proto.Message, error) { return one(BackendEndpoints(backend, testService, Place{}), nil) },
-		"http-mirror": func() ([]proto.Message, error) {
-			c, err := mirrorCluster()
-			l, err2 := mirrorListener()
-			return []proto.Message{c, l}, errors.Join(err, err2)
-		},
-		"http-routes":      routes(testRouting),
-		"http-routes-none": routes(model.Routing{}),
+		"http-mirror":            func() ([]proto.Message, error) { return one(mirrorCluster()) },
+		"http-routes":            routes(testRouting),
+		"http-routes-none":       routes(model.Routing{}),
 	}
 	for name, build := range files {
 		t.Run(name, func(t *testing.T) {
@@ -168,13 +145,7 @@ func TestGolden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var got bytes.Buffer
-			for _, m := range ms {
-				validateAll(t, m.ProtoReflect())
-				got.WriteString("---\n")
-				got.Write(toYAML(t, m))
-			}
-			golden(t, name+".yaml", got.Bytes())
+			golden(t, name+".yaml", yamlOf(t, ms))
 		})
 	}
 	if *update {
@@ -192,6 +163,18 @@ func messages[M proto.Message](ms []M, err error) (out []proto.Message, _ error)
 		out = append(out, m)
 	}
 	return out, err
+}
+
+// yamlOf is how messages are on record. It validates them.
+func yamlOf(t *testing.T, ms []proto.Message) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	for _, m := range ms {
+		validateAll(t, m.ProtoReflect())
+		out.WriteString("---\n")
+		out.Write(toYAML(t, m))
+	}
+	return out.Bytes()
 }
 
 func toYAML(t *testing.T, m proto.Message) []byte {

@@ -61,7 +61,12 @@ func HTTPEndpoints(vip netip.AddrPort) *endpointv3.ClusterLoadAssignment {
 // HTTPListener is the internal listener of a service's address that is spoken to
 // as HTTP. Nothing is added to a request or counted about it that nobody reads.
 func HTTPListener(vip netip.AddrPort) (*listenerv3.Listener, error) {
-	p := &packer{}
+	return httpListenerOf(NewestForm, vip)
+}
+
+// httpListenerOf is HTTPListener in a form.
+func httpListenerOf(f Form, vip netip.AddrPort) (*listenerv3.Listener, error) {
+	p := &packer{form: f}
 	l := internalListener(HTTPName(vip), p.originalAddresses(), p.httpManager(vip, p.originalSourceOfRequests()))
 	return l, p.err()
 }

@@ -27,14 +27,19 @@ const (
 	bufferLimit = 256 << 10
 )
 
-// Listeners are the listeners of one proxy, in the order outbound, inbound,
-// plain, nodeplain, hbone, unwrap. There are always all of them. Workloads that
-// can't be served are left out, and so are addresses that several identities
+// Listeners are the listeners of one proxy's new process, in the order outbound,
+// inbound, plain, nodeplain, hbone, unwrap. There are always all of them. Workloads
+// that can't be served are left out, and so are addresses that several identities
 // claim: connections from and to them are closed. The error joins an
 // *ObjectError for each; with a nil result it is about the whole.
 func Listeners(n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, error) {
+	return listenersOf(NewestForm, n, proxy)
+}
+
+// listenersOf are Listeners in a form.
+func listenersOf(f Form, n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, error) {
 	identities, refused := servedIdentities(n, proxy)
-	p := &packer{}
+	p := &packer{form: f}
 	log := proxy.AccessLog
 	ls := []*listenerv3.Listener{
 		p.outbound(n, identities, nil, proxy.RejectOutside, log),
@@ -51,9 +56,9 @@ func Listeners(n model.Network, proxy model.Proxy) ([]*listenerv3.Listener, erro
 }
 
 // outboundWith is the listener outbound with chains for HTTP, by their accounts.
-func outboundWith(n model.Network, proxy model.Proxy, http map[string][]httpChain) (*listenerv3.Listener, error) {
+func outboundWith(f Form, n model.Network, proxy model.Proxy, http map[string][]httpChain) (*listenerv3.Listener, error) {
 	identities, _ := servedIdentities(n, proxy) // Listeners tells of those that are refused
-	p := &packer{}
+	p := &packer{form: f}
 	l := p.outbound(n, identities, http, proxy.RejectOutside, proxy.AccessLog)
 	return l, p.err()
 }

@@ -54,8 +54,8 @@ func mirrorCluster() (*clusterv3.Cluster, error) {
 	return c, p.err()
 }
 
-func mirrorListener() (*listenerv3.Listener, error) {
-	p := &packer{}
+func mirrorListener(f Form) (*listenerv3.Listener, error) {
+	p := &packer{form: f}
 	state := []*filterstatev3.FilterStateValue{sourceState(clientAddress), identityState("%REQ(" + headerMirrorIdentity + ")%")}
 	l := internalListener(mirrorName, nil, p.filter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
 		StatPrefix: mirrorName,

@@ -15,7 +15,11 @@ import (
 // packer wraps messages for Envoy's extension points. Validation doesn't look
 // into an Any, so each message is validated when it is packed; errors are kept
 // until the whole resource is done.
-type packer struct{ errs []error }
+type packer struct {
+	errs []error
+	// form of the listeners that are packed.
+	form Form
+}
 
 func (p *packer) err() error { return errors.Join(p.errs...) }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -20,15 +21,20 @@ type proxyState struct {
 	// which its content came, and since the pod that is waited for was in the
 	// listeners from a certain seq on, whoever acknowledged that or a later one
 	// serves the pod, however many more have come in between.
-	seq   uint64
+	seq  uint64
+	sets map[Form]*listenerSet
+
+	waiting   chan struct{} // closed and replaced at news for WaitServed; nil if nobody waits
+	rejection string        // the last one of a listener
+}
+
+// listenerSet are a proxy's listeners in one form.
+type listenerSet struct {
 	stale bool
 	// listeners are those that all generations have alike; see Store.outbound.
 	listeners map[string]*resource
 	// since is the seq from which on a workload was served as it is now.
 	since map[string]servedSince
-
-	waiting   chan struct{} // closed and replaced at news for WaitServed; nil if nobody waits
-	rejection string        // the last one of a listener
 }
 
 type servedSince struct {
@@ -39,10 +45,28 @@ type servedSince struct {
 }
 
 func (p *proxyState) invalidate() {
-	p.stale = true
+	p.prune()
+	for _, set := range p.sets {
+		set.stale = true
+	}
 	for st := range p.streams {
 		st.mark(TypeListener, wildcardName, false)
 	}
+}
+
+// prune forgets the forms that no stream has, if there is one: it may be of the last
+// process that had another.
+func (p *proxyState) prune() {
+	if len(p.streams) == 0 {
+		return
+	}
+	used := map[Form]struct{}{}
+	for st := range p.streams {
+		for _, name := range listenerNames {
+			used[st.form(name)] = struct{}{}
+		}
+	}
+	maps.DeleteFunc(p.sets, func(f Form, _ *listenerSet) bool { return !has(used, f) })
 }
 
 // wake tells WaitServed to look again.
@@ -65,7 +89,7 @@ func (s *Store) SetProxy(proxy model.Proxy) error {
 	_, refused := servedIdentities(s.network, proxy)
 	p := s.proxies[key]
 	if p == nil {
-		p = &proxyState{streams: map[*stream]struct{}{}, since: map[string]servedSince{}}
+		p = &proxyState{streams: map[*stream]struct{}{}, sets: map[Form]*listenerSet{}}
 		s.proxies[key] = p
 		s.announce()
 	} else if reflect.DeepEqual(p.proxy, proxy) {
@@ -100,31 +124,38 @@ func (s *Store) DeleteProxy(key model.ProxyKey) {
 
 var errProxyGone = errors.New("the proxy has no pods on this node any more")
 
-// listeners builds p's listeners if they are stale.
-func (s *Store) listeners(p *proxyState) map[string]*resource {
-	if !p.stale {
-		return p.listeners
+// listeners are p's in a form, built if they are stale.
+func (s *Store) listeners(p *proxyState, f Form) *listenerSet {
+	set := p.sets[f]
+	if set == nil {
+		set = &listenerSet{stale: true}
+		p.sets[f] = set
 	}
-	p.stale = false
+	if !set.stale {
+		return set
+	}
+	set.stale = false
 	s.builds++
-	ls, err := Listeners(s.network, p.proxy)
+	ls, err := listenersOf(f, s.network, p.proxy)
 	if ls == nil {
 		s.refuse(TypeListener, listenerOutbound, err) // SetProxy told of single workloads
-		return p.listeners
+		return set
 	}
 	next, changed := map[string]*resource{}, false
 	for _, l := range ls {
 		r, err := encode(l.Name, proxySource(p.proxy.Key()), l)
 		if err != nil {
 			s.refuse(TypeListener, l.Name, err)
-			return p.listeners
+			return set
 		}
-		if c := s.common[l.Name]; c != nil && c.Version == r.version() {
+		f.mark(r)
+		key := commonKey{f, l.Name}
+		if c := s.common[key]; c != nil && c.Version == r.version() {
 			r.wire = c
 		} else {
-			s.common[l.Name] = r.wire
+			s.common[key] = r.wire
 		}
-		if old := p.listeners[l.Name]; old != nil && old.version() == r.version() {
+		if old := set.listeners[l.Name]; old != nil && old.version() == r.version() {
 			r = old
 		} else {
 			r.seq, changed = p.seq+1, true
@@ -134,34 +165,34 @@ func (s *Store) listeners(p *proxyState) map[string]*resource {
 	if changed {
 		p.seq++
 	}
-	p.listeners = next
-	p.note(s.network)
-	return next
+	set.listeners = next
+	set.note(s.network, p.proxy)
+	return set
 }
 
 // note keeps from when on each workload is served.
-func (p *proxyState) note(n model.Network) {
+func (l *listenerSet) note(n model.Network, proxy model.Proxy) {
 	next := map[string]servedSince{}
-	identities, _ := servedIdentities(n, p.proxy)
+	identities, _ := servedIdentities(n, proxy)
 	owners := map[netip.Addr]model.Identity{}
 	for _, s := range identities {
 		for _, prefix := range s.prefixes {
 			owners[prefix.Addr()] = s.identity
 		}
 	}
-	for _, w := range p.proxy.Workloads {
+	for _, w := range proxy.Workloads {
 		if w.Identity.IsZero() || len(w.IPs) == 0 || slices.ContainsFunc(w.IPs, func(a netip.Addr) bool { return owners[a] != w.Identity }) {
 			continue // not served, or not at all of its addresses
 		}
 		now := servedSince{identity: w.Identity, ips: w.IPs}
-		if old, ok := p.since[w.UID]; ok && old.identity == now.identity && slices.Equal(old.ips, now.ips) {
+		if old, ok := l.since[w.UID]; ok && old.identity == now.identity && slices.Equal(old.ips, now.ips) {
 			now = old
 		} else {
-			now.outbound, now.inbound = p.listeners[listenerOutbound].seq, p.listeners[listenerInbound].seq
+			now.outbound, now.inbound = l.listeners[listenerOutbound].seq, l.listeners[listenerInbound].seq
 		}
 		next[w.UID] = now
 	}
-	p.since = next
+	l.since = next
 }
 
 // waitServed returns once all streams of the proxy, one at least, acknowledged
@@ -194,19 +225,26 @@ func (s *Store) waitServed(ctx context.Context, key model.ProxyKey, uid string) 
 
 // unserved says what is missing until the workload is served; "" if nothing.
 func (s *Store) unserved(p *proxyState, uid string) string {
-	listeners := s.listeners(p)
-	since, ok := p.since[uid]
-	if !ok {
-		return "the pod isn't among the workloads that it can serve, or has no address"
-	}
+	const unservable = "the pod isn't among the workloads that it can serve, or has no address"
 	if len(p.streams) == 0 {
+		if _, ok := s.listeners(p, s.newest).since[uid]; !ok {
+			return unservable
+		}
 		return "its Envoy isn't connected"
 	}
 	for st := range p.streams {
+		if !st.opened(TypeListener) {
+			return "its Envoy hasn't acknowledged any listener" // nor told of which form it has them
+		}
+		out, in := s.listeners(p, st.form(listenerOutbound)), s.listeners(p, st.form(listenerInbound))
+		since, ok := out.since[uid]
+		if !ok || in.listeners == nil {
+			return unservable
+		}
 		for _, l := range []struct {
 			r   *resource
 			seq uint64
-		}{{s.outbound(st, p), since.outbound}, {listeners[listenerInbound], since.inbound}} {
+		}{{s.outbound(st, p), since.outbound}, {in.listeners[listenerInbound], in.since[uid].inbound}} {
 			if !st.hasListener(l.r, l.seq) {
 				if p.rejection != "" {
 					return "its Envoy refused the configuration: " + p.rejection

@@ -27,6 +27,8 @@ type variant struct {
 	routed bool
 	// consumer is whose routes they are.
 	consumer string
+	// form of listeners; 0 for what isn't one.
+	form Form
 }
 
 // SetRoutings replaces all routings of a service; it need not be known yet. One
@@ -195,6 +197,8 @@ func (s *Store) variant(st *stream, typeURL, name string) variant {
 			_, consumer, _ := s.routing(vip, st.key.Tenant.Namespace)
 			return variant{consumer: consumer}
 		}
+	case TypeListener:
+		return variant{form: st.form(name)}
 	}
 	return variant{}
 }

@@ -37,6 +37,7 @@ type StoreOptions struct {
 type Store struct {
 	opts   StoreOptions
 	static map[string]*resource // clusters
+	newest Form                 // NewestForm, but where a test has a former operator
 
 	mu      sync.Mutex
 	synced  bool
@@ -44,9 +45,9 @@ type Store struct {
 	network model.Network
 
 	proxies map[model.ProxyKey]*proxyState
-	// common are the last contents of each listener, by name: what doesn't depend on
-	// the proxy is one for all.
-	common    map[string]*discoveryv3.Resource
+	// common are the last contents of each listener: what doesn't depend on the proxy
+	// is one for all.
+	common    map[commonKey]*discoveryv3.Resource
 	services  map[serviceKey]model.Service
 	routings  map[serviceKey]map[scope]model.Routing
 	vips      map[netip.AddrPort]serviceKey
@@ -61,6 +62,11 @@ type Store struct {
 type serviceKey = model.ServiceKey
 
 type resourceKey struct{ typeURL, name string }
+
+type commonKey struct {
+	form Form
+	name string
+}
 
 // entry is a shared resource that somebody holds. Whose clients have routes of
 // their own for a service holds another variant than others.
@@ -84,8 +90,8 @@ func NewStore(o StoreOptions) *Store {
 		o.Logger = slog.Default()
 	}
 	s := &Store{
-		opts: o, static: map[string]*resource{}, changed: make(chan struct{}),
-		proxies: map[model.ProxyKey]*proxyState{}, common: map[string]*discoveryv3.Resource{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
+		opts: o, static: map[string]*resource{}, newest: NewestForm, changed: make(chan struct{}),
+		proxies: map[model.ProxyKey]*proxyState{}, common: map[commonKey]*discoveryv3.Resource{}, services: map[serviceKey]model.Service{}, routings: map[serviceKey]map[scope]model.Routing{}, vips: map[netip.AddrPort]serviceKey{},
 		workloads: map[string]model.Workload{}, addrs: map[netip.Addr][]string{}, shared: map[resourceKey]*entry{}, reading: map[netip.AddrPort]map[*stream]struct{}{},
 	}
 	clusters, err := StaticClusters()
@@ -393,7 +399,7 @@ func (s *Store) lookup(st *stream, typeURL, name string) *resource {
 			case name == listenerOutbound:
 				return s.outbound(st, p)
 			}
-			return s.listeners(p)[name]
+			return s.listeners(p, st.form(name)).listeners[name]
 		}
 	case TypeCluster:
 		if r := s.static[name]; r != nil {
@@ -460,7 +466,7 @@ func (s *Store) build(typeURL, name string, which variant) (*resource, error) {
 	} else if vip, ok := parseHTTPName(name); ok {
 		source = serviceSource(s.services[s.vips[vip]])
 		if typeURL == TypeListener {
-			m, err = HTTPListener(vip)
+			m, err = httpListenerOf(which.form, vip)
 		} else {
 			m, needs, err = s.buildRoutes(vip, which.consumer)
 		}
@@ -475,7 +481,7 @@ func (s *Store) build(typeURL, name string, which variant) (*resource, error) {
 	} else if name == mirrorName {
 		source = Source{Kind: "Static"}
 		if typeURL == TypeListener {
-			m, err = mirrorListener()
+			m, err = mirrorListener(which.form)
 		} else {
 			m, err = mirrorCluster()
 		}
@@ -488,6 +494,9 @@ func (s *Store) build(typeURL, name string, which variant) (*resource, error) {
 	r, err := encode(name, source, m)
 	if err == nil {
 		r.needs, r.unknown = needs, s.unknown(name)
+		if typeURL == TypeListener {
+			which.form.mark(r)
+		}
 	}
 	return r, err
 }
@@ -555,6 +564,7 @@ func (s *Store) detach(st *stream) map[string]int {
 	defer s.mu.Unlock()
 	if p := s.proxies[st.key]; p != nil {
 		delete(p.streams, st)
+		p.prune()
 		p.wake()
 	}
 	for vip := range st.straight.accounts {

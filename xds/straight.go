@@ -100,7 +100,8 @@ func (p *packer) straight(l *listenerv3.Listener, s served, chains []httpChain, 
 // outbound is the listener outbound of a process: its proxy's, with the chains of its
 // own. Its seq is the proxy's: chains for HTTP make no pod be served.
 func (s *Store) outbound(st *stream, p *proxyState) *resource {
-	base := s.listeners(p)[listenerOutbound]
+	f := st.form(listenerOutbound)
+	base := s.listeners(p, f).listeners[listenerOutbound]
 	h := &st.straight
 	if base == nil || h.base == base && !h.stale {
 		return cmp.Or(h.outbound, base)
@@ -122,7 +123,7 @@ func (s *Store) outbound(st *stream, p *proxyState) *resource {
 		}
 	}
 	s.builds++
-	l, err := outboundWith(s.network, p.proxy, by)
+	l, err := outboundWith(f, s.network, p.proxy, by)
 	var r *resource
 	if err == nil {
 		r, err = encode(listenerOutbound, proxySource(st.key), l)
@@ -132,6 +133,7 @@ func (s *Store) outbound(st *stream, p *proxyState) *resource {
 		return cmp.Or(h.outbound, base)
 	}
 	slices.Sort(marks)
+	f.mark(r)
 	r.wire.Version += marksBegin + strings.Join(marks, "")
 	r.seq, h.outbound = base.seq, r
 	return r
