@@ -24,8 +24,10 @@ type Form int
 const (
 	// OldestForm is that of versions without a mark.
 	OldestForm Form = 1
+	// formAgain tries again what is refused; see parts.go.
+	formAgain Form = 2
 	// NewestForm is what processes get that have no listener yet.
-	NewestForm Form = 1
+	NewestForm = formAgain
 )
 
 // formEnd ends the mark of a form, which begins a version. Neither hashes nor what a former

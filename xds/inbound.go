@@ -58,7 +58,7 @@ func (p *packer) inbound(n model.Network, identities []served, log bool) *listen
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:            name,
 			TransportSocket: p.downstreamTLS(s.identity.String()),
-			Filters: []*listenerv3.Filter{p.connectManager(listenerInbound, cmp.Or(n.TunnelAge, tunnelAge), p.logs(log, listenerInbound, inboundLog), p.ownAddress(),
+			Filters: []*listenerv3.Filter{p.connectManager(listenerInbound, localAttempts, cmp.Or(n.TunnelAge, tunnelAge), p.logs(log, listenerInbound, inboundLog), p.ownAddress(),
 				p.authorize("spiffe://"+n.TrustDomain+"/"))},
 		})
 		rules = append(rules, rule{s.prefixes, p.toChain(name)})
@@ -77,7 +77,7 @@ func (p *packer) inbound(n model.Network, identities []served, log bool) *listen
 // there is one way out for pod addresses, whoever lives there.
 func (p *packer) unwrap() *listenerv3.Listener {
 	return internalListener(listenerUnwrap, []*listenerv3.ListenerFilter{p.originalDestination()},
-		p.connectManager(listenerUnwrap, 0, nil, nil))
+		p.connectManager(listenerUnwrap, outsideAttempts, 0, nil, nil))
 }
 
 // headerSource tells unwrap the client's address: a tunnel is shared by clients. It
@@ -93,9 +93,9 @@ func sourceHeader() []*corev3.HeaderValueOption {
 }
 
 // connectManager takes CONNECTs and delivers them to their authority, from the
-// client's address. A connection that is older than age, if there is one, gets no
-// new streams: Envoy doesn't look at a peer's certificate again.
-func (p *packer) connectManager(name string, age time.Duration, logs []*accesslogv3.AccessLog, early []*corev3.TypedExtensionConfig, filters ...*hcmv3.HttpFilter) *listenerv3.Filter {
+// client's address, with as many attempts. A connection that is older than age, if there
+// is one, gets no new streams: Envoy doesn't look at a peer's certificate again.
+func (p *packer) connectManager(name string, attempts uint32, age time.Duration, logs []*accesslogv3.AccessLog, early []*corev3.TypedExtensionConfig, filters ...*hcmv3.HttpFilter) *listenerv3.Filter {
 	upgrade := &routev3.RouteAction_UpgradeConfig{UpgradeType: "CONNECT", ConnectConfig: &routev3.RouteAction_UpgradeConfig_ConnectConfig{}}
 	var common *corev3.HttpProtocolOptions
 	if age > 0 {
@@ -114,6 +114,7 @@ func (p *packer) connectManager(name string, age time.Duration, logs []*accesslo
 				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
 					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: clusterDeliverHTTP},
 					Timeout:          durationpb.New(0),
+					RetryPolicy:      p.retryConnect(attempts),
 					UpgradeConfigs:   []*routev3.RouteAction_UpgradeConfig{upgrade},
 				}},
 			}}}},
@@ -135,6 +136,18 @@ func (p *packer) connectManager(name string, age time.Duration, logs []*accesslo
 		}
 	}
 	return p.filter("envoy.filters.network.http_connection_manager", manager)
+}
+
+// retryConnect has a CONNECT connected with as many attempts; nil in forms that try once.
+// Nothing is waited for in between: it is another port that helps, not time.
+func (p *packer) retryConnect(attempts uint32) *routev3.RetryPolicy {
+	if p.form < formAgain {
+		return nil
+	}
+	return &routev3.RetryPolicy{
+		RetryOn: "connect-failure", NumRetries: wrapperspb.UInt32(attempts - 1),
+		RetryBackOff: &routev3.RetryPolicy_RetryBackOff{BaseInterval: durationpb.New(time.Millisecond), MaxInterval: durationpb.New(time.Millisecond)},
+	}
 }
 
 func (p *packer) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {

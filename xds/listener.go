@@ -135,10 +135,10 @@ func (p *packer) outbound(n model.Network, identities []served, http map[string]
 	logs := func() []*accesslogv3.AccessLog { return p.failureLogs(log, listenerOutbound) }
 	outside := &listenerv3.FilterChain{Name: chainPass, Filters: []*listenerv3.Filter{
 		p.setFilterState(destinationState()),
-		p.tcpTo(clusterPassthrough, logs()),
+		p.tcpTo(clusterPassthrough, outsideAttempts, logs()),
 	}}
 	if reject {
-		outside = &listenerv3.FilterChain{Name: chainReject, Filters: []*listenerv3.Filter{p.tcpTo(clusterNone, logs())}}
+		outside = &listenerv3.FilterChain{Name: chainReject, Filters: []*listenerv3.Filter{p.tcpProxy(&tcpproxyv3.TcpProxy{ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: clusterNone}}, logs())}}
 	}
 	var rules []rule
 	for _, s := range identities {
@@ -197,7 +197,7 @@ func (p *packer) plain(name string, port uint32, cluster string, log bool, filte
 	l.ListenerFilters = filters
 	l.FilterChains = []*listenerv3.FilterChain{{Name: name, Filters: []*listenerv3.Filter{
 		p.setFilterState(destinationState()),
-		p.tcpTo(cluster, p.logs(log, name, tcpLog)),
+		p.tcpTo(cluster, localAttempts, p.logs(log, name, tcpLog)),
 	}}}
 	return l
 }

@@ -200,8 +200,29 @@ func (p *packer) tcpProxy(t *tcpproxyv3.TcpProxy, logs []*accesslogv3.AccessLog)
 	return p.filter("envoy.filters.network.tcp_proxy", t)
 }
 
-func (p *packer) tcpTo(cluster string, logs []*accesslogv3.AccessLog) *listenerv3.Filter {
-	return p.tcpProxy(&tcpproxyv3.TcpProxy{ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster}}, logs)
+// A connection that a proxy opens as a pod's client, or as the pod, has a port that the
+// proxy chose, and may meet one that is another's still: of a former tenant (decision 31).
+// The kernel refuses it at once, and the next attempt has another port. Envoy doesn't tell
+// what is refused from what doesn't answer, which takes connectTimeout each time. So there
+// are more attempts to where only a pod of this node can be, than to elsewhere.
+const (
+	localAttempts   = 4
+	outsideAttempts = 2
+)
+
+// attempts is n, or nil in forms that try once.
+func (p *packer) attempts(n uint32) *wrapperspb.UInt32Value {
+	if p.form < formAgain {
+		return nil
+	}
+	return wrapperspb.UInt32(n)
+}
+
+// tcpTo goes to a cluster, which has as many attempts.
+func (p *packer) tcpTo(cluster string, attempts uint32, logs []*accesslogv3.AccessLog) *listenerv3.Filter {
+	return p.tcpProxy(&tcpproxyv3.TcpProxy{
+		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster}, MaxConnectAttempts: p.attempts(attempts),
+	}, logs)
 }
 
 // tcpOnDemand goes to the cluster that clusterState named.

@@ -36,11 +36,15 @@ type Levels struct {
 	PrivateBytes                            int64
 }
 
+// passthrough is the cluster of what goes out of the mesh.
+const passthrough = "passthrough"
+
 // AdminPath asks Envoy for what ReadEnvoy reads, and for nothing else: what was never
 // used has no line.
 var AdminPath = "/stats?usedonly&histogram_buckets=disjoint&filter=" + url.QueryEscape(
 	`^(listener\.[^.]+\.(downstream_cx_active|downstream_cx_total|ssl\.(handshake|connection_error|fail_verify_[a-z_]+))`+
 		`|cluster\..*\.(upstream_cx_total|upstream_cx_connect_fail|ssl\.(handshake|connection_error|fail_verify_[a-z_]+))`+
+		`|cluster\.`+passthrough+`\.(upstream_rq_total|upstream_rq_cancelled|upstream_cx_connect_attempts_exceeded)`+
 		`|http\.(inbound|l7)\.downstream_(rq_completed|rq_5xx|rq_time|cx_total|cx_active|cx_rx_bytes_total|cx_tx_bytes_total)`+
 		`|tcp\.tcp\.downstream_cx_(rx|tx)_bytes_total)$`)
 
@@ -109,6 +113,15 @@ func readConnections(kind, name string, n uint64, c *Counts, l *Levels) {
 		c.HandshakeFailures += n
 	case kind == "cluster" && delivers(strings.TrimSuffix(name, "."+stat)):
 		// Who sent the connection chose the port, and the pod whether it listens.
+	case kind == "cluster" && strings.TrimSuffix(name, "."+stat) == passthrough:
+		// Not by attempts: how many a connection has is its listener's, and may be another
+		// number in the process that it is compared with.
+		switch stat {
+		case "upstream_rq_total": // connected
+			c.Upstreams += n
+		case "upstream_rq_cancelled", "upstream_cx_connect_attempts_exceeded": // the client left before, or all attempts failed
+			c.Upstreams, c.UpstreamFailures = c.Upstreams+n, c.UpstreamFailures+n
+		}
 	case kind == "cluster" && stat == "upstream_cx_total":
 		c.Upstreams += n
 	case kind == "cluster" && stat == "upstream_cx_connect_fail":
