@@ -39,7 +39,7 @@ func newRolling(t *testing.T) *rolling {
 		r.told = append(r.told, strings.Join([]string{about.Kind, kind, reason, action}, " ")+": "+note)
 	}))
 	r.must(r.w.writePlan(t.Context(), "n1"))
-	r.must(c.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{
+	r.must(c.Create(t.Context(), &v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r", UID: "uid-r"}, Spec: v1alpha1.ProxyRolloutSpec{
 		Target: v1alpha1.RolloutTarget{Version: "1.41.0"}, Steps: []v1alpha1.RolloutStep{{Weight: 10, Approval: true}, {Weight: 100}}}}))
 	r.report(func(s *v1alpha1.NodeProxyStatus) {})
 	return r
@@ -119,7 +119,7 @@ func TestRolloutsAreWritten(t *testing.T) {
 	if s := r.decide(); s.Phase != v1alpha1.RolloutProgressing || !slices.Equal(s.From, []string{"1.40.0"}) {
 		t.Errorf("%+v", s)
 	}
-	if c := r.canary(); c == nil || *c != (v1alpha1.CanaryGeneration{Version: "1.41.0", Weight: 10, Rollout: "r"}) {
+	if c := r.canary(); c == nil || *c != (v1alpha1.CanaryGeneration{Version: "1.41.0", Weight: 10, Rollout: "r", RolloutUID: "uid-r"}) {
 		t.Fatalf("the canary is %+v", c)
 	}
 	r.report(func(s *v1alpha1.NodeProxyStatus) {

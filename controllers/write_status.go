@@ -199,10 +199,12 @@ func newsOfTenant(had, now v1alpha1.TenantProxyStatus, ended *v1alpha1.TenantUpg
 		all = append(all, newsOfEnd(ended, translate.Behind(views, ended.To)))
 	}
 	if u, before := now.Upgrade, had.Upgrade; u != nil {
-		if before == nil || before.Verdict != u.Verdict || before.Weight != u.Weight || before.Rollout != u.Rollout {
+		// One that began at another time is another, whatever its name.
+		same := before != nil && before.Rollout == u.Rollout && before.Since.Equal(u.Since)
+		if !same || before.Verdict != u.Verdict || before.Weight != u.Weight {
 			all = append(all, newsOfUpgrade(u))
 		}
-		if before != nil && before.Rollout == u.Rollout && before.Paused != u.Paused && !translate.IsOver(u) {
+		if same && before.Paused != u.Paused && !translate.IsOver(u) {
 			all = append(all, newsOfPause(u))
 		}
 	}

@@ -157,6 +157,11 @@ type CanaryGeneration struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +optional
 	Rollout string `json:"rollout,omitempty"`
+	// RolloutUID is that ProxyRollout's: one that is made again under its name is
+	// another. Operators of before don't say it.
+	// +kubebuilder:validation:MaxLength=64
+	// +optional
+	RolloutUID string `json:"rolloutUID,omitempty"`
 }
 
 // NodePod is a pod of the mesh.

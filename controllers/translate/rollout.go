@@ -146,9 +146,11 @@ func (r *rollout) decide() map[string]NodeRollout {
 	return nodes
 }
 
-// owns reports whether a tenant on a node has the rollout's canary.
+// owns reports whether a tenant on a node has the rollout's canary, and not that of one
+// that was deleted and had its name. One without a UID is of an operator of before.
 func (r *rollout) owns(p placed) bool {
-	return p.spec.Canary != nil && p.spec.Canary.Rollout == r.Rollout.Name && p.spec.Canary.Version == r.version
+	c := p.spec.Canary
+	return c != nil && c.Rollout == r.Rollout.Name && c.Version == r.version && (c.RolloutUID == "" || c.RolloutUID == string(r.Rollout.UID))
 }
 
 // isAnothers reports whether a node's last word is of a process of the version that
@@ -213,7 +215,7 @@ func (r *rollout) nodes(taking map[string]int32) map[string]NodeRollout {
 			}
 			if _, held := r.held[name]; taking[name] > 0 && !held && !r.isAnothers(p) {
 				weight := taking[name]
-				n.Canaries[name] = v1alpha1.CanaryGeneration{Version: r.version, Weight: weight, Promoted: weight == 100, Rollout: r.Rollout.Name}
+				n.Canaries[name] = v1alpha1.CanaryGeneration{Version: r.version, Weight: weight, Promoted: weight == 100, Rollout: r.Rollout.Name, RolloutUID: string(r.Rollout.UID)}
 			}
 			out[p.node.Name] = n
 		}

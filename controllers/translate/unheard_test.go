@@ -350,3 +350,57 @@ func TestRolloutWaitsForAnothersProcesses(t *testing.T) {
 	f.step()
 	f.want("it speaks", v1alpha1.RolloutWaiting, "a 50, b 50")
 }
+
+// One that was deleted and made again under the same name is another as well, on nodes
+// that are heard: what the first one's process did isn't its doing.
+func TestRolloutMadeAgain(t *testing.T) {
+	for name, tc := range map[string]struct {
+		written string // the UID that the node's canary names
+		judged  bool
+	}{
+		"another":               {"one", false},
+		"by an operator before": {"", true},
+		"its own":               {"two", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a", "b")
+			f.rollout.UID = "one"
+			f.want("begun", v1alpha1.RolloutWaiting, "a 50, b 50")
+			f.broken = func(node, _ string, g *v1alpha1.GenerationStatus) {
+				g.Restarts = 1
+			}
+			f.report()
+			for i := range f.nodes {
+				for k := range f.nodes[i].Spec.Tenants {
+					f.nodes[i].Spec.Tenants[k].Canary.RolloutUID = tc.written
+				}
+			}
+			f.rollout = v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r", UID: "two", Generation: 1}, Spec: f.rollout.Spec}
+			if s := f.step(); (s.Verdict != nil) != tc.judged || f.weights() != "" {
+				t.Fatalf("%s with %q, %+v: %s", s.Phase, f.weights(), s.Verdict, s.Message)
+			}
+			if tc.judged {
+				return
+			}
+			f.broken = nil
+			f.want("they are gone", v1alpha1.RolloutWaiting, "a 50, b 50")
+			for _, n := range f.nodes {
+				for _, tenant := range n.Spec.Tenants {
+					if tenant.Canary.RolloutUID != "two" {
+						t.Errorf("%s on %s has %+v", tenant.Name, n.Name, tenant.Canary)
+					}
+				}
+			}
+		})
+	}
+}
+
+// A canary that an operator before wrote without a UID goes on, and has it then.
+func TestCanaryOfOperatorBefore(t *testing.T) {
+	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 50, Approval: true}, {Weight: 100}}}, "a")
+	f.want("begun", v1alpha1.RolloutWaiting, "a 50")
+	f.rollout.UID = "one"
+	if s := f.step(); s.Phase != v1alpha1.RolloutWaiting || f.weights() != "a 50" || f.nodes[0].Spec.Tenants[0].Canary.RolloutUID != "one" {
+		t.Errorf("%s with %q, %+v", s.Phase, f.weights(), f.nodes[0].Spec.Tenants[0].Canary)
+	}
+}
