@@ -96,7 +96,7 @@ func testPodsComeAndGo(t *testing.T, l *lab.Lab) {
 		t.Errorf("%d of %d connections of pods that stayed held, failures %+v", r.Held, connections, r.Failures)
 	}
 	for _, tenant := range []string{"team-a", "team-b"} {
-		if g := c.n.Tenant(tenant).Generations[0]; g.Restarts > 0 {
+		if g := c.n.Running(tenant); g.Restarts > 0 {
 			t.Errorf("the proxy of %s was started again: %+v", tenant, g)
 		}
 	}

@@ -145,7 +145,7 @@ func TestControlSocketIsRootsAlone(t *testing.T) {
 	defer everybodys.Close()
 	lab.Check(t, os.Chmod(filepath.Join(dir, "everybody.sock"), 0o666))
 	lab.Check(t, os.Chmod(dir, 0o755)) // as a kubelet makes it
-	uid := l.Node1.Tenant("team-a").Generations[0].UID
+	uid := l.Node1.Running("team-a").UID
 	for _, c := range []struct {
 		uid    int
 		socket string

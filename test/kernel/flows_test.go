@@ -125,7 +125,7 @@ func TestFlowsWithOtherEnvoys(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			l := lab.NewWith(t, lab.Options{Envoy: version})
 			for _, name := range []string{"team-a", "team-b"} {
-				if got := l.Node1.Tenant(name).Generations[0].Version; got != version {
+				if got := l.Node1.Running(name).Version; got != version {
 					t.Errorf("%s has Envoy %s", name, got)
 				}
 			}

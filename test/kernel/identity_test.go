@@ -275,12 +275,12 @@ func TestOperatorAway(t *testing.T) {
 		n.Start()
 		n.WaitReady()
 		for _, tenant := range []string{"team-a", "team-b"} {
-			pid := n.Tenant(tenant).Generations[0].PID
+			pid := n.Running(tenant).PID
 			lab.Check(t, unix.Kill(pid, unix.SIGKILL))
 			lab.Eventually(t, "the proxy's return", func() error {
 				b := n.Tenant(tenant)
-				if !b.Ready || b.Generations[0].PID == pid {
-					return fmt.Errorf("%s, %+v", b.Reason, b.Generations[0])
+				if !b.Ready || lab.First(b).PID == pid {
+					return fmt.Errorf("%s, %+v", b.Reason, b.Generations)
 				}
 				return nil
 			})

@@ -21,17 +21,17 @@ func testProxyKilled(t *testing.T, l *lab.Lab) {
 	deadline := time.Now().Add(lasts)
 	for i := range kills {
 		for _, n := range []*lab.Node{l.Node1, l.Node2} {
-			pid := n.Tenant("team-b").Generations[0].PID
+			pid := n.Running("team-b").PID
 			lab.Check(t, unix.Kill(pid, unix.SIGKILL))
 			lab.Eventually(t, "the proxy's return", func() error {
 				b := n.Tenant("team-b")
-				if !b.Ready || b.Generations[0].PID == pid || b.Generations[0].Restarts <= i {
-					return fmt.Errorf("%s, %+v", b.Reason, b.Generations[0])
+				if g := lab.First(b); !b.Ready || g.PID == pid || g.Restarts <= i {
+					return fmt.Errorf("%s, %+v", b.Reason, b.Generations)
 				}
 				return nil
 			})
-			if b := n.Tenant("team-b"); b.Generations[0].LastExit != "killed by SIGKILL" {
-				t.Errorf("the exit is told as %q", b.Generations[0].LastExit)
+			if told := n.Running("team-b").LastExit; told != "killed by SIGKILL" {
+				t.Errorf("the exit is told as %q", told)
 			}
 		}
 		flow{from: l.B1, to: l.B2}.check(t, 4)
@@ -45,8 +45,8 @@ func testProxyKilled(t *testing.T, l *lab.Lab) {
 		t.Errorf("%d of %d connections held, %d exchanges, failures %+v", r.Held, connections, r.Exchanges, r.Failures)
 	}
 	for _, n := range []*lab.Node{l.Node1, l.Node2} {
-		if a := n.Tenant("team-a"); a.Generations[0].Restarts > 0 {
-			t.Errorf("the other tenant's proxy was started %d times again", a.Generations[0].Restarts)
+		if a := n.Running("team-a"); a.Restarts > 0 {
+			t.Errorf("the other tenant's proxy was started %d times again", a.Restarts)
 		}
 	}
 }

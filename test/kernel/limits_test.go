@@ -52,7 +52,7 @@ func TestPace(t *testing.T) { eachRedirection(t, testPace) }
 func testPace(t *testing.T, l *lab.Lab) {
 	const seconds, rate = 6, 40
 	n := l.Node1
-	pid := n.Tenant("team-b").Generations[0].PID
+	pid := n.Running("team-b").PID
 	steered := func() uint64 { s := n.Tenant("team-b").Steered; return s[0] + s[1] }
 	// most is what may have been opened in the time that it took.
 	flood := func(from *lab.Host, to string) (opened, most, shed uint64) {
@@ -84,8 +84,8 @@ func testPace(t *testing.T, l *lab.Lab) {
 	}
 	neighbour()
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
-	if tenant := n.Tenant("team-b"); tenant.Generations[0].PID != pid {
-		t.Errorf("pid %d, was %d", tenant.Generations[0].PID, pid)
+	if now := n.Running("team-b").PID; now != pid {
+		t.Errorf("pid %d, was %d", now, pid)
 	}
 	if opened, _, shed := flood(l.B1, lab.At(l.B2.V4, app.HTTPPort).String()); opened < 2*rate*seconds || shed != 0 {
 		t.Errorf("without a limit %d connections in %d s, %d shed", opened, seconds, shed)
@@ -127,7 +127,7 @@ func TestConnectionLimits(t *testing.T) { eachRedirection(t, testConnectionLimit
 func testConnectionLimits(t *testing.T, l *lab.Lab) {
 	const seconds, most = 6, 60
 	n := l.Node1
-	pid := n.Tenant("team-b").Generations[0].PID
+	pid := n.Running("team-b").PID
 	held := lab.At(l.B2.V4, app.GreetPort).String()
 
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
@@ -155,7 +155,7 @@ func testConnectionLimits(t *testing.T, l *lab.Lab) {
 	if hold(&r); !r.OK || r.Held != 3*most {
 		t.Errorf("without limits %d of %d connections are held: %+v", r.Held, 3*most, r.Failures)
 	}
-	if tenant := n.Tenant("team-b"); tenant.Drops["tooMany"] == 0 || tenant.Generations[0].PID != pid {
-		t.Errorf("drops %v, pid %d, was %d", tenant.Drops, tenant.Generations[0].PID, pid)
+	if drops, now := n.Tenant("team-b").Drops, n.Running("team-b").PID; drops["tooMany"] == 0 || now != pid {
+		t.Errorf("drops %v, pid %d, was %d", drops, now, pid)
 	}
 }

@@ -24,14 +24,14 @@ func TestOutOfMemory(t *testing.T) {
 		}
 		return nil
 	})
-	before := n.Tenant("team-b").Generations[0]
+	before := n.Running("team-b")
 	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", neighbours), "--interval=200ms", "--duration=16s", "--timeout=20s",
 		lab.At(l.A3.V4, app.GreetPort).String())
 	// Each of them takes about 20 KB there.
 	leak := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", greedy), "--interval=5s", "--duration=12s", "--timeout=5s",
 		lab.At(l.B2.V4, app.GreetPort).String())
 	lab.Eventually(t, "the kill", func() error {
-		g := n.Tenant("team-b").Generations[0]
+		g := lab.First(n.Tenant("team-b"))
 		if g.Restarts == before.Restarts || !strings.HasSuffix(g.LastExit, "out of memory") {
 			return fmt.Errorf("%+v", g)
 		}
@@ -47,11 +47,11 @@ func TestOutOfMemory(t *testing.T) {
 		t.Errorf("%d of %d connections of the neighbour held, failures %+v", r.Held, neighbours, r.Failures)
 	}
 	for _, node := range []*lab.Node{l.Node1, l.Node2} {
-		if g := node.Tenant("team-a").Generations[0]; g.Restarts > 0 {
+		if g := node.Running("team-a"); g.Restarts > 0 {
 			t.Errorf("the neighbour on %s was started again: %+v", node.Name, g)
 		}
 	}
-	if g := l.Node2.Tenant("team-b").Generations[0]; g.Restarts > 0 {
+	if g := l.Node2.Running("team-b"); g.Restarts > 0 {
 		t.Errorf("the tenant on the other node was started again: %+v", g)
 	}
 	named := false

@@ -41,7 +41,7 @@ func TestLimitsRecover(t *testing.T) { eachRedirection(t, testLimitsRecover) }
 
 func testLimitsRecover(t *testing.T, l *lab.Lab) {
 	n := l.Node1
-	proxy, pid := n.Proxy("team-b"), n.Tenant("team-b").Generations[0].PID
+	proxy, pid := n.Proxy("team-b"), n.Running("team-b").PID
 	for _, o := range overloads(t, l) {
 		began, before := mustOpen(t, l.B1, l.Outside, 4), map[string]int{}
 		lines := bufio.NewReader(began)
@@ -94,8 +94,8 @@ func testLimitsRecover(t *testing.T, l *lab.Lab) {
 		limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30})
 		t.Logf("%s: %d times", o.name, *recoveries+1)
 	}
-	if b := n.Tenant("team-b"); b.Generations[0].PID != pid || b.Generations[0].Restarts > 0 {
-		t.Errorf("the proxy is %+v, its pid was %d", b.Generations[0], pid)
+	if g := n.Running("team-b"); g.PID != pid || g.Restarts > 0 {
+		t.Errorf("the proxy is %+v, its pid was %d", g, pid)
 	}
 }
 
@@ -237,7 +237,7 @@ func remains(t *testing.T, l *lab.Lab, proxy *lab.Namespace) (map[string]int, er
 	t.Helper()
 	n := l.Node1
 	counts := map[string]int{}
-	for name, pid := range map[string]int{"files of the proxy": n.Tenant("team-b").Generations[0].PID, "files of the agent": n.AgentPID()} {
+	for name, pid := range map[string]int{"files of the proxy": n.Running("team-b").PID, "files of the agent": n.AgentPID()} {
 		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 		if err != nil {
 			return counts, err

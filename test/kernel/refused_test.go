@@ -305,7 +305,7 @@ func testClosedWithoutProxy(t *testing.T, l *lab.Lab) {
 			held = append(held, c)
 		}
 	}
-	pid := l.Node1.Tenant("team-a").Generations[0].PID
+	pid := l.Node1.Running("team-a").PID
 	l.Node1.Kill() // or it would start the proxy again
 	lab.Check(t, unix.Kill(pid, unix.SIGKILL))
 	lab.Eventually(t, "the proxy's end", func() error {

@@ -70,7 +70,7 @@ func testRoom(t *testing.T, l *lab.Lab) {
 	lab.Check(t, own[0].Close())
 	own[0] = mustOpen(t, l.B1, l.Outside, 4)
 	// And those that the proxy loses.
-	lab.Check(t, unix.Kill(n.Tenant("team-b").Generations[0].PID, unix.SIGKILL))
+	lab.Check(t, unix.Kill(n.Running("team-b").PID, unix.SIGKILL))
 	for _, c := range append(own, others...) {
 		c.SetReadDeadline(time.Now().Add(lab.Patience))
 		for err := error(nil); err == nil; _, err = c.Read(make([]byte, 64)) {

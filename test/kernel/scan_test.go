@@ -192,7 +192,7 @@ func TestPodDialsEverything(t *testing.T) {
 		t.Error("the other tenant noticed")
 	}
 	for _, tenant := range []string{"team-a", "team-b"} {
-		if g := n.Tenant(tenant).Generations[0]; g.Restarts > 0 {
+		if g := n.Running(tenant); g.Restarts > 0 {
 			t.Errorf("the proxy of %s was started again: %+v", tenant, g)
 		}
 	}

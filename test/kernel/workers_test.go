@@ -53,10 +53,10 @@ func testPairSharesTunnel(t *testing.T, l *lab.Lab) {
 	n.Start()
 	n.WaitReady()
 	opens("with another agent", 0)
-	former := n.Tenant("team-a").Generations[0].PID
+	former := n.Running("team-a").PID
 	lab.Check(t, unix.Kill(former, unix.SIGKILL))
 	lab.Eventually(t, "the proxy's return", func() error {
-		if b := n.Tenant("team-a"); !b.Ready || b.Generations[0].PID == former {
+		if b := n.Tenant("team-a"); !b.Ready || lab.First(b).PID == former {
 			return fmt.Errorf("%s, %+v", b.Reason, b.Generations)
 		}
 		return nil

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -384,7 +385,33 @@ func (h *Host) Run(t testing.TB, result any, args ...string) {
 // Begin runs a client; the function waits for its end.
 func (h *Host) Begin(t testing.TB, args ...string) (wait func(result any)) {
 	t.Helper()
+	return h.begin(t, h.command(t, args...), args)
+}
+
+// longest is for how long a client works that nobody tells to end.
+const longest = 30 * time.Minute
+
+// BeginUntil runs a client of load or hold for as long as it is needed: a test can't know
+// how long a busy machine takes for the rest. stop has it end, and waits for that. One
+// that has ended by itself fails the test.
+func (h *Host) BeginUntil(t testing.TB, args ...string) (stop func(result any)) {
+	t.Helper()
+	args = append([]string{args[0], "--until-stdin", fmt.Sprint("--duration=", longest)}, args[1:]...)
 	cmd := h.command(t, args...)
+	stdin, err := cmd.StdinPipe()
+	Check(t, err)
+	wait := h.begin(t, cmd, args)
+	return func(result any) {
+		t.Helper()
+		if _, err := io.WriteString(stdin, "\n"); err != nil {
+			t.Errorf("%s on %s has ended before it was told to: %v", args, h.Name, err)
+		}
+		wait(result)
+	}
+}
+
+func (h *Host) begin(t testing.TB, cmd *exec.Cmd, args []string) (wait func(result any)) {
+	t.Helper()
 	var out, messages bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &messages
 	h.start(t, cmd)

@@ -368,6 +368,28 @@ func (n *Node) Tenant(name string) agent.InspectedTenant {
 	return i.Tenants[k]
 }
 
+// First is the first process of a tenant's proxy; one that is zero while there is none.
+func First(t agent.InspectedTenant) (first agent.InspectedGeneration) {
+	if len(t.Generations) > 0 {
+		first = t.Generations[0]
+	}
+	return first
+}
+
+// Running waits until a tenant's proxy runs, and returns its first process.
+func (n *Node) Running(name string) (first agent.InspectedGeneration) {
+	t := n.l.t
+	t.Helper()
+	Eventually(t, "a process of "+name+" on "+n.Name, func() error {
+		b := n.Tenant(name)
+		if first = First(b); first.PID == 0 {
+			return fmt.Errorf("%s, %+v", b.Reason, b.Generations)
+		}
+		return nil
+	})
+	return first
+}
+
 // Memory is what the kernel charges a tenant's proxy, in bytes.
 func (n *Node) Memory(t testing.TB, tenant string) (bytes int64) {
 	t.Helper()
