@@ -92,8 +92,12 @@ func (a *Agent) forgetAdmission(uid string) {
 }
 
 // setIdentities says which pods there are, and which tenants have connections of
-// them to finish.
-func (a *Agent) setIdentities(p plan, places map[string]model.Placement) {
+// them to finish. It goes by the newest plan: a round may have begun with another, and
+// who was told that a pod is planned waits for its certificate.
+func (a *Agent) setIdentities(places map[string]model.Placement) {
+	a.planning.Lock()
+	defer a.planning.Unlock()
+	p, _ := a.currentPlan()
 	tenants := map[uint16]model.Tenant{}
 	for _, t := range a.bulkheads.Tenants() {
 		if s, ok := a.bulkheads.State(t); ok {

@@ -83,6 +83,9 @@ type Agent struct {
 	// former is another way of redirecting, until its pods have the new one.
 	former steering
 
+	// planning has the identities' pods and the plan change together. It is locked before mu.
+	planning sync.Mutex
+
 	mu       sync.Mutex
 	datapath steering
 	// redirected is closed, and replaced, when the datapath is another one.

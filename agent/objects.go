@@ -94,6 +94,11 @@ func (a *Agent) setNodeProxy(np *v1alpha1.NodeProxy, deleted bool) {
 
 // setPlan replaces the plan; problem names what was left out of it.
 func (a *Agent) setPlan(p plan, problem string) {
+	a.planning.Lock()
+	defer a.planning.Unlock()
+	// Their certificates don't wait for the round that is under way, which may be steering
+	// many pods.
+	a.identities.AddPods(p.pods)
 	a.mu.Lock()
 	// The agent's own status comes back as an event as well.
 	same := a.planKnown && p.uid != "" && a.plan.uid == p.uid && a.plan.generation == p.generation

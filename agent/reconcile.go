@@ -96,7 +96,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	if err := a.ensureRedirection(p.redirection); err != nil {
 		a.log.Error("redirection isn't as planned", "error", err)
 		if r.redirectionProblem = err.Error(); a.steering().datapath == nil {
-			a.setIdentities(p, nil)
+			a.setIdentities(nil)
 			a.finishRound(r)
 			return time.Second
 		}
@@ -107,7 +107,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		a.finishRound(r)
 		return time.Second
 	}
-	a.setIdentities(p, places)
+	a.setIdentities(places)
 	if err := a.bulkheads.LimitAll(p.limits); err != nil {
 		a.log.Error("proxies together aren't limited as planned", "error", err)
 		r.limitProblem = err.Error()

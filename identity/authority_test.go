@@ -29,6 +29,7 @@ var (
 	reviews = model.Identity{TrustDomain: "cluster.local", Namespace: "team-a", ServiceAccount: "reviews"}
 	ratings = model.Identity{TrustDomain: "cluster.local", Namespace: "team-a", ServiceAccount: "ratings"}
 	other   = model.Identity{TrustDomain: "cluster.local", Namespace: "team-b", ServiceAccount: "reviews"}
+	late    = model.Identity{TrustDomain: "cluster.local", Namespace: "team-a", ServiceAccount: "late"}
 )
 
 func must[T any](t *testing.T) func(v T, err error) T {

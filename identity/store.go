@@ -50,7 +50,7 @@ type StoreOptions struct {
 
 // Errors of WaitReady.
 var (
-	// ErrUnknownPod: SetPods didn't name the pod, or does no longer.
+	// ErrUnknownPod: neither SetPods nor AddPods named the pod, or SetPods does no longer.
 	ErrUnknownPod = errors.New("not a pod of this node with an identity")
 	// ErrDenied: the operator refuses to sign for every pod of the identity here.
 	// The operator's status is wrapped as well.
@@ -139,17 +139,7 @@ func (s *Store) SetPods(pods []Pod) {
 			continue
 		}
 		touched[p.Tenant] = struct{}{}
-		e := s.entries[p.Identity]
-		if e == nil {
-			e = &entry{id: p.Identity, pods: map[string]*attempts{}}
-			if c := s.found[p.Identity]; c != nil {
-				e.credential = c
-				delete(s.found, p.Identity)
-			}
-			s.entries[p.Identity] = e
-		}
-		e.pods[uid] = &attempts{pod: p}
-		e.retryAt = time.Time{} // somebody waits, and this pod wasn't tried
+		s.add(p)
 	}
 	for id, e := range s.entries {
 		if len(e.pods) == 0 {
@@ -177,6 +167,44 @@ func (s *Store) SetPods(pods []Pod) {
 		}
 	}
 	s.broadcast()
+}
+
+// AddPods says which pods have come, and nothing of others: who knows all of them may
+// have much else to do before SetPods.
+func (s *Store) AddPods(pods []Pod) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	touched := map[model.Tenant]struct{}{}
+	for _, p := range pods {
+		if _, known := s.pods[p.UID]; known || p.UID == "" || p.Identity.IsZero() {
+			continue
+		}
+		touched[p.Tenant] = struct{}{}
+		s.pods[p.UID] = p
+		s.add(p)
+	}
+	if len(touched) == 0 {
+		return
+	}
+	for t := range touched {
+		s.notify(t)
+	}
+	s.broadcast()
+}
+
+// add has a pod be one of its identity's; s.mu is held.
+func (s *Store) add(p Pod) {
+	e := s.entries[p.Identity]
+	if e == nil {
+		e = &entry{id: p.Identity, pods: map[string]*attempts{}}
+		if c := s.found[p.Identity]; c != nil {
+			e.credential = c
+			delete(s.found, p.Identity)
+		}
+		s.entries[p.Identity] = e
+	}
+	e.pods[p.UID] = &attempts{pod: p}
+	e.retryAt = time.Time{} // somebody waits, and this pod wasn't tried
 }
 
 // SetFormers says of which identities, that have pods here, a tenant goes on to get
@@ -238,7 +266,7 @@ func (s *Store) SetBundle(trustDomain string, rootsDER [][]byte) error {
 
 // WaitReady returns nil once the pod's identity has a certificate that peers
 // take. The error wraps ErrUnknownPod, ErrDenied or the context's, and says what
-// the last attempt failed with. SetPods must have named the pod before.
+// the last attempt failed with. SetPods or AddPods must have named the pod before.
 func (s *Store) WaitReady(ctx context.Context, podUID string) error {
 	for {
 		s.mu.Lock()

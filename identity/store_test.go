@@ -257,6 +257,18 @@ func TestStoreLife(t *testing.T) {
 			keys = append(keys, key)
 		}
 
+		// Those who have come are known at once, and nothing else changes: not the tenant of
+		// one that is known by another.
+		moved := pod("3", ratings)
+		moved.Tenant = teamB
+		n.AddPods([]Pod{pod("6", late), moved, {UID: "7"}})
+		n.ready("6")
+		n.certificate(teamA, late)
+		n.certificate(teamA, ratings)
+		n.refused(teamB, ratings, true)
+		n.SetPods([]Pod{pod("1", reviews), pod("2", reviews), pod("3", ratings), pod("4", other)})
+		n.refused(teamA, late, true)
+
 		// The last pod takes the key along, not the last but one.
 		n.SetPods([]Pod{pod("2", reviews), pod("4", other)})
 		n.certificate(teamA, reviews)
