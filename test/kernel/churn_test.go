@@ -60,12 +60,11 @@ func testPodsComeAndGo(t *testing.T, l *lab.Lab) {
 		p.Identity = model.Identity{TrustDomain: lab.TrustDomain, Namespace: "moving", ServiceAccount: fmt.Sprint("s", i%7)}
 		c.pods, c.n.Pods = append(c.pods, p), append(c.n.Pods, p)
 	}
-	wait := c.l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--timeout=20s",
-		fmt.Sprint("--duration=", moving+15*time.Second), lab.At(c.l.B2.V4, app.GreetPort).String())
+	stop := c.l.A1.BeginUntil(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--timeout=20s", lab.At(c.l.B2.V4, app.GreetPort).String())
 	moved := map[*lab.Host]bool{}
 	steps := 0
 	for end := time.Now().Add(moving); time.Now().Before(end) || len(moved) < pods || !c.hadAllFaults(); steps++ {
-		if time.Now().After(end.Add(time.Minute)) {
+		if time.Now().After(end.Add(2 * lab.Patience)) {
 			t.Fatalf("%d pods have moved, faults: %v", len(moved), c.faults)
 		}
 		for range 5 + c.random.IntN(20) {
@@ -91,7 +90,7 @@ func testPodsComeAndGo(t *testing.T, l *lab.Lab) {
 	c.plan()
 	lab.Eventually(t, "nothing but what stayed", c.exact)
 	var r app.RunResult
-	wait(&r)
+	stop(&r)
 	if !r.OK || r.Held != connections {
 		t.Errorf("%d of %d connections of pods that stayed held, failures %+v", r.Held, connections, r.Failures)
 	}

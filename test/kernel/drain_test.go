@@ -45,16 +45,15 @@ func TestDrain(t *testing.T) {
 	}
 	// begin has both generations serve connections for some time, and then only
 	// the first wanted.
-	begin := func(drain, hold time.Duration) (wait func(any), draining agent.InspectedGeneration) {
+	begin := func() (stop func(any), draining agent.InspectedGeneration) {
 		t.Helper()
-		n.Drain = drain
+		n.Drain = time.Hour
 		restart()
 		n.Canary = 50
 		n.WritePlan()
 		n.WaitReady()
 		before := n.Tenant("team-a").Steered[1]
-		wait = l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--timeout=20s",
-			fmt.Sprint("--duration=", hold), lab.At(l.B2.V4, app.GreetPort).String())
+		stop = l.A1.BeginUntil(t, "hold", fmt.Sprint("--connections=", connections), "--interval=100ms", "--timeout=20s", lab.At(l.B2.V4, app.GreetPort).String())
 		lab.Eventually(t, "connections", func() error {
 			if s := n.Tenant("team-a").Steered; s[0] < connections/4 || s[1] < before+connections/4 {
 				return fmt.Errorf("the generations got %d", s)
@@ -72,7 +71,7 @@ func TestDrain(t *testing.T) {
 			draining = g
 			return nil
 		})
-		return wait, draining
+		return stop, draining
 	}
 	// survives kills the agent and sees the drain go on as it was, without new
 	// connections.
@@ -92,11 +91,14 @@ func TestDrain(t *testing.T) {
 		}
 	}
 
+	var takes time.Duration // to see that a drain survives
 	t.Run("last connection", func(t *testing.T) {
-		wait, g := begin(time.Hour, 20*time.Second)
+		stop, g := begin()
+		begun := time.Now()
 		survives(g)
+		takes = time.Since(begun)
 		var r app.RunResult
-		wait(&r)
+		stop(&r)
 		if !r.OK || r.Held != connections {
 			t.Errorf("%d of %d connections held, failures %+v", r.Held, connections, r.Failures)
 		}
@@ -104,18 +106,21 @@ func TestDrain(t *testing.T) {
 	})
 	t.Run("deadline", func(t *testing.T) {
 		// What the plan says goes before what the agent was started with.
-		n.PlanDrain = 22 * time.Second
-		wait, g := begin(time.Hour, 35*time.Second)
+		n.PlanDrain = (4*takes + 10*time.Second).Truncate(time.Second)
+		stop, g := begin()
+		if until := time.Until(*g.DrainUntil); until > n.PlanDrain {
+			t.Errorf("it ends in %s, by the plan within %s", until, n.PlanDrain)
+		}
 		survives(g)
 		if left := time.Until(*g.DrainUntil); left < time.Second {
 			t.Fatalf("the machine is too slow: %s of the drain are left", left)
 		}
 		lab.Eventually(t, "the end", ended)
-		if late := time.Since(*g.DrainUntil); late < 0 || late > 10*time.Second {
+		if late := time.Since(*g.DrainUntil); late < 0 || late > 20*time.Second {
 			t.Errorf("it ended %s after its deadline", late)
 		}
 		var r app.RunResult
-		wait(&r)
+		stop(&r)
 		if r.Held < connections/4 || r.Held > connections*3/4 {
 			t.Errorf("%d of %d connections outlived it, of about half", r.Held, connections)
 		}

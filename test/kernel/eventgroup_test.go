@@ -66,9 +66,12 @@ func TestEventGroupIsTaken(t *testing.T) {
 	if err := connectAs(t, l.A1.Namespace, l.A2.V4, lab.At(l.Outside.V4, app.GreetPort)); err == nil {
 		t.Error("connected from another pod's address")
 	}
-	if n.Tenant("team-a").Drops["spoofed"] <= before {
-		t.Error("a spoofed packet isn't counted")
-	}
+	lab.Eventually(t, "the count of a spoofed packet", func() error {
+		if now := n.Tenant("team-a").Drops["spoofed"]; now <= before {
+			return fmt.Errorf("%d as before", now)
+		}
+		return nil
+	})
 	release()
 
 	release = takeGroup(t, n.Proxy("team-a"))

@@ -131,15 +131,11 @@ func testConnectionLimits(t *testing.T, l *lab.Lab) {
 	held := lab.At(l.B2.V4, app.GreetPort).String()
 
 	limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: 1 << 30, Connections: most})
+	flow{from: l.B1, to: l.B2}.check(t, 4) // what the first waits for, the others needn't
 	neighbour := undisturbed(t, l, seconds)
 	var r app.RunResult
-	hold := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", 3*most), "--interval=200ms", fmt.Sprintf("--duration=%ds", seconds), "--timeout=1s", held)
-	lab.Eventually(t, "as many connections as may be", func() error {
-		if have := n.Tenant("team-b").Connections; have < most {
-			return fmt.Errorf("%d", have)
-		}
-		return nil
-	})
+	hold := l.B1.BeginUntil(t, "hold", fmt.Sprint("--connections=", 3*most), "--interval=200ms", "--timeout=3s", held)
+	waitConnections(t, n, "team-b", most)
 	if have := n.Tenant("team-b").Connections; have > most+most/4 {
 		t.Errorf("%d connections, at most %d", have, most)
 	}

@@ -25,10 +25,10 @@ func TestOutOfMemory(t *testing.T) {
 		return nil
 	})
 	before := n.Running("team-b")
-	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", neighbours), "--interval=200ms", "--duration=16s", "--timeout=20s",
-		lab.At(l.A3.V4, app.GreetPort).String())
+	stop := l.A1.BeginUntil(t, "hold", fmt.Sprint("--connections=", neighbours), "--interval=200ms", "--timeout=20s", lab.At(l.A3.V4, app.GreetPort).String())
+	waitConnections(t, n, "team-a", neighbours)
 	// Each of them takes about 20 KB there.
-	leak := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", greedy), "--interval=5s", "--duration=12s", "--timeout=5s",
+	leak := l.B1.Begin(t, "hold", fmt.Sprint("--connections=", greedy), "--interval=5s", "--duration=12s", "--timeout=10s",
 		lab.At(l.B2.V4, app.GreetPort).String())
 	lab.Eventually(t, "the kill", func() error {
 		g := lab.First(n.Tenant("team-b"))
@@ -39,7 +39,7 @@ func TestOutOfMemory(t *testing.T) {
 	})
 	var r, lost app.RunResult
 	leak(&lost)
-	wait(&r)
+	stop(&r)
 	if lost.OK {
 		t.Errorf("the greedy tenant has all of its %d connections", lost.Held)
 	}

@@ -19,8 +19,8 @@ import (
 func TestRedirectionChanges(t *testing.T) {
 	l := lab.New(t)
 	const connections = 100
-	wait := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--duration=8s", "--timeout=20s",
-		lab.At(l.B2.V4, app.GreetPort).String())
+	stop := l.A1.BeginUntil(t, "hold", fmt.Sprint("--connections=", connections), "--interval=200ms", "--timeout=20s", lab.At(l.B2.V4, app.GreetPort).String())
+	waitConnections(t, l.Node1, "team-a", connections)
 	for _, r := range []v1alpha1.Redirection{v1alpha1.RedirectionNetfilter, v1alpha1.RedirectionEBPF, v1alpha1.RedirectionNetfilter} {
 		l.Node1.Redirection = r
 		if r == v1alpha1.RedirectionNetfilter {
@@ -47,7 +47,7 @@ func TestRedirectionChanges(t *testing.T) {
 		}
 	}
 	var r app.RunResult
-	wait(&r)
+	stop(&r)
 	if !r.OK || r.Held != connections {
 		t.Errorf("%d of %d connections held, failures %+v", r.Held, connections, r.Failures)
 	}

@@ -19,7 +19,7 @@ const olderEnvoy = "1.39.3"
 func TestUpgrade(t *testing.T) { eachRedirection(t, testUpgrade) }
 
 func testUpgrade(t *testing.T, l *lab.Lab) {
-	const held, rate, duration = 20, 1000, 30 * time.Second
+	const held, rate = 20, 1000
 	nodes := []*lab.Node{l.Node1, l.Node2}
 	for _, n := range nodes {
 		n.Drain = time.Hour
@@ -28,11 +28,13 @@ func testUpgrade(t *testing.T, l *lab.Lab) {
 		n.WaitReady()
 	}
 	began := time.Now()
-	load := l.A1.Begin(t, "load", "--protocol=http", "--connections=32", fmt.Sprint("--rate=", rate), "--new-connection-ratio=0.5",
-		fmt.Sprint("--duration=", duration), lab.At(l.B2.V4, app.HTTPPort).String())
+	begin := func() (stop func(any)) {
+		t.Helper()
+		return l.A1.BeginUntil(t, "load", "--protocol=http", "--connections=32", fmt.Sprint("--rate=", rate), "--new-connection-ratio=0.5", lab.At(l.B2.V4, app.HTTPPort).String())
+	}
+	load := begin()
 	// They stay in the default version's processes, which are the second to leave.
-	hold := l.A1.Begin(t, "hold", fmt.Sprint("--connections=", held), "--interval=100ms", "--timeout=20s",
-		fmt.Sprint("--duration=", duration), lab.At(l.B2.V4, app.GreetPort).String())
+	hold := l.A1.BeginUntil(t, "hold", fmt.Sprint("--connections=", held), "--interval=100ms", "--timeout=20s", lab.At(l.B2.V4, app.GreetPort).String())
 	lab.Eventually(t, "the held connections", func() error {
 		if s := l.Node1.Tenant("team-a").Steered; s[0] < held {
 			return fmt.Errorf("steered %d", s)
@@ -81,8 +83,7 @@ func testUpgrade(t *testing.T, l *lab.Lab) {
 	}
 	t.Logf("there: %d requests on %d connections in %s, p99 %.1f ms", r.Exchanges, r.Connections, time.Since(began).Round(time.Second), r.Latency.P99)
 
-	load = l.A1.Begin(t, "load", "--protocol=http", "--connections=32", fmt.Sprint("--rate=", rate), "--new-connection-ratio=0.5",
-		"--duration=12s", lab.At(l.B2.V4, app.HTTPPort).String())
+	load = begin()
 	for _, n := range nodes {
 		for _, weight := range []int{1, 50} {
 			n.Canary, n.CanaryVersion = weight, dist.Default

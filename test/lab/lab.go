@@ -351,8 +351,15 @@ func (h *Host) start(t testing.TB, cmd *exec.Cmd) {
 }
 
 // Serve runs the application's server.
-func (l *Lab) Serve(h *Host) {
-	cmd := h.command(l.t, "serve")
+func (l *Lab) Serve(h *Host) { l.serve(h, app.GreetPort) }
+
+// ServeGreeting runs another one, of the protocol in which the server speaks first only.
+func (l *Lab) ServeGreeting(h *Host, port uint16) {
+	l.serve(h, port, "--http=", "--grpc=", "--bulk=", fmt.Sprint("--tcp=:", port))
+}
+
+func (l *Lab) serve(h *Host, greets uint16, args ...string) {
+	cmd := h.command(l.t, append([]string{"serve"}, args...)...)
 	messages := &bytes.Buffer{}
 	cmd.Stderr = messages
 	h.start(l.t, cmd)
@@ -361,7 +368,7 @@ func (l *Lab) Serve(h *Host) {
 		cmd.Wait()
 	})
 	Eventually(l.t, h.Name+" serves", func() error {
-		r := h.Call(l.t, "tcp", "--timeout", "1s", At(netip.MustParseAddr("::1"), app.GreetPort).String())
+		r := h.Call(l.t, "tcp", "--timeout", "1s", At(netip.MustParseAddr("::1"), greets).String())
 		if !r.OK {
 			return fmt.Errorf("%+v", r.Failure)
 		}
