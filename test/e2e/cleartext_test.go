@@ -124,7 +124,8 @@ func TestEmergencyBypass(t *testing.T) {
 	tm := newTeam(t, "e2e-bypass")
 	from, to := tm.pod(tm.web, 0), e.pod(webB, 1)
 	seenAs(t, from, to, "inbound", from.Identity(trustDomain))
-	held := begin(t, "begun before the bypass", from, "hold", "--connections=20", "--interval=500ms", "--duration=20s", "--timeout=5s", hostPort(to.IPv4, app.GreetPort))
+	over := make(chan struct{})
+	held := beginUntil(t, over, "begun before the bypass", from, "hold", "--connections=20", "--interval=500ms", "--timeout=15s", hostPort(to.IPv4, app.GreetPort))
 
 	me, err := e.Kubectl(t.Context(), "", "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}")
 	if err != nil {
@@ -194,6 +195,7 @@ func TestEmergencyBypass(t *testing.T) {
 	tm.waitPods(t, "the end of the bypass", 4, func(_ string, p agent.InspectedPod) bool { return !p.Bypass })
 	seenAs(t, from, to, "inbound", from.Identity(trustDomain))
 	status(false, 4)
+	close(over)
 	held.want(t, 20)
 }
 

@@ -11,8 +11,18 @@ import (
 )
 
 // TestEvents watches one tenant's connections on one node, as somebody who looks
-// for a problem would.
+// for a problem would. What a busy machine doesn't get done meanwhile is watched for longer.
 func TestEvents(t *testing.T) {
+	for duration := 6 * time.Second; !watchesEvents(t, duration); duration *= 2 {
+		if duration > patience {
+			t.Fatalf("not all was seen within %s", duration)
+		}
+	}
+}
+
+// watchesEvents reports whether all was seen.
+func watchesEvents(t *testing.T, duration time.Duration) bool {
+	t.Helper()
 	from, to, other := e.pod(webA, 0), e.pod(webB, 1), e.pod(webB, 0)
 	local := other // on the node that is watched
 	type answer struct {
@@ -22,7 +32,7 @@ func TestEvents(t *testing.T) {
 	watched := make(chan answer, 1)
 	begin := time.Now()
 	go func() {
-		out, err := e.AgentExec(t.Context(), e.nodes[0], "events", "--tenant", from.Echo.Namespace, "--duration", "6s")
+		out, err := e.AgentExec(t.Context(), e.nodes[0], "events", "--tenant", from.Echo.Namespace, "--duration", duration.String())
 		watched <- answer{out, err}
 	}()
 	// Calls go on until the watching has ended: it may begin late.
@@ -72,10 +82,6 @@ func TestEvents(t *testing.T) {
 			}
 		}
 	}
-	if locals == 0 {
-		t.Errorf("no connection of %s to %s was seen", from, local)
-	}
-	if opened == 0 || closed == 0 {
-		t.Errorf("%d connections of %s were seen to open, %d to close:\n%.2000s", opened, from, closed, a.out)
-	}
+	t.Logf("within %s %d connections of %s were seen to open, %d to close, and %d to %s", duration, opened, from, closed, locals, local)
+	return locals > 0 && opened > 0 && closed > 0
 }

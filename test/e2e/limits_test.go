@@ -21,7 +21,7 @@ import (
 func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) time.Duration {
 	t.Helper()
 	begin := time.Now()
-	err := harness.Wait(t.Context(), 30*time.Second, 20*time.Millisecond, "limits of "+tenant, func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 20*time.Millisecond, "limits of "+tenant, func(ctx context.Context) error {
 		for _, node := range e.nodes {
 			var np v1alpha1.NodeProxy
 			if err := e.Client.Get(ctx, client.ObjectKey{Name: node}, &np); err != nil {

@@ -71,7 +71,7 @@ func TestNamespaceJoinsAndLeaves(t *testing.T) {
 	case <-t.Context().Done():
 	}
 	for _, node := range e.nodes {
-		if err := harness.Wait(t.Context(), 20*time.Second, time.Second, "the proxy on "+node+", through which connections go", func(ctx context.Context) error {
+		if err := harness.Wait(t.Context(), patience, time.Second, "the proxy on "+node+", through which connections go", func(ctx context.Context) error {
 			_, err := e.Proxy(ctx, node, joiner.Namespace)
 			return err
 		}); err != nil {

@@ -46,8 +46,8 @@ func TestLongestNames(t *testing.T) {
 		mustCall(t, from, "", "get", "http://"+hostPort(service, app.HTTPPort)+"/")
 		mustCall(t, from, from.IPv6, "get", "http://"+hostPort(to.IPv6, app.HTTPPort)+"/")
 		mustCall(t, e.pod(webA, 1), e.pod(webA, 1).IPv4, "tcp", hostPort(from.IPv4, app.GreetPort))
-		begin(t, "to the service, "+string(rule.isolation), e.pod(webA, 0), "load", "--protocol=http", "--connections=4", "--rate=20", "--new-connection-ratio=0.5", "--duration=4s",
-			hostPort(service, app.HTTPPort)).want(t, 10)
+		begin(t, "to the service, "+string(rule.isolation), e.pod(webA, 0), "load", "--protocol=http", "--connections=4", "--rate=20", "--new-connection-ratio=0.5", "--duration=4s", "--timeout=20s",
+			hostPort(service, app.HTTPPort)).want(t, 4)
 		seenAs(t, from, e.pod(webB, 1), "inbound", from.Identity(trustDomain))
 	}
 }

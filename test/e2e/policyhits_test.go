@@ -30,7 +30,7 @@ func (e *env) policyNodeNow(ctx context.Context, name, node string) (v1alpha1.En
 
 func (e *env) policyNode(t *testing.T, name, node string) (n v1alpha1.EnforcedLimits) {
 	t.Helper()
-	err := harness.Wait(t.Context(), 30*time.Second, 100*time.Millisecond, "the policy to tell of "+node, func(ctx context.Context) (err error) {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "the policy to tell of "+node, func(ctx context.Context) (err error) {
 		n, err = e.policyNodeNow(ctx, name, node)
 		return err
 	})
@@ -67,13 +67,12 @@ spec: {cpu: {limit: 100m}, connections: {newPerSecond: 5}}
 	}
 	neighbours := shed(e.nodes[0]) + shed(e.nodes[1])
 
-	results := make(chan loaded, 2)
+	results, over := make(chan loaded, 2), make(chan struct{})
 	to := hostPort(e.pod(webB, 1).IPv4, app.HTTPPort)
-	const duration = 45 * time.Second
-	startLoad(t, results, "the neighbour", e.pod(webB, 0), duration, "--connections", "8", "--new-connection-ratio", "0.5", to)
+	startLoadUntil(t, results, over, "the neighbour", e.pod(webB, 0), "--connections", "8", "--new-connection-ratio", "0.5", to)
 	// As fast as it can, and many at once.
-	startLoad(t, results, "the tenant", e.pod(webA, 0), duration, "--connections", "32", "--rate", "0", to)
-	err := harness.Wait(t.Context(), duration, 200*time.Millisecond, "the owner to be told", func(ctx context.Context) error {
+	startLoadUntil(t, results, over, "the tenant", e.pod(webA, 0), "--connections", "32", "--rate", "0", to)
+	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the owner to be told", func(ctx context.Context) error {
 		n, err := e.policyNodeNow(ctx, "met", e.nodes[0])
 		if err != nil {
 			return err
@@ -97,6 +96,7 @@ spec: {cpu: {limit: 100m}, connections: {newPerSecond: 5}}
 		t.Fatal(err)
 	}
 	e.enforced(t, "e2e-a", v1alpha1.Limits{Pids: 512})
+	close(over)
 	for range cap(results) {
 		l := <-results
 		r := l.result

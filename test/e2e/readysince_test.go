@@ -33,7 +33,7 @@ func readySince(ctx context.Context, node string) (time.Time, error) {
 // spoken waits until a node's plan and its agent's word are of since when it is Ready.
 func spoken(t *testing.T, node string, not time.Time) (since time.Time) {
 	t.Helper()
-	err := harness.Wait(t.Context(), time.Minute, 100*time.Millisecond, "the agent of "+node+" to speak of the node that is Ready", func(ctx context.Context) (err error) {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "the agent of "+node+" to speak of the node that is Ready", func(ctx context.Context) (err error) {
 		if since, err = readySince(ctx, node); err != nil {
 			return err
 		}
@@ -72,7 +72,7 @@ func TestNodeSpeaksWhenItIsBack(t *testing.T) {
 		t.Errorf("it is Ready since %s, want %s", now, back)
 	}
 	for _, tenant := range tenants {
-		if _, err := e.WaitTenant(t.Context(), tenant, len(e.nodes), time.Minute); err != nil {
+		if _, err := e.WaitTenant(t.Context(), tenant, len(e.nodes), patience); err != nil {
 			t.Error(err)
 		}
 	}

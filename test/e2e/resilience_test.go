@@ -31,7 +31,7 @@ func TestHeldConnections(t *testing.T) {
 	} {
 		started := make(chan struct{})
 		go func() {
-			r, err := e.Load(t.Context(), way.from, started, "hold", "--connections", "500", "--interval", "1s", "--duration", "60s", hostPort(way.to, app.GreetPort))
+			r, err := e.Load(t.Context(), way.from, started, "hold", "--connections", "500", "--interval", "1s", "--duration", "60s", "--timeout", "20s", hostPort(way.to, app.GreetPort))
 			results <- held{r, err}
 		}()
 		select {
@@ -82,26 +82,34 @@ func TestProxyKilled(t *testing.T) {
 	e.roots.loadEnded(t)
 	node, tenant := e.nodes[0], "e2e-a"
 	onlyVersion(t, tenant, newEnvoy)
-	before, err := e.Proxy(t.Context(), node, tenant)
-	if err != nil {
+	pid := 0
+	if err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "the proxy", func(ctx context.Context) error {
+		p, err := e.Proxy(ctx, node, tenant)
+		if err == nil && (len(p.Generations) != 1 || p.Generations[0].PID == 0) {
+			err = fmt.Errorf("generations %+v", p.Generations)
+		}
+		if err == nil {
+			pid = p.Generations[0].PID
+		}
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	started := make(chan struct{})
 	other := make(chan error, 1)
 	go func() {
 		r, err := e.Load(t.Context(), e.pod(webB, 0), started, "load", "--protocol", "tcp", "--connections", "50", "--rate", "200",
-			"--new-connection-ratio", "0.2", "--duration", "8s", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
+			"--new-connection-ratio", "0.2", "--duration", "8s", "--timeout", "20s", hostPort(e.pod(webB, 1).IPv4, app.GreetPort))
 		if err == nil && (r.Failures.Total > 0 || r.Exchanges < 200) {
 			err = fmt.Errorf("%d exchanges, %d failures, first %+v", r.Exchanges, r.Failures.Total, r.Failures.First)
 		}
 		other <- err
 	}()
 	<-started
-	pid := before.Generations[0].PID
 	if _, err := e.AgentExec(t.Context(), node, "kill", "--signal", "KILL", strconv.Itoa(pid)); err != nil {
 		t.Fatal(err)
 	}
-	err = harness.Wait(t.Context(), patience, 100*time.Millisecond, "the proxy to come back", func(ctx context.Context) error {
+	err := harness.Wait(t.Context(), patience, 100*time.Millisecond, "the proxy to come back", func(ctx context.Context) error {
 		p, err := e.Proxy(ctx, node, tenant)
 		if err == nil && (len(p.Generations) != 1 || p.Generations[0].PID == pid || !p.Generations[0].Ready) {
 			err = fmt.Errorf("generations %+v", p.Generations)

@@ -223,8 +223,14 @@ func (b *begun) want(t *testing.T, least int) {
 // a peer, or plain.
 func seenAs(t *testing.T, from, to harness.Pod, kind, peer string) {
 	t.Helper()
+	seenBy(t, from, to, kind, peer, "tcp", app.GreetPort)
+}
+
+// seenBy is seenAs by a call of a protocol to a port.
+func seenBy(t *testing.T, from, to harness.Pod, kind, peer, protocol string, port int) {
+	t.Helper()
 	since := time.Now().Add(-time.Second)
-	mustCall(t, from, from.IPv4, "tcp", hostPort(to.IPv4, app.GreetPort))
+	mustCall(t, from, from.IPv4, protocol, hostPort(to.IPv4, port))
 	err := harness.Wait(t.Context(), patience, 200*time.Millisecond, "the server's access log", func(ctx context.Context) error {
 		entries, err := e.AccessLog(ctx, to.Spec.NodeName, to.Echo.Namespace)
 		if err != nil {
