@@ -85,6 +85,7 @@ func TestConcurrentConnections(t *testing.T) {
 	hold(m.a.namespace, at(remote.v6, 81))
 	m.waitConnections(1, most)
 	r := m.events(100)
+	repeated := repeatedSYNs(t, m.a.namespace, m.c.namespace, m.remote)
 	for _, to := range []struct {
 		from *namespace
 		to   netip.AddrPort
@@ -101,9 +102,10 @@ func TestConcurrentConnections(t *testing.T) {
 		})
 	}
 	// A SYN may have been sent again.
+	repeated = repeatedSYNs(t, m.a.namespace, m.c.namespace, m.remote) - repeated
 	already := m.counters(1).Dropped
-	if already.TooMany < 4 || already.TooMany > 7 || already.TooFast != 0 {
-		t.Errorf("shed %+v", already)
+	if already.TooMany < 4 || already.TooMany > uint64(4+repeated) || already.TooFast != 0 {
+		t.Errorf("shed %+v, and %d SYNs were repeated", already, repeated)
 	}
 	m.greets("another tenant", m.b.namespace, at(remote.v4, 80), "proxy2")
 	for _, c := range held {
@@ -258,24 +260,24 @@ func TestOutsidersLeaveRoom(t *testing.T) {
 	const most = 8
 	m.counting(steer.ConnectionLimits{NewPerSecond: 2, Concurrent: most})
 	out, in := at(remoteAddresses.v4, 80), at(m.a.v4, 8080)
-	flood := func() (shedded int) {
-		for range 6 {
-			if shed(t, m.remote, in) {
-				shedded++
-			}
-		}
-		return shedded
+	// On a busy machine nobody is fast at first, and what isn't answered in time needn't be
+	// shed: that is counted.
+	tooFast := func(n *namespace, to netip.AddrPort) bool {
+		before := m.counters(1).Dropped.TooFast
+		shed(t, n, to)
+		return m.counters(1).Dropped.TooFast > before
 	}
-	if flood() == 0 || m.counters(1).Dropped.TooFast == 0 {
-		t.Fatalf("nothing was too fast: %+v", m.counters(1).Dropped)
+	for tries := 0; !tooFast(m.remote, in); tries++ {
+		if tries == 50 {
+			t.Fatalf("nothing was too fast: %+v", m.counters(1).Dropped)
+		}
 	}
 	for range 2 {
-		if shed(t, m.a.namespace, out) {
+		if tooFast(m.a.namespace, out) {
 			t.Error("the pod has no pace of its own")
 		}
 	}
-	// On a busy machine it isn't fast at first.
-	for tries := 0; !shed(t, m.a.namespace, out); tries++ {
+	for tries := 0; !tooFast(m.a.namespace, out); tries++ {
 		if tries == 50 {
 			t.Fatal("the pod opens them faster than it may")
 		}

@@ -441,11 +441,11 @@ func TestEventsLost(t *testing.T) {
 	// A slow reader holds nothing up either.
 	r := m.events(1)
 	deadline := time.Now().Add(patience)
-	for r.Lost() == 0 && time.Now().Before(deadline) {
+	for r.Lost() < 100 && time.Now().Before(deadline) { // so that there is room for others
 		time.Sleep(time.Millisecond)
 	}
-	if r.Lost() == 0 {
-		t.Error("a full channel lost nothing")
+	if r.Lost() < 100 {
+		t.Errorf("a full channel lost %d events", r.Lost())
 	}
 	lost := m.counters(1).EventsLost
 	m.greets("read", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")

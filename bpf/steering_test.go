@@ -22,7 +22,7 @@ import (
 
 // patience is how long a test waits for what should happen at once, on a machine that
 // may be busy with other things.
-var patience = 20 * time.Second
+var patience = 40 * time.Second
 
 // dialer connects from a namespace and reads the line that the other end begins
 // with. from may be any address, if the namespace lets it be bound.

@@ -17,7 +17,7 @@ import (
 )
 
 // arrives is how long a request may be under way to its application, which counts it.
-const arrives = time.Second
+const arrives = 2 * time.Second
 
 // A request is tried as often as its route says, after the failures that it names, and
 // no more.
