@@ -31,15 +31,14 @@ func TestLoopIsPaced(t *testing.T) {
 			t.Fatal("no round")
 		}
 	}
-	// Most of them: the machine may stand still for a moment.
+	// At least one: on a busy machine each may take as long as the pace has others wait.
 	var each []time.Duration
 	for range roundsAtOnce / 2 {
 		begin := time.Now()
 		round()
 		each = append(each, time.Since(begin))
 	}
-	slices.Sort(each)
-	if each[len(each)/2] > time.Second/roundsPerSecond/2 {
+	if slices.Min(each) > time.Second/roundsPerSecond/2 {
 		t.Errorf("rounds took %s", each)
 	}
 	n := 0
@@ -47,7 +46,7 @@ func TestLoopIsPaced(t *testing.T) {
 	for ; time.Since(begin) < 2*time.Second; n++ {
 		round()
 	}
-	if most := roundsAtOnce + int(time.Since(begin).Seconds()*roundsPerSecond) + 1; n > most || n < roundsPerSecond {
+	if most := roundsAtOnce + int(time.Since(begin).Seconds()*roundsPerSecond) + 1; n > most || n < roundsPerSecond/2 {
 		t.Errorf("%d rounds in %s, at most %d", n, time.Since(begin), most)
 	}
 	cancel()

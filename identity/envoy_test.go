@@ -95,7 +95,7 @@ func TestEnvoy(t *testing.T) {
 			t.Logf("Envoy: %s", &log)
 		}
 	}()
-	for deadline := time.Now().Add(30 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		c, err := net.Dial("unix", socket)
 		if err == nil {
 			c.Close()
@@ -115,7 +115,7 @@ func TestEnvoy(t *testing.T) {
 	call := func(client tls.Certificate) (string, string, error) {
 		c := must[net.Conn](t)(net.Dial("unix", socket))
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(time.Minute))
 		pool := x509.NewCertPool()
 		pool.AddCert(n.signer.authority.issuer.roots[0])
 		var server string

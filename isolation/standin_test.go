@@ -83,7 +83,7 @@ func patience() time.Duration {
 	if os.Getenv("BULKHEAD_TEST_STANDIN") != "" {
 		return 2 * time.Minute
 	}
-	return 30 * time.Second
+	return time.Minute
 }
 
 // await waits until the state of a tenant is as it should be.

@@ -205,7 +205,7 @@ func TestKeeperPutsItBack(t *testing.T) {
 		if err := os.Rename(filepath.Join(d, "new"), path); err != nil {
 			t.Fatal(err)
 		}
-		for end := time.Now().Add(10 * time.Second); !strings.Contains(read(t, path), Type); time.Sleep(2 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); !strings.Contains(read(t, path), Type); time.Sleep(2 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatal("not chained again")
 			}

@@ -186,7 +186,7 @@ func (n *node) run() (stop func()) {
 
 func (n *node) eventually(what string, f func() bool) {
 	n.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			n.t.Fatalf("not in time: %s; %+v", what, n.States())
 		}

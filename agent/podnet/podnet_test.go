@@ -187,7 +187,7 @@ func TestWatchNodeAddresses(t *testing.T) {
 	}()
 	wait := func(want bool) {
 		t.Helper()
-		for end := time.After(10 * time.Second); ; {
+		for end := time.After(time.Minute); ; {
 			select {
 			case a := <-seen:
 				if slices.Contains(a, netip.MustParseAddr("10.77.1.1")) == want {

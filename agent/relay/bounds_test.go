@@ -197,11 +197,11 @@ func TestRelayFloodingTenant(t *testing.T) {
 	close(stop)
 	f.relay.Close(Key{Tenant: teamA}) // ends the sender if it is held back
 	<-stopped
-	// What waits for another proxy's pace waits each time; a machine that stands still, now
-	// and then.
+	// What waits for another proxy's pace waits each time, for seconds; a machine that stands
+	// still, now and then.
 	slices.Sort(took)
 	t.Logf("half of the changes took up to %s, the slowest %s", took[changes/2], took[changes-1])
-	if half, most := took[changes/2], took[changes-11]; half > 100*time.Millisecond || most > time.Second {
+	if half, most := took[changes/2], took[changes-11]; half > 500*time.Millisecond || most > 3*time.Second {
 		t.Errorf("half of %d changes took up to %s, all but ten up to %s", changes, half, most)
 	}
 }

@@ -28,7 +28,7 @@ import (
 
 const (
 	trustDomain = "example.org"
-	patience    = 20 * time.Second
+	patience    = time.Minute
 	// Real UIDs, as the cgroups have them.
 	uidWeb1 = "0a9cb2b6-5a1f-4c0e-8d3e-3f4f0f1a2b31"
 	uidWeb2 = "0a9cb2b6-5a1f-4c0e-8d3e-3f4f0f1a2b32"
