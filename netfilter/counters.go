@@ -37,6 +37,8 @@ func addDrop(d *steer.Drops, reason uint32, n uint64) {
 		d.Unsteered += n
 	case dropDirectTooFast:
 		d.DirectTooFast += n
+	case dropPortsTaken:
+		d.PortsTaken += n
 	}
 }
 

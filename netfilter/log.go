@@ -45,7 +45,7 @@ func deniedPrefix(reason string) string { return prefixDenied + reason }
 // reasonNames are the fields of steer.Drops that the node's rules count.
 var reasonNames = [dropReasons]string{dropSpoofed: "Spoofed", dropFragment: "Fragment", dropMalformed: "Malformed", dropNoTenant: "NoTenant",
 	dropNotThePod: "NotThePod", dropDeliver: "Deliver", dropForeign: "Foreign", dropProtocol: "Protocol", dropMidstream: "Midstream", dropFlowsFull: "FlowsFull",
-	dropUnsteered: "Unsteered", dropDirectTooFast: "DirectTooFast"}
+	dropUnsteered: "Unsteered", dropDirectTooFast: "DirectTooFast", dropPortsTaken: "PortsTaken"}
 
 // connectionPrefix is for what a tenant's table counts under a port.
 func connectionPrefix(port uint16) string {

@@ -34,8 +34,9 @@ const (
 	chainFromTenant = "from_tenant"
 	// chainBack sends a packet back to the tenant that it came from.
 	chainBack = "back_to_tenant"
-	// chainRefuse answers a pod's SYN as a host does that has no listener.
-	chainRefuse = "refuse"
+	// chainRefuse answers a pod's SYN as a host does that has no listener, chainTaken a
+	// tenant's.
+	chainRefuse, chainTaken = "refuse", "ports_taken"
 
 	// chainWrapped drops packets in others, but those of pods that aren't in the mesh (any
 	// more).
@@ -90,6 +91,7 @@ func hostChains(pass, own uint32) []chain {
 			join(markIs(0), back()), goTo(dropChain(dropProtocol, false)),
 		}},
 		chain{chainRefuse, append(counted(dropUnsteered, iif), jump(tellChain(dropUnsteered, false)), refuseTCP())},
+		chain{chainTaken, append(counted(dropPortsTaken, iif), jump(tellChain(dropPortsTaken, false)), refuseTCP())},
 	)
 	for _, f := range families {
 		chains = append(chains, f.fromPod(own)...)
@@ -411,8 +413,12 @@ func whose(tenant uint16, name string) []chain {
 				join(is, opens(), flow, isNotIn(setFlows+f.version, regKey), immediate(regKey, native(uint32(tenant))...),
 					network(e.address, f.length, regKey+1), isIn(setFormers+f.version, regKey),
 					flow, index, put(setFlows+f.version, regKey, regFound, openedLinger), onlyMark(uint32(tenant))),
-				join(is, markIs(uint32(tenant)), yes),
-				join(is, no))
+				join(is, markIs(uint32(tenant)), yes))
+			// What reaches no pod, or not as the tenant's.
+			for _, end := range [][]int{nil, {1, 0}, {1}}[i] {
+				chains[i].rules = append(chains[i].rules, join(is, opens(), jump(whoseChain(tenant, takenOf[end]))))
+			}
+			chains[i].rules = append(chains[i].rules, join(is, no))
 			for _, r := range f.touch(flow, index) {
 				touch.rules = append(touch.rules, join(is, r))
 			}
@@ -422,7 +428,28 @@ func whose(tenant uint16, name string) []chain {
 			chains = append(chains, touch)
 		}
 	}
+	for i, name := range takenOf {
+		of := chain{name: whoseChain(tenant, name), rules: []rule{onlyMark(0)}}
+		for _, f := range families {
+			of.rules = append(of.rules, f.taken(tenant, f.ends()[i])...)
+		}
+		chains = append(chains, of)
+	}
 	return chains
+}
+
+// takenOf are the chains of taken, in the order of ends.
+var takenOf = []string{"taken_from", "taken_to"}
+
+// taken refuses a SYN of a tenant that may open flows of that end, if this one is
+// another's: it chooses another port then. Who may open none learns nothing.
+func (f family) taken(tenant uint16, e end) []rule {
+	is, address := f.isEtherType(), network(e.address, f.length, regKey)
+	written := join(f.flow(e.podIsSource), isIn(setFlows+f.version, regKey), goTo(chainTaken))
+	return []rule{
+		join(is, address, find(setOwners+f.version, regKey, regFound), markFound(), markIs(uint32(tenant)), written),
+		join(is, immediate(regKey, native(uint32(tenant))...), network(e.address, f.length, regKey+1), isIn(setFormers+f.version, regKey), written),
+	}
 }
 
 func whoseChain(tenant uint16, what string) string {

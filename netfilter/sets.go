@@ -202,6 +202,7 @@ const (
 	dropFlowsFull
 	dropUnsteered
 	dropDirectTooFast
+	dropPortsTaken
 	dropReasons
 )
 

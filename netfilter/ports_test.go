@@ -1,0 +1,275 @@
+package netfilter
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+	"github.com/bulkhead-mesh/bulkhead/steer"
+)
+
+const flagFIN, flagSYN, flagRST, flagACK = 1, 2, 4, 16
+
+// far is a veth's end that isn't the node's: it sends and gets TCP of any addresses and
+// ports.
+type far struct {
+	t           *testing.T
+	fd, ifindex int
+	got         []segment
+}
+
+type segment struct {
+	from, to netip.AddrPort
+	flags    byte
+}
+
+func (s segment) back(flags byte) segment { return segment{s.to, s.from, flags} }
+
+// farOfTenant and farOfPod set a veth up.
+func farOfTenant(t *testing.T, of steer.Tenant) (f *far) {
+	t.Helper()
+	host, err := netlink.LinkByIndex(of.HostIfindex)
+	check(t, err)
+	check(t, netlink.LinkSetUp(host))
+	inNetns(t, of.Netns, func() error {
+		f, err = newFar(t, host.Attrs().Name+"x")
+		return err
+	})
+	return f
+}
+
+func farOfPod(t *testing.T, p steer.Pod) *far {
+	t.Helper()
+	host, err := netlink.LinkByIndex(p.Ifindex)
+	check(t, err)
+	check(t, netlink.LinkSetUp(host))
+	f, err := newFar(t, host.Attrs().Name+"x")
+	check(t, err)
+	return f
+}
+
+func newFar(t *testing.T, name string) (*far, error) {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return nil, err
+	}
+	all := binary.NativeEndian.Uint16(big16(unix.ETH_P_ALL))
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return &far{t: t, fd: fd, ifindex: link.Attrs().Index},
+		errors.Join(netlink.LinkSetUp(link), unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Attrs().Index}))
+}
+
+func (f *far) send(s segment) {
+	f.t.Helper()
+	check(f.t, unix.Sendto(f.fd, s.frame(), 0, &unix.SockaddrLinklayer{Ifindex: f.ifindex}))
+}
+
+// frame is for one host, and has correct checksums: the kernel answers no other.
+func (s segment) frame() []byte {
+	tcp := binary.BigEndian.AppendUint16(big16(s.from.Port()), s.to.Port())
+	tcp = append(tcp, []byte{3: 1, 8: 5 << 4, 9: s.flags, 15: 0}...)
+	source, destination := s.from.Addr().AsSlice(), s.to.Addr().AsSlice()
+	binary.BigEndian.PutUint16(tcp[16:], checksum(source, destination, []byte{0, unix.IPPROTO_TCP, 0, byte(len(tcp))}, tcp))
+	etherType, ip := uint16(unix.ETH_P_IPV6), slices.Concat([]byte{0: 6 << 4, 5: byte(len(tcp)), 6: unix.IPPROTO_TCP, 7: 64}, source, destination)
+	if s.from.Addr().Is4() {
+		etherType, ip = unix.ETH_P_IP, slices.Concat([]byte{0: 4<<4 | 5, 3: byte(20 + len(tcp)), 8: 64, 9: unix.IPPROTO_TCP, 11: 0}, source, destination)
+		binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	}
+	return slices.Concat([]byte{2, 0, 0, 0, 0, 2}, []byte{2, 0, 0, 0, 0, 1}, big16(etherType), ip, tcp)
+}
+
+func checksum(parts ...[]byte) uint16 {
+	sum := uint32(0)
+	for b := slices.Concat(parts...); len(b) > 0; b = b[2:] {
+		sum += uint32(binary.BigEndian.Uint16(b))
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	return ^uint16(sum)
+}
+
+// has reports how often a segment has come, beside flags for congestion control.
+func (f *far) has(s segment) (n int) {
+	f.t.Helper()
+	for b := make([]byte, 2048); ; {
+		length, from, err := unix.Recvfrom(f.fd, b, 0)
+		if errors.Is(err, unix.EAGAIN) {
+			break
+		}
+		check(f.t, err)
+		if at, ok := from.(*unix.SockaddrLinklayer); !ok || at.Pkttype == unix.PACKET_OUTGOING || length < ethernetHeader {
+			continue
+		}
+		ip := b[ethernetHeader:length]
+		from4, to4, ok := endsOf(ip)
+		if !ok {
+			continue
+		}
+		header := 40
+		if from4.Addr().Is4() {
+			header = 20
+		}
+		f.got = append(f.got, segment{from4, to4, ip[header+13]})
+	}
+	for _, got := range f.got {
+		if got == s {
+			n++
+		}
+	}
+	return n
+}
+
+// gets waits for a segment that hasn't come before.
+func (f *far) gets(what string, s segment, send func()) {
+	f.t.Helper()
+	before := f.has(s)
+	send()
+	eventually(f.t, what, func() bool { return f.has(s) > before })
+}
+
+// ports are a pod that has left tenant 1 for tenant 2, a pod of tenant 2, and tenants 1
+// to 3, with their far ends.
+type ports struct {
+	d       *Datapath
+	a, b    steer.Pod
+	pod     *far
+	tenants [4]*far
+	// held are connections of the pod with tenant 1, clear one in the clear: of the pod's
+	// end and of the peer's.
+	held, clear []model.Flow
+}
+
+func flowsAt(addressOf func(string) string, pairs ...[2]string) (list []model.Flow) {
+	for _, p := range pairs {
+		list = append(list, model.Flow{Pod: netip.MustParseAddrPort(addressOf(p[0])), Peer: netip.MustParseAddrPort(addressOf(p[1]))})
+	}
+	return list
+}
+
+// addressOf replaces the names of hosts.
+func (f family) addressOf(at string) string {
+	hosts := map[byte]string{'a': "10.0.0.1", 'b': "10.0.0.2", 'c': "10.0.0.9"}
+	if f.version == "6" {
+		hosts = map[byte]string{'a': "[fd00::1]", 'b': "[fd00::2]", 'c': "[fd00::9]"}
+	}
+	return hosts[at[0]] + at[1:]
+}
+
+func (f family) segment(from, to string, flags byte) segment {
+	return segment{netip.MustParseAddrPort(f.addressOf(from)), netip.MustParseAddrPort(f.addressOf(to)), flags}
+}
+
+// eachFamily calls f with such pods.
+func eachFamily(t *testing.T, test func(t *testing.T, f family, p ports)) {
+	for _, f := range families {
+		t.Run("IPv"+f.version, func(t *testing.T) {
+			inNode(t, func(t *testing.T) {
+				d, err := Open(Options{})
+				check(t, err)
+				p := ports{d: d}
+				for index := uint16(1); index <= 3; index++ {
+					of := tenant(t, index)
+					check(t, d.UpdateTenant(of))
+					p.tenants[index] = farOfTenant(t, of)
+				}
+				p.a = pod(t, "a", 1, netip.MustParseAddrPort(f.addressOf("a:1")).Addr().String())
+				p.b = pod(t, "b", 2, netip.MustParseAddrPort(f.addressOf("b:1")).Addr().String())
+				p.pod = farOfPod(t, p.a)
+				p.clear = flowsAt(f.addressOf, [2]string{"a:3306", "c:7000"})
+				p.held = flowsAt(f.addressOf, [2]string{"a:80", "c:5000"}, [2]string{"a:40000", "c:5432"}, [2]string{"a:80", "b:6000"}, [2]string{"a:40001", "b:80"})
+				stay := func(flows []model.Flow) model.FlowReader {
+					return func(uint16) ([]model.Flow, error) { return flows, nil }
+				}
+				check(t, errors.Join(d.UpdatePod(p.b), d.MovePod(p.a, stay(p.clear))))
+				p.a.Tenant = 2
+				check(t, d.MovePod(p.a, stay(p.held)))
+				test(t, f, p)
+			})
+		})
+	}
+}
+
+func (p ports) dropped(t *testing.T, tenant uint16) steer.Drops {
+	t.Helper()
+	all, err := p.d.Counters()
+	check(t, err)
+	return all[tenant].Dropped
+}
+
+// A tenant is told at once that it can't have the ports of a connection that stayed
+// elsewhere, where it could have had others; nobody else is told.
+func TestTakenPortsAreRefused(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family, p ports) {
+		refused := map[uint16]uint64{}
+		for _, c := range []struct {
+			what     string
+			tenant   uint16
+			from, to string
+		}{
+			{"delivers to the pod that it has", 2, "c:5000", "a:80"},
+			{"sends as the pod that it has", 2, "a:40000", "c:5432"},
+			{"delivers what its other pod has sent", 2, "b:6000", "a:80"},
+			{"sends to who is called in the clear", 2, "a:3306", "c:7000"},
+			{"delivers to the pod that it had, in the clear", 1, "c:7000", "a:3306"},
+			{"sends as the pod that it had, in the clear", 1, "a:3306", "c:7000"},
+		} {
+			s := f.segment(c.from, c.to, flagSYN)
+			p.tenants[c.tenant].gets("refusal for who "+c.what, s.back(flagRST|flagACK), func() { p.tenants[c.tenant].send(s) })
+			refused[c.tenant]++
+			if n := p.pod.has(s); n > 0 {
+				t.Errorf("who %s reaches the pod", c.what)
+			}
+		}
+		for tenant, want := range refused {
+			if d := p.dropped(t, tenant); d.PortsTaken != want || d.Foreign != 0 {
+				t.Errorf("tenant %d: dropped are %+v, want %d for taken ports", tenant, d, want)
+			}
+		}
+
+		// Free ports, its own, and those that its pod has at the other end.
+		for _, c := range []struct {
+			tenant   uint16
+			from, to string
+		}{{2, "c:5001", "a:80"}, {1, "c:5000", "a:80"}, {1, "c:5002", "a:80"}, {2, "b:80", "a:40002"}} {
+			s := f.segment(c.from, c.to, flagSYN)
+			p.pod.gets("connection to the pod", s, func() { p.tenants[c.tenant].send(s) })
+		}
+		b := farOfPod(t, p.b)
+		s := f.segment("a:40001", "b:80", flagSYN)
+		b.gets("connection from a pod's taken port to the tenant's other pod", s, func() { p.tenants[2].send(s) })
+
+		// Not to who has nothing to do with the pod, nor in the middle of a connection.
+		foreign := uint64(0)
+		for _, c := range []struct {
+			tenant   uint16
+			from, to string
+			flags    byte
+		}{
+			{3, "c:5000", "a:80", flagSYN}, {3, "a:40000", "c:5432", flagSYN}, {3, "c:7000", "a:3306", flagSYN},
+			{2, "c:5000", "a:80", flagACK}, {2, "a:40000", "c:5432", flagSYN | flagACK},
+		} {
+			p.tenants[c.tenant].send(f.segment(c.from, c.to, c.flags))
+			foreign++
+		}
+		eventually(t, "count of what is foreign", func() bool {
+			return p.dropped(t, 2).Foreign+p.dropped(t, 3).Foreign == foreign
+		})
+		if d2, d3 := p.dropped(t, 2), p.dropped(t, 3); d2.PortsTaken != refused[2] || d3.PortsTaken != 0 {
+			t.Errorf("%d and %d more are refused", d2.PortsTaken-refused[2], d3.PortsTaken)
+		}
+		if n := len(p.tenants[3].got); n > 0 {
+			t.Errorf("who has nothing to do with the pod gets %d answers", n)
+		}
+	})
+}
