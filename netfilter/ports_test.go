@@ -273,3 +273,73 @@ func TestTakenPortsAreRefused(t *testing.T) {
 		}
 	})
 }
+
+// What a pod opens goes to its tenant, whatever the tenant that it has left has with
+// these ports; but a SYN goes where it went before, and what is in the clear stays there.
+func TestPodTakesItsPorts(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family, p ports) {
+		written := func() map[model.Flow]uint16 {
+			t.Helper()
+			flows, err := p.d.flows(false)
+			check(t, err)
+			of := map[model.Flow]uint16{}
+			for _, f := range flows {
+				of[f.Flow] = f.tenant
+			}
+			return of
+		}
+		mustBe := func(when string, taken ...model.Flow) {
+			t.Helper()
+			have := written()
+			for _, flow := range p.held {
+				if of, ok := have[flow]; ok == slices.Contains(taken, flow) || ok && of != 1 {
+					t.Errorf("%s: %v is tenant %d's, %v", when, flow, of, ok)
+				}
+			}
+			if of, ok := have[p.clear[0]]; !ok || of != 0 {
+				t.Errorf("%s: what is in the clear is tenant %d's, %v", when, of, ok)
+			}
+		}
+		mustBe("in the beginning")
+		ack := f.segment("a:40000", "c:5432", flagACK)
+		p.tenants[1].gets("packet of what stayed", ack, func() { p.pod.send(ack) })
+		mustBe("in the middle")
+		syn := f.segment("a:40000", "c:5432", flagSYN)
+		p.tenants[2].gets("new connection with the ports of another", syn, func() { p.pod.send(syn) })
+		p.tenants[2].gets("its next packet", ack, func() { p.pod.send(ack) })
+		mustBe("with a new connection", p.held[1])
+		if n := p.tenants[1].has(syn); n > 0 {
+			t.Errorf("the former tenant gets %d SYNs", n)
+		}
+		answer := syn.back(flagSYN | flagACK)
+		p.pod.gets("answer", answer, func() { p.tenants[2].send(answer) })
+
+		clear := f.segment("a:3306", "c:7000", flagSYN)
+		p.pod.send(clear)
+		// Behind it, so that it is through.
+		syn = f.segment("a:40009", "c:5432", flagSYN)
+		p.tenants[2].gets("new connection", syn, func() { p.pod.send(syn) })
+		if n := p.tenants[1].has(clear) + p.tenants[2].has(clear); n > 0 {
+			t.Errorf("tenants get %d SYNs with ports that are in the clear", n)
+		}
+		mustBe("with a SYN in the clear", p.held[1])
+
+		// On its way while the pod moves.
+		late := f.segment("a:40010", "c:5432", flagSYN)
+		p.a.Tenant = 3
+		check(t, p.d.MovePod(p.a, func(uint16) ([]model.Flow, error) {
+			p.tenants[2].gets("SYN of a pod that moves", late, func() { p.pod.send(late) })
+			return nil, nil
+		}))
+		p.tenants[2].gets("SYN that is sent again", late, func() { p.pod.send(late) })
+		p.tenants[3].gets("new connection", syn, func() { p.pod.send(syn) })
+		if n := p.tenants[3].has(late); n > 0 {
+			t.Errorf("the pod's tenant gets %d SYNs that went to its former one before", n)
+		}
+		// It has ended, and the former tenant takes up its ports.
+		check(t, p.d.deleteFlows(func(of storedFlow) bool { return of.Pod == late.from }))
+		own := late.back(flagSYN)
+		p.pod.gets("connection of a former tenant", own, func() { p.tenants[2].send(own) })
+		p.tenants[3].gets("SYN with ports that the former tenant has taken up", late, func() { p.pod.send(late) })
+	})
+}

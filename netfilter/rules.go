@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"slices"
 	"strconv"
 	"time"
 
@@ -294,6 +295,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
 	var goesOn []rule // what doesn't open a flow, and belongs to none that is written down
 	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
+	opened := []rule{join(flow, isIn(setFlows+v, regKey), goTo(goes))}
 	excluded := passes(passedExcluded, goTo(way+"_clear"+v))
 	if podIsSource {
 		// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
@@ -301,15 +303,21 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		tunnel := isPort(2, portInbound)
 		goesOn = []rule{join(tunnel, goTo(dropChain(dropUnsteered, out)))}
 		steered = append([]rule{join(tunnel, flow, put(setRefused+v, regKey, 0, refusedLinger), goTo(chainRefuse)), goesOn[0]}, steered...)
+		// A SYN that is sent again goes where the first one went. What else a former tenant has
+		// gets none of the pod's: it could take up ports beforehand, and would get what the pod
+		// opens from them.
+		steered = append(steered, join(pod, isIn(setLearn+v, regKey), flow, put(setLed+v, regKey, 0, openedLinger)))
+		opened = []rule{join(flow, isIn(setLed+v, regKey), isIn(setFlows+v, regKey), goTo(goes)),
+			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound(), markIs(0), goTo(goes)),
+			join(flow, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound))}
 		steered = append(steered, join(isPort(0, portInbound), network(f.destination, f.length, regKey), isIn(setOwners+v, regKey), flow, put(setDialled+v, regKey, 0, openedLinger)))
 	}
 	chains := []chain{
-		{way + "_opens" + v, append(append(f.forget(flow),
-			join(flow, isIn(setFlows+v, regKey), goTo(goes)),
+		{way + "_opens" + v, slices.Concat(f.forget(flow), opened, []rule{
 			onlyMark(0), tenant,
 			// A pod that isn't in the mesh (any more).
-			join(markIs(0), goTo(way+"_clear"+v))),
-			f.exempt(way, device, podIsSource)...)},
+			join(markIs(0), goTo(way+"_clear"+v)),
+		}, f.exempt(way, device, podIsSource))},
 		// At no pace: the bound is for what passes beside a proxy that works.
 		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
 		// What opens in the clear is written down.
@@ -407,12 +415,12 @@ func whose(tenant uint16, name string) []chain {
 				join(is, markIs(uint32(tenant)), flow, isIn(setFlows+f.version, regKey), jump(touch.name)),
 				// What it opens for a pod that is about to move.
 				join(is, markIs(uint32(tenant)), opens(), address, isIn(setLearn+f.version, regKey), flow, isNotIn(setFlows+f.version, regKey),
-					index, put(setFlows+f.version, regKey, regFound, openedLinger)),
+					remove(setLed+f.version, regKey, 0), index, put(setFlows+f.version, regKey, regFound, openedLinger)),
 				// What it opens for a pod that has left it, but isn't done with it. Its answers
 				// would go to the pod's tenant, were it not written down.
 				join(is, opens(), flow, isNotIn(setFlows+f.version, regKey), immediate(regKey, native(uint32(tenant))...),
 					network(e.address, f.length, regKey+1), isIn(setFormers+f.version, regKey),
-					flow, index, put(setFlows+f.version, regKey, regFound, openedLinger), onlyMark(uint32(tenant))),
+					flow, remove(setLed+f.version, regKey, 0), index, put(setFlows+f.version, regKey, regFound, openedLinger), onlyMark(uint32(tenant))),
 				join(is, markIs(uint32(tenant)), yes))
 			// What reaches no pod, or not as the tenant's.
 			for _, end := range [][]int{nil, {1, 0}, {1}}[i] {

@@ -100,6 +100,8 @@ const (
 	// setFlows: flows that needn't go where their pod's new ones go, to their tenant.
 	// The pod's end comes first.
 	setFlows = "flows"
+	// setLed: of those the ones that the pod's own SYN opened a moment ago.
+	setLed = "led"
 	// setDialled: flows that pods opened from the tunnels' port, to pods of this node.
 	setDialled = "dialled"
 	// setRefused: flows of which a SYN was just refused.
@@ -117,6 +119,8 @@ const (
 	maxFlows = 262144
 	maxVeths = 4096
 	maxDrops = 65536
+	// SYNs of pods that are about to move, and are sent again; the rest is new then.
+	maxLed = 16384
 	// SYNs that are refused in refusedLinger; the rest gets no answer.
 	maxRefused = 4096
 	// 32 of its namespace and 8 of its own for each of 1,000 pods, and some more.
@@ -161,6 +165,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setExcludedOut+v, nftables.Set{Interval: true, Size: maxExclusions}, ifindex, port, address)
 		add(setNode+v, nftables.Set{Size: maxVeths}, address)
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		add(setLed+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxLed}, address, port, address, port)
 		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
 		add(setDialled+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setRefused+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxRefused}, address, port, address, port)
