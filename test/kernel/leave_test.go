@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -174,4 +176,40 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 		l.SetTenants(func(*lab.Host) model.Tenant { return model.Tenant{Scope: model.ScopeNode} })
 		flow{from: l.B1, to: l.B2}.check(t, 4)
 	}
+}
+
+// Whoever asks why a tenant is still there that no pod needs is told what keeps it.
+func TestWhatKeepsTenant(t *testing.T) {
+	l := lab.New(t)
+	n := l.Node1
+	var folder string
+	for _, pattern := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+		if found, _ := filepath.Glob(filepath.Join(pattern, n.Isolation().CgroupName, "team-b")); len(found) > 0 {
+			folder = found[0]
+		}
+	}
+	other := filepath.Join(folder, "other")
+	lab.Check(t, os.Mkdir(other, 0o755)) // somebody else's, in which nothing runs
+	t.Cleanup(func() { os.Remove(other) })
+	for _, p := range l.Pods {
+		p.Tenant = model.Tenant{Scope: model.ScopeNode}
+	}
+	l.Publish()
+	n.WritePlan()
+	l.Node2.WritePlan()
+	lab.Eventually(t, "what keeps the tenant", func() error {
+		if b := n.Tenant("team-b"); !strings.Contains(b.Reason, "isn't removed") || !strings.Contains(b.Reason, folder) {
+			return errors.New(b.Reason)
+		}
+		return nil
+	})
+	flow{from: l.B1, to: l.B2}.check(t, 4)
+	lab.Check(t, os.Remove(other))
+	lab.Eventually(t, "the tenant's end", func() error {
+		i, err := n.Inspect()
+		if err == nil && slices.ContainsFunc(i.Tenants, func(t agent.InspectedTenant) bool { return t.Name == "team-b" }) {
+			err = errors.New("it is still there")
+		}
+		return err
+	})
 }
