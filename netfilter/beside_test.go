@@ -188,6 +188,40 @@ func TestAnswersHaveNoPace(t *testing.T) {
 	})
 }
 
+// What a pod begins is as much as the pace says, for longer than a second's worth lasts.
+func TestPaceOfFlows(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		const rate, flows = 20, 250
+		d, err := Open(Options{})
+		check(t, err)
+		one := tenant(t, 1)
+		one.Connections.DirectPerSecond = rate
+		p, do := wire(t, "a", 1)
+		check(t, errors.Join(d.UpdateTenant(one), d.UpdatePod(p)))
+		began := time.Now()
+		do(func() {
+			fd := rawSocket(t, unix.IPPROTO_UDP)
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			for i := range flows {
+				<-tick.C
+				if err := unix.Sendto(fd, datagram(uint16(20000+i), 9), 0, &unix.SockaddrInet4{Addr: wireNode.As4()}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		var passed, dropped int
+		eventually(t, "count of all", func() bool {
+			passed, dropped = len(elementsOf(t, flowsOf(1, rate).begun)), int(droppedTooFast(t, d))
+			return passed+dropped == flows
+		})
+		took := time.Since(began)
+		if most := rate + int(rate*took.Seconds()) + 1; passed > most || passed < rate {
+			t.Errorf("in %s %d of %d flows passed, at most %d at %d a second", took, passed, flows, most, rate)
+		}
+	})
+}
+
 // What a pod has answered it may go on with after a while, which it may not with what it
 // hasn't.
 func TestAnsweredFlowsStay(t *testing.T) {
