@@ -166,8 +166,9 @@ func (m *mesh) view(key model.ProxyKey, pods int) translate.NodeView {
 	node, known := m.nodes[key.Node]
 	v := translate.NodeView{Node: key.Node, Tenant: key.Tenant, Pods: pods, Unheard: translate.Unheard(node, report.readySince), ProxyVersions: report.versions}
 	if !known {
-		v.Unheard = noSuchNode // its report is still there for a while, and its pods for longer
+		v.Unheard, v.Gone = noSuchNode, true // its report is still there for a while, and its pods for longer
 	}
+	v.Away = v.Gone || node.Away != ""
 	v.Status, v.Reported = report.tenants[key.Tenant.String()]
 	v.Sources = m.sources(v.Status.Rejected)
 	c := report.costs[key.Tenant.String()]

@@ -49,7 +49,8 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 	r.must(r.Create(t.Context(), policy))
 	limits := translate.Limits([]v1alpha1.IsolationPolicy{*policy}, r.namespaces["a"].Bounds)
 	serves := v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Limits: limits}
-	want := func(what string, serving int32, reason string) {
+	type status = metav1.ConditionStatus
+	want := func(what string, serving int32, reason string, ready, enforced status) {
 		t.Helper()
 		if handle(r.cluster, &r.triggers.tenants, r.w.writeTenant) == 0 {
 			t.Errorf("%s: the owner isn't told anew", what)
@@ -59,6 +60,9 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 		if s := got.Status; s.ReadyProxies != serving || len(s.Nodes) != 1 || !strings.Contains(s.Nodes[0].Reason, reason) || reason == "" && s.Nodes[0].Reason != "" {
 			t.Errorf("%s: %d serve, %+v", what, s.ReadyProxies, s.Nodes)
 		}
+		if c := meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionReady); c == nil || c.Status != ready || !strings.Contains(c.Message, reason) {
+			t.Errorf("%s: TenantProxy has %+v", what, c)
+		}
 		if handle(r.cluster, &r.triggers.policies, r.w.writePolicies) == 0 || handle(r.cluster, &r.triggers.status, r.w.writeTopology) == 0 {
 			t.Errorf("%s: who bounds it or runs the mesh isn't told anew", what)
 		}
@@ -66,10 +70,11 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 		var topology v1alpha1.MeshTopology
 		r.must(r.Get(t.Context(), client.ObjectKey{Name: "t"}, &topology))
 		r.must(r.Get(t.Context(), client.ObjectKeyFromObject(policy), policy))
-		for kind, conditions := range map[string][]metav1.Condition{"MeshTopology": topology.Status.Conditions, "IsolationPolicy": policy.Status.Conditions} {
-			if c := meta.FindStatusCondition(conditions, v1alpha1.ConditionReady); c == nil || (c.Status == metav1.ConditionTrue) != (serving == 1) || !strings.Contains(c.Message, reason) {
-				t.Errorf("%s: %s has %+v", what, kind, c)
-			}
+		if c := meta.FindStatusCondition(topology.Status.Conditions, v1alpha1.ConditionReady); c == nil || c.Status != ready || !strings.Contains(c.Message, reason) {
+			t.Errorf("%s: MeshTopology has %+v", what, c)
+		}
+		if c := meta.FindStatusCondition(policy.Status.Conditions, v1alpha1.ConditionReady); c == nil || c.Status != enforced || !strings.Contains(c.Message, reason) && c.Reason != translate.ReasonNoProxies {
+			t.Errorf("%s: IsolationPolicy has %+v", what, c)
 		}
 		if topology.Status.ReadyProxies != serving {
 			t.Errorf("%s: the MeshTopology has %d that serve", what, topology.Status.ReadyProxies)
@@ -77,17 +82,17 @@ func TestOwnersAreToldOfNodesUnheard(t *testing.T) {
 	}
 	r.becomes(corev1.ConditionTrue, born)
 	r.says(serves, born)
-	want("it serves", 1, "")
+	want("it serves", 1, "", metav1.ConditionTrue, metav1.ConditionTrue)
 	r.becomes(corev1.ConditionUnknown, born.Add(time.Minute))
-	want("its node is away", 0, "isn't Ready since")
+	want("its node is away", 0, "isn't Ready since", metav1.ConditionUnknown, metav1.ConditionTrue)
 	r.becomes(corev1.ConditionTrue, born.Add(time.Hour))
-	want("its node is back", 0, "has said nothing since")
+	want("its node is back", 0, "has said nothing since", metav1.ConditionFalse, metav1.ConditionFalse)
 	r.says(serves, born.Add(time.Hour))
-	want("its agent has spoken", 1, "")
+	want("its agent has spoken", 1, "", metav1.ConditionTrue, metav1.ConditionTrue)
 	// Its NodeProxy goes after it, and its pods much later.
 	r.must(r.Delete(t.Context(), newNode("n1")))
 	r.must(r.syncNode(t.Context(), "n1"))
-	want("it is removed", 0, noSuchNode)
+	want("it is removed", 0, noSuchNode, metav1.ConditionUnknown, metav1.ConditionFalse)
 }
 
 // A node that was away and is removed isn't judged by what it said last, however long ago

@@ -26,7 +26,8 @@ type IsolationPolicyStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Accepted (reasons Accepted, Capped, NotInMesh, SharedProxy), Ready
-	// (reasons Enforced, PartlyEnforced, Progressing, NoProxies).
+	// (reasons Enforced, PartlyEnforced, Progressing, NoProxies; True with NodesAway where
+	// nodes that aren't Ready enforced it when they were heard last).
 	// +listType=map
 	// +listMapKey=type
 	// +optional

@@ -183,7 +183,8 @@ type MeshTopologyStatus struct {
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// Conditions: Accepted (reasons Accepted, NothingSelected, Overlaps,
 	// UnknownProxyVersion, InvalidSelector, TrustDomainMismatch), Ready (reasons
-	// Ready, Progressing, NodesNotReady), Redirected (reasons AsSpecified,
+	// Ready, Progressing, NodesNotReady; NodesAway: True while all proxies serve that are on
+	// nodes which are Ready, Unknown if there is none), Redirected (reasons AsSpecified,
 	// Progressing, NodesDiffer, OlderDecides), IdentityReady (reasons Ready,
 	// ChangingRoots, OlderDecides, InvalidAuthority, AuthorityExpired, NoRootKey,
 	// InvalidIssuer, InvalidTrustDomain, NotRenewed), EmergencyBypass (True with

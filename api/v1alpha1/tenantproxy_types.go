@@ -4,8 +4,9 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 // TenantProxyStatus is what the owner of a namespace sees of its proxies.
 type TenantProxyStatus struct {
-	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady), Configured
-	// (reasons Configured, ConfigRejected), Stable (True with reason Stable; False with
+	// Conditions: Ready (reasons Ready, Progressing, ProxiesNotReady; NodesAway: True while
+	// all proxies serve that are on nodes which are Ready, Unknown if there is none),
+	// Configured (reasons Configured, ConfigRejected), Stable (True with reason Stable; False with
 	// OutOfMemory, ForbiddenCall, Crash, Killed, Exited, Unknown, which say why a proxy
 	// ended that hasn't served for 10 s since), EmergencyBypass (True with reason
 	// InForce, False with Off).

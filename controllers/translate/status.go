@@ -58,6 +58,9 @@ type NodeView struct {
 	Status   v1alpha1.NodeTenantStatus
 	// Unheard says why that isn't about how the node is; "" if it is.
 	Unheard string
+	// Away says whether the node isn't there, so that nothing can be expected of it, and
+	// Gone, whether its Node was removed.
+	Away, Gone bool
 	// Sources are the objects that refused resources were made of, by the resource's
 	// name; those that aren't known are left out.
 	Sources map[string]string
@@ -77,6 +80,7 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 		withoutOthers(nodes)
 	}
 	var unreported, notReady []string
+	away := map[string]string{}
 	for _, n := range nodes {
 		s.Pods += int32(n.Pods)
 		reason := n.Status.Reason
@@ -85,6 +89,9 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 		case ready:
 			s.ReadyProxies++
 			reason = ""
+		case n.Away:
+			reason = n.Unheard
+			away[n.Node] = reason
 		case n.Unheard != "":
 			reason = n.Unheard
 			notReady = append(notReady, n.Node+": "+reason)
@@ -107,10 +114,31 @@ func TenantProxyStatus(tenant model.Tenant, m Membership, nodes []NodeView, had 
 	case len(nodes) == 0:
 		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, "the tenant has no pods"
 	default:
-		c.Status, c.Reason, c.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(nodes))
+		c.Status, c.Reason, c.Message = serving(s.ReadyProxies, s.Proxies)
 	}
+	besides(&c, away)
 	s.Conditions = conditions(had, now, c, configured(nodes), stable(nodes), tenantBypass(m, nodes))
 	return s
+}
+
+// serving is Ready where all proxies serve that are on nodes which are there: others are
+// nobody's to mend but who runs the nodes, and Kubernetes tells of them.
+func serving(serve, all int32) (metav1.ConditionStatus, string, string) {
+	if serve == 0 && all > 0 {
+		return metav1.ConditionUnknown, ReasonNodesAway, ""
+	}
+	return metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", serve)
+}
+
+// besides names the nodes that a condition isn't about.
+func besides(c *metav1.Condition, away map[string]string) {
+	if len(away) == 0 {
+		return
+	}
+	if c.Status == metav1.ConditionTrue {
+		c.Reason = ReasonNodesAway
+	}
+	c.Message = strings.TrimPrefix(c.Message+"; nobody knows how it is on "+describe(away), "; ")
 }
 
 // sharedName is the TenantProxy of a proxy that a namespace shares with others: no
@@ -169,18 +197,25 @@ type PolicyInput struct {
 // IsolationPolicyStatus tells what is enforced where.
 func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now metav1.Time) v1alpha1.IsolationPolicyStatus {
 	s := v1alpha1.IsolationPolicyStatus{ObservedGeneration: p.Generation}
+	nodes := slices.DeleteFunc(byNode(in.Nodes), func(n NodeView) bool { return n.Gone })
 	var waiting []string
 	var bounded []NodeView
 	shared := false
-	for _, n := range byNode(in.Nodes) {
+	// What a node that is away had enforced when it was heard last stays so: without its
+	// agent all is as it was, and after a start nothing runs before it is enforced anew.
+	away := map[string]string{}
+	for _, n := range nodes {
 		if n.Tenant.Scope == model.ScopeNode {
 			shared = true
 			// Its counts are of other namespaces' pods, too.
+			enforced := n.Reported && n.Status.StrictPods >= n.Status.Pods
 			switch {
 			case !in.Strict:
+			case enforced && n.Away:
+				away[n.Node] = n.Unheard
 			case n.Unheard != "":
 				waiting = append(waiting, n.Node+": "+n.Unheard)
-			case !n.Reported || n.Status.StrictPods < n.Status.Pods:
+			case !enforced:
 				waiting = append(waiting, n.Node)
 			}
 			continue
@@ -190,16 +225,16 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 			s.Nodes = append(s.Nodes, v1alpha1.EnforcedLimits{Node: n.Node, Tenant: n.Tenant.String(), Limits: n.Status.Limits,
 				Unenforced: n.Status.Unenforced, Hits: n.Status.Hits})
 		}
-		if n.Unheard != "" {
+		enforced := n.Reported && enforces(n.Status, in.Want) && (!in.Strict || int(n.Status.StrictPods) >= n.Pods)
+		switch {
+		case enforced && n.Away:
+			away[n.Node] = n.Unheard
+		case n.Unheard != "":
 			waiting = append(waiting, n.Node+": "+n.Unheard)
-			continue
-		}
-		if !n.Reported || !enforces(n.Status, in.Want) || in.Strict && int(n.Status.StrictPods) < n.Pods {
-			why := n.Node
-			if n.Reported && n.Status.Reason != "" {
-				why += ": " + n.Status.Reason
-			}
-			waiting = append(waiting, why)
+		case !enforced && n.Reported && n.Status.Reason != "":
+			waiting = append(waiting, n.Node+": "+n.Status.Reason)
+		case !enforced:
+			waiting = append(waiting, n.Node)
 		}
 	}
 	accepted := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: ReasonAccepted, Message: "the policy is in force", ObservedGeneration: p.Generation}
@@ -216,15 +251,21 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 		accepted.Status, accepted.Reason = metav1.ConditionFalse, ReasonNotInMesh
 		accepted.Message = "no MeshTopology selects the namespace, so it has no proxies to bound"
 		ready.Reason, ready.Message = ReasonNoProxies, "the namespace has no proxies"
-	case len(in.Nodes) == 0:
+	case len(nodes) == 0:
 		ready.Reason, ready.Message = ReasonNoProxies, "the namespace has no pods, so no proxies"
 	case len(waiting) > 0:
 		ready.Reason, ready.Message = ReasonProgressing, "not enforced yet on "+listed(waiting)
 	default:
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced on %d nodes", len(in.Nodes))
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced on %d nodes", len(nodes))
+		if len(away) > 0 {
+			ready.Reason = ReasonNodesAway
+		}
 		if told := notHeld(bounded); len(told) > 0 {
 			ready.Reason = ReasonPartlyEnforced
 			ready.Message = "enforced but for " + listed(told)
+		}
+		if len(away) > 0 {
+			ready.Message += "; on these when they were heard last: " + describe(away)
 		}
 	}
 	s.Conditions = conditions(p.Status.Conditions, now, accepted, ready)
@@ -256,10 +297,12 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	s := v1alpha1.MeshTopologyStatus{ObservedGeneration: t.Generation, Namespaces: int32(in.Namespaces), Proxies: int32(len(in.Proxies))}
 	version := cmp.Or(t.Spec.Proxy.Version, DefaultProxyVersion)
 	waiting, lacking := map[string]bool{}, map[string]bool{}
-	notReady := map[string]string{} // why of those that aren't heard
+	notReady, away := map[string]string{}, map[string]string{} // why of those that aren't heard
 	for _, p := range in.Proxies {
 		s.Pods += int32(p.Pods)
 		switch {
+		case p.Away:
+			away[p.Node] = p.Unheard
 		case p.Unheard != "":
 			notReady[p.Node] = " (" + p.Unheard + ")"
 		case p.Reported && p.Status.Ready:
@@ -304,8 +347,9 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	case len(waiting) > 0:
 		ready.Reason, ready.Message = ReasonProgressing, "waiting for the agents of "+listed(keys(waiting))
 	default:
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", len(in.Proxies))
+		ready.Status, ready.Reason, ready.Message = serving(s.ReadyProxies, s.Proxies)
 	}
+	besides(&ready, away)
 	redirected := redirectedCondition(t.Name, all, in.Nodes)
 	redirected.ObservedGeneration = t.Generation
 	identity := identityCondition(t, all, in)

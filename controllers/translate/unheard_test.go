@@ -42,7 +42,7 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 	rollout := v1alpha1.ProxyRollout{ObjectMeta: metav1.ObjectMeta{Name: "r"}, Spec: v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}},
 		Status: v1alpha1.ProxyRolloutStatus{Phase: v1alpha1.RolloutProgressing, Version: newEnvoy, Step: 1}}
 	view := func(node, unheard string, serves bool) NodeView {
-		v := NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard, Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Waits: "an image",
+		v := NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard, Away: unheard == goneSince, Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Waits: "an image",
 			Generations: []v1alpha1.GenerationStatus{{Version: oldEnvoy, Role: v1alpha1.RoleLeaving, DrainUntil: &until}, {Version: newEnvoy, Role: v1alpha1.RoleFirst, Serving: serves}}}}
 		if unheard == "" {
 			v.Status.Waits, v.Status.Generations = "", v.Status.Generations[1:]
@@ -60,9 +60,9 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 	}{
 		"all are heard": {[]NodeView{view("n1", "", true), view("n2", "", true)}, UpgradeHealthy, 100, 2, metav1.ConditionTrue,
 			[]string{"all 2 nodes"}, []string{"isn't known"}, ""},
-		"one is away": {[]NodeView{view("n1", "", true), view("n2", goneSince, true)}, UpgradeInProgress, 100, 1, metav1.ConditionFalse,
+		"one is away": {[]NodeView{view("n1", "", true), view("n2", goneSince, true)}, UpgradeInProgress, 100, 1, metav1.ConditionTrue,
 			[]string{"on 1 of 2 nodes", "isn't known: n2 (" + goneSince + ")"}, []string{"finish in", "an image"}, "n2 (" + goneSince + ")"},
-		"all are away": {[]NodeView{view("n1", goneSince, true)}, UpgradeNotYet, 0, 0, metav1.ConditionFalse,
+		"all are away": {[]NodeView{view("n1", goneSince, true)}, UpgradeNotYet, 0, 0, metav1.ConditionUnknown,
 			[]string{"isn't known: n1 (" + goneSince + ")"}, []string{"100 %"}, "n1 (" + goneSince + ")"},
 		"one lags": {[]NodeView{view("n1", "", false), view("n2", staleReport, true)}, UpgradeNotYet, 0, 1, metav1.ConditionFalse,
 			[]string{"isn't known: n2 (" + staleReport + ")"}, nil, "n1, n2 (" + staleReport + ")"},
@@ -88,6 +88,8 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 			s := TenantProxyStatus(model.NamespaceTenant("a"), Membership{}, tc.nodes, nil, at)
 			if c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionReady); s.ReadyProxies != tc.serving || c.Status != tc.ready {
 				t.Errorf("%d proxies serve, want %d; Ready is %+v", s.ReadyProxies, tc.serving, c)
+			} else if tc.behind != "" && c.Status != metav1.ConditionFalse && (c.Reason != ReasonNodesAway || !strings.HasSuffix(c.Message, "nobody knows how it is on "+tc.behind)) {
+				t.Errorf("Ready doesn't say that %s: %+v", tc.behind, c)
 			}
 			for i, n := range tc.nodes {
 				if got := s.Nodes[i]; got.Ready != (n.Unheard == "") || got.Reason != n.Unheard {
@@ -151,53 +153,74 @@ func TestUpgradeOfNodesUnheard(t *testing.T) {
 	}
 }
 
-// Who runs the mesh, and who bounds proxies, aren't told that all is well on a node that
-// isn't heard.
+// Who runs the mesh, and who bounds proxies, aren't kept waiting by nodes that are away,
+// and aren't told of these that all is well.
 func TestOthersOfNodesUnheard(t *testing.T) {
 	at := metav1.NewTime(time.Unix(1e9, 0))
 	policy := v1alpha1.IsolationPolicy{}
 	limits := Limits([]v1alpha1.IsolationPolicy{policy}, Bounds{})
-	view := func(node, unheard string) NodeView {
-		return NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard,
+	view := func(node, unheard string, change func(*NodeView)) NodeView {
+		v := NodeView{Node: node, Tenant: model.NamespaceTenant("a"), Pods: 1, Reported: true, Unheard: unheard, Away: unheard == goneSince,
 			Status: v1alpha1.NodeTenantStatus{Name: "a", Ready: true, Limits: limits, Pods: 1, StrictPods: 1}}
+		if change != nil {
+			change(&v)
+		}
+		return v
 	}
-	shared := view("n1", goneSince)
-	shared.Tenant = model.Tenant{Scope: model.ScopeNode}
-	never := view("n1", goneSince)
-	never.Reported, never.Status = false, v1alpha1.NodeTenantStatus{}
-	lame := view("n1", "")
-	lame.Status.Ready = false
+	shared := func(v *NodeView) { v.Tenant = model.Tenant{Scope: model.ScopeNode} }
+	removed := func(v *NodeView) { v.Away, v.Gone = true, true }
+	open := func(v *NodeView) { v.Status.StrictPods = 0 }
+	type says struct {
+		status          metav1.ConditionStatus
+		reason, message string
+	}
+	const away, nobody = "n1 (" + goneSince + ")", "nobody knows how it is on n1 (" + goneSince + ")"
+	unknown := says{metav1.ConditionUnknown, ReasonNodesAway, nobody}
+	waits := says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n1: " + goneSince}
+	stays := says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 1 nodes; on these when they were heard last: " + away}
 	for name, tc := range map[string]struct {
-		nodes    []NodeView
-		serve    int32
-		topology string // its Ready, by its message; "" is True
-		enforced string // likewise
-		told     int    // nodes whose limits are told
+		nodes              []NodeView
+		serve              int32
+		topology, enforced says
+		told               int // nodes whose limits are told
 	}{
-		"heard":          {[]NodeView{view("n1", ""), view("n2", "")}, 2, "", "", 2},
-		"one is away":    {[]NodeView{view("n2", ""), view("n1", goneSince)}, 1, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 2},
-		"it never spoke": {[]NodeView{never}, 0, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 0},
-		"shared":         {[]NodeView{shared}, 0, "proxies aren't ready on n1 (" + goneSince + ")", "not enforced yet on n1: " + goneSince, 0},
-		"one more fails": {[]NodeView{view("n2", goneSince), lame}, 0, "proxies aren't ready on n1, n2 (" + goneSince + ")", "not enforced yet on n2: " + goneSince, 2},
+		"heard": {[]NodeView{view("n1", "", nil), view("n2", "", nil)}, 2,
+			says{metav1.ConditionTrue, ReasonReady, "all 2 proxies serve"}, says{metav1.ConditionTrue, ReasonEnforced, "enforced on 2 nodes"}, 2},
+		"one is away": {[]NodeView{view("n2", "", nil), view("n1", goneSince, nil)}, 1,
+			says{metav1.ConditionTrue, ReasonNodesAway, "all 1 proxies serve; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 2 nodes; on these when they were heard last: " + away}, 2},
+		"all are away":   {[]NodeView{view("n1", goneSince, nil)}, 0, unknown, stays, 1},
+		"it never spoke": {[]NodeView{view("n1", goneSince, func(v *NodeView) { v.Reported, v.Status = false, v1alpha1.NodeTenantStatus{} })}, 0, unknown, waits, 0},
+		// What is asked for since hasn't come to it.
+		"it had other limits": {[]NodeView{view("n1", goneSince, func(v *NodeView) { v.Status.Limits.Pids++ })}, 0, unknown, waits, 1},
+		"it wasn't strict":    {[]NodeView{view("n1", goneSince, open)}, 0, unknown, waits, 1},
+		"shared":              {[]NodeView{view("n1", goneSince, shared)}, 0, unknown, stays, 0},
+		"shared, not strict":  {[]NodeView{view("n1", goneSince, func(v *NodeView) { shared(v); open(v) })}, 0, unknown, waits, 0},
+		"it can't hold all": {[]NodeView{view("n1", goneSince, func(v *NodeView) { v.Status.Unenforced = []string{"memory.high"} })}, 0,
+			unknown, says{metav1.ConditionTrue, ReasonPartlyEnforced, "enforced but for n1: memory.high; on these when they were heard last: " + away}, 1},
+		"back, and silent": {[]NodeView{view("n2", "", nil), view("n1", staleReport, nil)}, 1,
+			says{metav1.ConditionFalse, ReasonNodesNotReady, "proxies aren't ready on n1 (" + staleReport + ")"}, says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n1: " + staleReport}, 2},
+		"one more fails": {[]NodeView{view("n1", goneSince, nil), view("n2", "", func(v *NodeView) { v.Status.Ready = false })}, 0,
+			says{metav1.ConditionFalse, ReasonNodesNotReady, "proxies aren't ready on n2; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 2 nodes; on these when they were heard last: " + away}, 2},
+		"one more is new": {[]NodeView{view("n1", goneSince, nil), view("n2", "", func(v *NodeView) { v.Reported, v.Status = false, v1alpha1.NodeTenantStatus{} })}, 0,
+			says{metav1.ConditionFalse, ReasonProgressing, "waiting for the agents of n2; " + nobody}, says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n2"}, 1},
+		"removed": {[]NodeView{view("n1", goneSince, removed)}, 0, unknown, says{metav1.ConditionFalse, ReasonNoProxies, "the namespace has no pods, so no proxies"}, 0},
+		"one is removed": {[]NodeView{view("n1", goneSince, removed), view("n2", "", nil)}, 1,
+			says{metav1.ConditionTrue, ReasonNodesAway, "all 1 proxies serve; " + nobody}, says{metav1.ConditionTrue, ReasonEnforced, "enforced on 1 nodes"}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			check := func(what string, conditions []metav1.Condition, says, reason string) {
+			check := func(what string, conditions []metav1.Condition, want says) {
 				t.Helper()
-				status := metav1.ConditionTrue
-				if says != "" {
-					status = metav1.ConditionFalse
-				}
-				if c := meta.FindStatusCondition(conditions, v1alpha1.ConditionReady); c == nil || c.Status != status || says != "" && (c.Message != says || c.Reason != reason) {
-					t.Errorf("%s: Ready is %+v, want %s %q", what, c, status, says)
+				if c := meta.FindStatusCondition(conditions, v1alpha1.ConditionReady); c == nil || (says{c.Status, c.Reason, c.Message}) != want {
+					t.Errorf("%s: Ready is %+v, want %+v", what, c, want)
 				}
 			}
 			topology := MeshTopologyStatus(&v1alpha1.MeshTopology{}, NewTopologies(nil, "", nil), TopologyInput{Namespaces: 1, Proxies: tc.nodes}, at)
-			check("MeshTopology", topology.Conditions, tc.topology, ReasonNodesNotReady)
+			check("MeshTopology", topology.Conditions, tc.topology)
 			if topology.ReadyProxies != tc.serve {
 				t.Errorf("%d proxies serve, want %d", topology.ReadyProxies, tc.serve)
 			}
 			enforced := IsolationPolicyStatus(&policy, PolicyInput{Member: true, Want: limits, Strict: true, Nodes: tc.nodes}, at)
-			check("IsolationPolicy", enforced.Conditions, tc.enforced, ReasonProgressing)
+			check("IsolationPolicy", enforced.Conditions, tc.enforced)
 			if len(enforced.Nodes) != tc.told {
 				t.Errorf("limits of %d nodes are told, want %d", len(enforced.Nodes), tc.told)
 			}
