@@ -52,6 +52,9 @@ func Uninstall(o Options) error {
 // the hardware addresses that only we give.
 func (m *Manager) removeLinks() error {
 	links, err := netlink.LinkList()
+	for i := 0; i < 10 && errors.Is(err, netlink.ErrDumpInterrupted); i++ { // others change while it is read
+		links, err = netlink.LinkList()
+	}
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}

@@ -61,7 +61,7 @@ func Inspect(path, name string) (Network, error) {
 		}
 		return Network{}, fmt.Errorf("find %s in %s: %w", name, path, err)
 	}
-	addrs, err := inside.AddrList(link, netlink.FAMILY_ALL)
+	addrs, err := whole(func() ([]netlink.Addr, error) { return inside.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return Network{}, fmt.Errorf("list addresses of %s in %s: %w", name, path, err)
 	}

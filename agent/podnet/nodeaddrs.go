@@ -29,7 +29,7 @@ func nodeAddresses(list func() ([]netlink.Addr, error)) ([]netip.Addr, error) {
 	if err := findServiceLinks(services); err != nil {
 		return nil, err
 	}
-	all, err := list()
+	all, err := whole(list)
 	if err != nil {
 		return nil, fmt.Errorf("list node's addresses: %w", err)
 	}
@@ -44,6 +44,17 @@ func nodeAddresses(list func() ([]netlink.Addr, error)) ([]netip.Addr, error) {
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out), nil
+}
+
+// whole asks again for a list that changed while it was read, as they do where pods come
+// and go, and gives up where that has no end.
+func whole(list func() ([]netlink.Addr, error)) (all []netlink.Addr, err error) {
+	for range 10 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
 }
 
 // findServiceLinks adds the indexes of those that are there.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -161,6 +162,26 @@ func TestServicesAreNotTheNode(t *testing.T) {
 		if want := []netip.Addr{netip.MustParseAddr("10.77.1.1"), netip.MustParseAddr("10.77.1.3")}; !slices.Equal(a, want) {
 			t.Errorf("%s: the node's addresses are %v, want %v", c.name, a, want)
 		}
+	}
+}
+
+// Other pods' interfaces come and go while the list is read.
+func TestListsThatChange(t *testing.T) {
+	address := []netlink.Addr{{IPNet: &net.IPNet{IP: net.IPv4(10, 77, 1, 1), Mask: net.CIDRMask(32, 32)}}}
+	times := 0
+	interrupted := func() ([]netlink.Addr, error) {
+		times++
+		if times < 5 {
+			return nil, netlink.ErrDumpInterrupted
+		}
+		return address, nil
+	}
+	if a, err := nodeAddresses(interrupted); err != nil || !slices.Equal(a, []netip.Addr{netip.MustParseAddr("10.77.1.1")}) {
+		t.Errorf("the list that changed four times: %v, %v", a, err)
+	}
+	times = -1000
+	if a, err := nodeAddresses(interrupted); !errors.Is(err, netlink.ErrDumpInterrupted) {
+		t.Errorf("the list that is never whole: %v, %v", a, err)
 	}
 }
 
