@@ -31,14 +31,15 @@ func TestLoopIsPaced(t *testing.T) {
 			t.Fatal("no round")
 		}
 	}
-	// At least one: on a busy machine each may take as long as the pace has others wait.
+	// Some of them: on a busy machine each may take as long as the pace has others wait.
 	var each []time.Duration
 	for range roundsAtOnce / 2 {
 		begin := time.Now()
 		round()
 		each = append(each, time.Since(begin))
 	}
-	if slices.Min(each) > time.Second/roundsPerSecond/2 {
+	slices.Sort(each)
+	if each[2] > time.Second/roundsPerSecond/2 {
 		t.Errorf("rounds took %s", each)
 	}
 	n := 0
