@@ -111,8 +111,9 @@ func startEnvoyWith(t *testing.T, version string, workers int, server *Server, c
 	return startEnvoyEdited(t, version, workers, server, ca, nil)
 }
 
-// startEnvoyEdited is startEnvoyWith with a configuration that edit changes.
-func startEnvoyEdited(t *testing.T, version string, workers int, server *Server, ca *authority, edit func(proto.Message) error) *envoy {
+// startEnvoyEdited is startEnvoyWith with a configuration that edit changes, and more
+// arguments.
+func startEnvoyEdited(t *testing.T, version string, workers int, server *Server, ca *authority, edit func(proto.Message) error, args ...string) *envoy {
 	t.Helper()
 	bin, err := dist.Fetch(t.Context(), version)
 	if err != nil {
@@ -143,8 +144,8 @@ func startEnvoyEdited(t *testing.T, version string, workers int, server *Server,
 	if e.log, err = os.Create(filepath.Join(dir, "log")); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(bin.Binary, "-c", "bootstrap.yaml", "--concurrency", strconv.Itoa(workers), "--disable-hot-restart", "--file-flush-interval-msec", "50",
-		"--component-log-level", "misc:error") // of messages that are marked as work in progress, one for each address
+	cmd := exec.Command(bin.Binary, append(args, "-c", "bootstrap.yaml", "--concurrency", strconv.Itoa(workers), "--disable-hot-restart", "--file-flush-interval-msec", "50",
+		"--component-log-level", "misc:error")...) // of messages that are marked as work in progress, one for each address
 	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, e.log, e.log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
