@@ -224,8 +224,27 @@ func testRefused(t *testing.T, version string, f Form) {
 			}
 		}
 	}
+	countedOnce(t, e, wall, f)
 	if rs, refused := rejections(), e.refused(); len(rs) > 0 || len(refused) > 0 {
 		t.Errorf("Envoy refused something: %+v %v", rs, refused)
+	}
+}
+
+// countedOnce looks at the statistics by which canaries are compared: what goes out of the
+// cluster is in one of them, once, however often it is tried, and also if its client has
+// left by the last attempt.
+func countedOnce(t *testing.T, e *envoy, wall firewall, f Form) {
+	t.Helper()
+	wall.put("drop")
+	c, err := dialFrom("10.1.0.2", fmt.Sprint("192.0.2.9:", PortOutbound))
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is being connected", func() bool { return wall.attempts() == 1 })
+	c.Close()
+	connected := map[Form]int{OldestForm: 1, formAgain: 2}[f]
+	for stat, want := range map[string]int{"upstream_rq_total": connected, "upstream_cx_connect_attempts_exceeded": 3} {
+		eventually(t, fmt.Sprintf("%s is %d", stat, want), func() bool { return e.count(`cluster\.passthrough\.`+stat) == want })
 	}
 }
 

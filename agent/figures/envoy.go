@@ -44,7 +44,7 @@ const passthrough = "passthrough"
 var AdminPath = "/stats?usedonly&histogram_buckets=disjoint&filter=" + url.QueryEscape(
 	`^(listener\.[^.]+\.(downstream_cx_active|downstream_cx_total|ssl\.(handshake|connection_error|fail_verify_[a-z_]+))`+
 		`|cluster\..*\.(upstream_cx_total|upstream_cx_connect_fail|ssl\.(handshake|connection_error|fail_verify_[a-z_]+))`+
-		`|cluster\.`+passthrough+`\.(upstream_rq_total|upstream_rq_cancelled|upstream_cx_connect_attempts_exceeded)`+
+		`|cluster\.`+passthrough+`\.(upstream_rq_total|upstream_cx_connect_attempts_exceeded)`+
 		`|http\.(inbound|l7)\.downstream_(rq_completed|rq_5xx|rq_time|cx_total|cx_active|cx_rx_bytes_total|cx_tx_bytes_total)`+
 		`|tcp\.tcp\.downstream_cx_(rx|tx)_bytes_total)$`)
 
@@ -119,7 +119,7 @@ func readConnections(kind, name string, n uint64, c *Counts, l *Levels) {
 		switch stat {
 		case "upstream_rq_total": // connected
 			c.Upstreams += n
-		case "upstream_rq_cancelled", "upstream_cx_connect_attempts_exceeded": // the client left before, or all attempts failed
+		case "upstream_cx_connect_attempts_exceeded": // not even at the last
 			c.Upstreams, c.UpstreamFailures = c.Upstreams+n, c.UpstreamFailures+n
 		}
 	case kind == "cluster" && stat == "upstream_cx_total":

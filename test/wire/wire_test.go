@@ -39,6 +39,10 @@ func TestNeighbouringVersions(t *testing.T) {
 		t.Error("agent and operator don't agree on a stream's metadata")
 	}
 	now = append(now, "metadata "+relay.MetadataTenant, "metadata "+relay.MetadataGeneration)
+	// A process that an operator of the former version has told of its listeners.
+	for form := xds.OldestForm; form <= xds.NewestForm; form++ {
+		now = append(now, fmt.Sprintf("listeners of form %d", form))
+	}
 	slices.Sort(now)
 	data, err := os.ReadFile(record)
 	if err != nil {
