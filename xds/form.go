@@ -64,3 +64,17 @@ func (st *stream) form(listener string) Form {
 	}
 	return formOf(sub.held[listener].acked, newest)
 }
+
+// streamsOf counts the streams whose process has chains of a form.
+func (s *Store) streamsOf(f Form) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.proxies {
+		for st := range p.streams {
+			if st.form(listenerOutbound) == f {
+				n++
+			}
+		}
+	}
+	return n
+}

@@ -14,6 +14,7 @@ import (
 
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
@@ -121,6 +122,15 @@ func TestProcessesKeepTheirForm(t *testing.T) {
 	m.must(m.server.WaitServed(ctx, testProxy.Key(), "uid-web-2"))
 	if got := m.hasForms(testProxy.Key()); !slices.Equal(got, []Form{OldestForm, NewestForm}) {
 		t.Errorf("listeners of forms %v are kept for two processes", got)
+	}
+	for f := OldestForm; f <= NewestForm; f++ {
+		want := 0
+		if f == OldestForm || f == NewestForm {
+			want = 1
+		}
+		if got := testutil.ToFloat64(m.server.metrics.forms[f-OldestForm]); got != float64(want) {
+			t.Errorf("%v streams of form %d are told; want %d", got, f, want)
+		}
 	}
 
 	// With the process goes its form.

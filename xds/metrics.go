@@ -1,6 +1,8 @@
 package xds
 
 import (
+	"strconv"
+
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
@@ -18,13 +20,22 @@ type metrics struct {
 	throttled  prometheus.Counter
 	letGo      prometheus.Counter
 	builds     prometheus.CounterFunc
+	forms      []prometheus.Collector
 }
 
 func newMetrics(store *Store) *metrics {
 	counter := func(name, help string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "xds", Name: name, Help: help}, []string{"type"})
 	}
+	var forms []prometheus.Collector
+	for f := OldestForm; f <= NewestForm; f++ {
+		forms = append(forms, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Namespace: "bulkhead", Subsystem: "xds", Name: "streams_of_form", ConstLabels: prometheus.Labels{"form": strconv.Itoa(int(f))},
+			Help: "Open streams by the form of their filter chains. An operator that doesn't know a form drains its chains.",
+		}, func() float64 { return float64(store.streamsOf(f)) }))
+	}
 	return &metrics{
+		forms:      forms,
 		streams:    prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "bulkhead", Subsystem: "xds", Name: "streams", Help: "Open delta ADS streams, one for each tenant proxy generation."}),
 		names:      prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "bulkhead", Subsystem: "xds", Name: "names", Help: "Names that all streams hold on demand."}, []string{"type"}),
 		pushes:     counter("pushes_total", "Responses sent."),
@@ -45,7 +56,7 @@ func newMetrics(store *Store) *metrics {
 // Collectors are the server's metrics, to be registered once.
 func (s *Server) Collectors() []prometheus.Collector {
 	m := s.metrics
-	return []prometheus.Collector{m.streams, m.names, m.pushes, m.bytes, m.removals, m.rejections, m.refused, m.throttled, m.letGo, m.builds}
+	return append([]prometheus.Collector{m.streams, m.names, m.pushes, m.bytes, m.removals, m.rejections, m.refused, m.throttled, m.letGo, m.builds}, m.forms...)
 }
 
 func (m *metrics) pushed(r *discoveryv3.DeltaDiscoveryResponse) {
