@@ -79,6 +79,7 @@ type datapathFlow struct {
 	Peer     datapathAddr
 	PodPort  uint16
 	PeerPort uint16
+	Side     datapathSide
 }
 
 type datapathFlowState struct {
@@ -168,6 +169,13 @@ type datapathSettings struct {
 	MarkMask uint32
 	HashKey  [2]uint32
 }
+
+type datapathSide uint32
+
+const (
+	datapathSideSIDE_POD  datapathSide = 1
+	datapathSideSIDE_WIRE datapathSide = 2
+)
 
 type datapathSyn struct {
 	_      structs.HostLayout

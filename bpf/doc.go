@@ -30,4 +30,4 @@
 // connections need, as long as it has any; the map formers says so.
 package bpf
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_load -type tenant_counters -type generation -type generation_counters -type watched_flow -type listener -type flow -type flow_state -type former -type exclusion -type settings -type drops -type pod_counters -type event -type event_kind -type way datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -type addr -type pod -type tenant -type veth -type veth_kind -type tenant_load -type tenant_counters -type generation -type generation_counters -type watched_flow -type listener -type side -type flow -type flow_state -type former -type exclusion -type settings -type drops -type pod_counters -type event -type event_kind -type way datapath datapath.c -- -O2 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -73,10 +73,10 @@ func EstablishedFlows(path string, pods ...netip.Addr) ([]model.Flow, error) {
 			}
 			local, remote := addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)
 			if is[local.Addr()] {
-				flows = append(flows, model.Flow{Pod: local, Peer: remote})
+				flows = append(flows, model.Flow{Pod: local, Peer: remote, Side: model.WireSide})
 			}
 			if is[remote.Addr()] {
-				flows = append(flows, model.Flow{Pod: remote, Peer: local})
+				flows = append(flows, model.Flow{Pod: remote, Peer: local, Side: model.PodSide})
 			}
 		}
 	}
@@ -219,6 +219,8 @@ func (d *Datapath) changePodEntries(uid string, change func(*datapathPod)) error
 	return nil
 }
 
+var sides = map[model.Side]datapathSide{model.PodSide: datapathSideSIDE_POD, model.WireSide: datapathSideSIDE_WIRE}
+
 // keepFlows writes down where the connections of a pod go until they end.
 func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowReader) error {
 	if established == nil {
@@ -252,7 +254,10 @@ func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowRea
 		if err != nil {
 			continue // not of this pod's: a socket without a peer
 		}
-		key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port()}
+		key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port(), Side: sides[f.Side]}
+		if from == 0 {
+			key.Side = datapathSideSIDE_WIRE // in the clear
+		}
 		err = m.Update(key, state, ebpf.UpdateNoExist)
 		if err == nil {
 			kept++

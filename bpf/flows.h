@@ -18,10 +18,20 @@
 // The event was sent.
 #define ENDED_TOLD 8
 
-// The same key from both ends: of the pod's veth, and of its tenant.
+// Ports are chosen in two network namespaces: what the pod has with its tenant may have the
+// same ones as what its tenant has with the rest of the world.
+enum side {
+	// Between the pod and its tenant.
+	SIDE_POD = 1,
+	// Between the tenant, as the pod, and others. What passes in the clear is here, too.
+	SIDE_WIRE,
+};
+
+// The same key from both ends.
 struct flow {
 	struct addr pod, peer;
 	__u16 pod_port, peer_port;
+	enum side side;
 };
 
 // A flow that needn't go where the pod's new flows go.
@@ -179,6 +189,21 @@ static __always_inline void forget(const struct flow *f, const struct flow_state
 		__sync_fetch_and_add(&veth->learned, -1);
 }
 
+// find looks a flow up. On the pod's side it may be one that passes in the clear, which has
+// no sides: f is where it is written down then.
+static __always_inline struct flow_state *find(struct flow *f)
+{
+	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	if (s || f->side == SIDE_WIRE)
+		return s;
+	f->side = SIDE_WIRE;
+	s = bpf_map_lookup_elem(&flows, f);
+	if (s && s->tenant == DIRECT)
+		return s;
+	f->side = SIDE_POD;
+	return 0;
+}
+
 // learn writes a flow down. by is the tenant that opens it, if one does.
 static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 tenant, int outbound, __u32 by)
 {
@@ -238,11 +263,12 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
 // IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST or PORTS_TAKEN. by is the tenant that sent it,
-// if one did.
-static __always_inline int belongs_to(const struct packet *p, const struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
+// if one did. f is another one after DIRECT.
+static __always_inline int belongs_to(const struct packet *p, struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
 {
 	__u32 tenant = pod->tenant;
-	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	enum side side = f->side;
+	struct flow_state *s = find(f);
 	// What isn't the sender's isn't touched: a tenant is hostile. Who may open connections of
 	// the pod is told that it can't have these ports, others aren't.
 	if (s && by && s->tenant != by && !(by == tenant && opens(p) && s->ended))
@@ -254,6 +280,7 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 	__u8 over = by || from_pod ? 0xff : ENDED_POD | ENDED_RESET;
 	if (s && opens(p) && (s->ended & over || taken)) {
 		forget(f, s);
+		f->side = side;
 		s = 0;
 	}
 	if (s)
@@ -286,8 +313,14 @@ static __always_inline int belongs_to(const struct packet *p, const struct flow 
 		if (c)
 			c->bypassed++;
 	}
-	if (direct)
+	if (direct) {
+		f->side = SIDE_WIRE;
+		// What a tenant has there, by its own choice of ports, gives way.
+		s = side == SIDE_POD ? bpf_map_lookup_elem(&flows, f) : 0;
+		if (s && s->tenant != DIRECT && !s->led)
+			forget(f, s);
 		return learn(f, pod, DIRECT, from_pod, 0) ? FLOWS_FULL : DIRECT;
+	}
 	if (pod->learn)
 		learn(f, pod, tenant, from_pod, 0);
 	return tenant;

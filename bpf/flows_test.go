@@ -134,7 +134,7 @@ func TestTooManyToKeep(t *testing.T) {
 	check(t, m.d.MovePod(m.a.Pod, func(uint16) ([]model.Flow, error) {
 		var shown []model.Flow
 		for i := range model.MaxKept + 1000 {
-			shown = append(shown, model.Flow{Pod: at(m.a.v4, uint16(1+i%60000)), Peer: at(remoteAddresses.v4, uint16(1+i/60000))})
+			shown = append(shown, model.Flow{Pod: at(m.a.v4, uint16(1+i%60000)), Peer: at(remoteAddresses.v4, uint16(1+i/60000)), Side: model.WireSide})
 		}
 		return shown, nil
 	}))
@@ -145,7 +145,7 @@ func TestTooManyToKeep(t *testing.T) {
 	// Of another pod of that tenant none is left room for, until some have ended.
 	check(t, m.d.SweepFlows(time.Hour))
 	more := func(uint16) ([]model.Flow, error) {
-		return []model.Flow{{Pod: at(m.c.v4, 40000), Peer: at(remoteAddresses.v4, 80)}}, nil
+		return []model.Flow{{Pod: at(m.c.v4, 40000), Peer: at(remoteAddresses.v4, 80), Side: model.WireSide}}, nil
 	}
 	check(t, m.d.keepFlows(m.c.Pod, 1, more))
 	if n := size(t, m.d.maps[datapathMapFlows]); n != model.MaxKept {
@@ -234,8 +234,9 @@ func TestFlowsStayOnChange(t *testing.T) {
 	wantPlacement(t, m.d, "a", 2)
 	before := m.counters(1).Dropped.Foreign
 	syn(t, m.one.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.counters(1).Dropped.Foreign > before })
-	// Nor can one end those of another: a reset from tenant 2.
-	m.forge(m.two, held[0].Conn)
+	// Nor can one end those of another: a reset from tenant 2, to the pod and as the pod.
+	m.forge(m.two, addrPortOf(held[0].RemoteAddr()), addrPortOf(held[0].LocalAddr()))
+	m.forge(m.two, addrPortOf(held[2].LocalAddr()), addrPortOf(held[2].RemoteAddr()))
 	goOn(t, "forged", held)
 
 	// Adopted by another process.
@@ -260,19 +261,20 @@ func TestFlowsStayOnChange(t *testing.T) {
 }
 
 // forge sends packets with FIN and RST, as a tenant that binds another's address could.
-func (m *mesh) forge(n *testTenant, c net.Conn) {
+func (m *mesh) forge(n *testTenant, from, to netip.AddrPort) {
 	t := m.t
 	t.Helper()
-	local, remote := addrPortOf(c.LocalAddr()), addrPortOf(c.RemoteAddr())
 	before := m.counters(n.Index).Dropped.Foreign
 	for _, flags := range []byte{1, 4} {
-		forgePacket(t, n.namespace, local, remote, flags)
+		forgePacket(t, n.namespace, from, to, flags)
 	}
 	if after := m.counters(n.Index).Dropped.Foreign; after != before+2 {
 		t.Errorf("%d packets of a flow of another's dropped, want 2", after-before)
 	}
-	if s := m.flowAt(local.Port()); s.Ended != 0 {
-		t.Errorf("a tenant ended another's connection: %+v", s)
+	for _, port := range []uint16{from.Port(), to.Port()} {
+		if s := m.flowAt(port); s.Ended != 0 {
+			t.Errorf("a tenant ended another's connection: %+v", s)
+		}
 	}
 }
 

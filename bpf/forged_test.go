@@ -19,22 +19,23 @@ func TestForgedEnds(t *testing.T) {
 	type kept struct {
 		heldFlow
 		pod, peer netip.AddrPort
+		side      datapathSide
 	}
 	var all []kept
-	keep := func(name string, from *namespace, by, to netip.AddrPort, outbound bool, want string) {
+	keep := func(name string, from *namespace, by, to netip.AddrPort, outbound bool, side datapathSide, want string) {
 		t.Helper()
 		var held []heldFlow
 		m.hold(&held, name, from, by, to, want)
-		k := kept{held[0], by, to}
+		k := kept{held[0], by, to, side}
 		if !outbound {
 			k.pod, k.peer = to, by
 		}
 		all = append(all, k)
 	}
-	keep("in the clear, outbound", d.namespace, at(d.v4, 41000), at(remote, 80), true, "app "+d.v4.String())
-	keep("in the clear, inbound", m.remote, at(remote, 41001), at(d.v4, 8080), false, "app "+remote.String())
-	keep("former tenant, outbound", m.a.namespace, at(m.a.v4, 41002), at(remote, 80), true, "proxy1")
-	keep("former tenant, inbound", m.remote, at(remote, 41003), at(m.a.v4, 8080), false, "proxy1")
+	keep("in the clear, outbound", d.namespace, at(d.v4, 41000), at(remote, 80), true, datapathSideSIDE_WIRE, "app "+d.v4.String())
+	keep("in the clear, inbound", m.remote, at(remote, 41001), at(d.v4, 8080), false, datapathSideSIDE_WIRE, "app "+remote.String())
+	keep("former tenant, outbound", m.a.namespace, at(m.a.v4, 41002), at(remote, 80), true, datapathSideSIDE_POD, "proxy1")
+	keep("former tenant, inbound", m.remote, at(remote, 41003), at(m.a.v4, 8080), false, datapathSideSIDE_WIRE, "proxy1")
 	check(t, m.d.MovePod(d.Pod, m.reader(d)))
 	m.a.Tenant = 2
 	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
@@ -45,7 +46,7 @@ func TestForgedEnds(t *testing.T) {
 		check(t, err)
 		peer, err := addrKey(k.peer.Addr())
 		check(t, err)
-		check(t, m.d.maps[datapathMapFlows].Lookup(datapathFlow{Pod: pod, Peer: peer, PodPort: k.pod.Port(), PeerPort: k.peer.Port()}, &s))
+		check(t, m.d.maps[datapathMapFlows].Lookup(datapathFlow{Pod: pod, Peer: peer, PodPort: k.pod.Port(), PeerPort: k.peer.Port(), Side: k.side}, &s))
 		return s
 	}
 	for _, k := range all {

@@ -28,7 +28,7 @@ func (m *mesh) led(f model.Flow) {
 	check(m.t, err)
 	peer, err := addrKey(f.Peer.Addr())
 	check(m.t, err)
-	key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port()}
+	key := datapathFlow{Pod: pod, Peer: peer, PodPort: f.Pod.Port(), PeerPort: f.Peer.Port(), Side: sides[f.Side]}
 	var s datapathFlowState
 	check(m.t, m.d.maps[datapathMapFlows].Lookup(key, &s))
 	s.Led = 1
@@ -40,7 +40,9 @@ func (m *mesh) led(f model.Flow) {
 func TestFormerTakesPorts(t *testing.T) {
 	m := newMesh(t)
 	serve(t, m.remote, 80)
+	serve(t, m.remote, 81)
 	serve(t, m.a.namespace, 8081)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}}))
 	var held []heldFlow
 	take := func(family int) {
 		pod, remote := m.a.of(family), remoteAddresses.of(family)
@@ -61,12 +63,42 @@ func TestFormerTakesPorts(t *testing.T) {
 			t.Errorf("IPv%d, port %d: %q, %v, want proxy2", family, 40000+i, got, err)
 		}
 	}
+	goOn(t, "the pod and its new tenant have the ports, too", held)
 	for _, family := range []int{4, 6} {
 		pod, remote := m.a.of(family), remoteAddresses.of(family)
 		var to []heldFlow
 		m.hold(&to, "to the pod", m.one.namespace, at(remote, 41000), at(pod, 8081), "app "+remote.String())
 		if _, got, err := dial(t, m.remote, at(remote, 41000), at(pod, 8081)); got != "proxy2" {
 			t.Errorf("IPv%d, to the pod: %q, %v, want proxy2", family, got, err)
+		}
+		goOn(t, "the pod's peer has the ports, too", to)
+	}
+	// The same, where the tenant's connection is the other way round, or where the pod's goes
+	// past its tenants. Nobody answers the tenant's SYN.
+	pod, remote := m.a.v4, remoteAddresses.v4
+	for _, c := range []struct {
+		name           string
+		sent, received netip.AddrPort
+		from           *namespace
+		dials, dialled netip.AddrPort
+		want           string
+	}{
+		{"from the pod", at(remote, 80), at(pod, 42000), m.a.namespace, at(pod, 42000), at(remote, 80), "proxy2"},
+		{"to the pod", at(pod, 8080), at(remote, 42001), m.remote, at(remote, 42001), at(pod, 8080), "proxy2"},
+		{"in the clear", at(pod, 42002), at(remote, 81), m.a.namespace, at(pod, 42002), at(remote, 81), "app " + pod.String()},
+	} {
+		forgePacket(t, m.one.namespace, c.sent, c.received, tcpSYN)
+		written := 0
+		check(t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
+			if s.Tenant == 1 && s.Led == 0 && (key.PeerPort == c.dials.Port() || key.PodPort == c.dials.Port()) {
+				written++
+			}
+		}))
+		if written != 1 {
+			t.Fatalf("%s: %d connections of tenant 1 are written down, want 1", c.name, written)
+		}
+		if _, got, err := dial(t, c.from, c.dials, c.dialled); got != c.want {
+			t.Errorf("%s: %q, %v, want %q", c.name, got, err, c.want)
 		}
 	}
 }
@@ -165,7 +197,8 @@ func TestSynOnItsWay(t *testing.T) {
 		}
 		for _, family := range []int{4, 6} {
 			pod, remote := m.a.of(family), remoteAddresses.of(family)
-			out, in := model.Flow{Pod: at(pod, uint16(40000+i)), Peer: at(remote, 80)}, model.Flow{Pod: at(pod, 8080), Peer: at(remote, uint16(40000+i))}
+			out := model.Flow{Pod: at(pod, uint16(40000+i)), Peer: at(remote, 80), Side: model.PodSide}
+			in := model.Flow{Pod: at(pod, 8080), Peer: at(remote, uint16(40000+i)), Side: model.WireSide}
 			check(t, m.d.keepFlows(m.a.Pod, 1, func(uint16) ([]model.Flow, error) { return []model.Flow{out, in}, nil }))
 			m.led(out)
 			m.led(in)

@@ -21,11 +21,15 @@ func migrateMap(path string, old *ebpf.Map, spec *ebpf.MapSpec) (*ebpf.Map, erro
 	if err != nil {
 		return nil, err
 	}
+	keys, err := keyConversion(old, spec)
+	if err != nil {
+		return nil, err
+	}
 	m, err := ebpf.NewMap(spec)
 	if err != nil {
 		return nil, fmt.Errorf("create BPF map %s: %w", spec.Name, err)
 	}
-	if err = copyEntries(m, old, convert); err == nil {
+	if err = copyEntries(m, old, convert, keys); err == nil {
 		err = replacePin(path, m)
 	}
 	if err != nil {
@@ -97,13 +101,25 @@ func lookup(m *ebpf.Map, key []byte, convert func([]byte) []byte) (any, error) {
 	return convert(value), nil
 }
 
-func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte) error {
+// copyEntries puts what keys returns for an entry's key and converted value, the first of
+// them at least; nil is the key itself.
+func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte, keys func(key, value []byte) [][]byte) error {
 	var last any
+	type entry struct {
+		key   []byte
+		value any
+	}
+	var further []entry
 	// Programs may delete entries meanwhile.
 	for range 2 * from.MaxEntries() {
 		key := make([]byte, from.KeySize())
 		err := from.NextKey(last, key)
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			for _, e := range further {
+				if err := to.Put(e.key, e.value); err != nil {
+					return nil // no room for what may be of no use
+				}
+			}
 			return nil
 		}
 		if err != nil {
@@ -116,6 +132,13 @@ func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte) error {
 			continue
 		case err != nil:
 			return fmt.Errorf("read pinned map: %w", err)
+		}
+		if b, ok := value.([]byte); ok && keys != nil {
+			all := keys(key, b)
+			key = all[0]
+			for _, k := range all[1:] {
+				further = append(further, entry{k, value})
+			}
 		}
 		if err := to.Put(key, value); err != nil {
 			return fmt.Errorf("copy entry of pinned map: %w", fullError(to, "", err))
@@ -132,8 +155,6 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 		return nil, fmt.Errorf("it is a %s, not a %s", old.Type(), spec.Type)
 	case spec.Type != ebpf.Hash && spec.Type != ebpf.PerCPUHash && spec.Type != ebpf.LPMTrie && spec.Type != ebpf.Array:
 		return nil, fmt.Errorf("entries of a %s can't be carried over", spec.Type)
-	case old.KeySize() != spec.KeySize:
-		return nil, fmt.Errorf("its keys have %d bytes, not %d", old.KeySize(), spec.KeySize)
 	}
 	handle, err := old.Handle()
 	if err != nil {
@@ -143,15 +164,6 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 	types, err := handle.Spec(nil)
 	if err != nil {
 		return nil, fmt.Errorf("read its types: %w", err)
-	}
-	if key, ok := spec.Key.(*btf.Struct); ok {
-		var former *btf.Struct
-		if err := types.TypeByName(key.Name, &former); err != nil {
-			return nil, fmt.Errorf("find the type of its keys: %w", err)
-		}
-		if !sameLayout(former, key) {
-			return nil, fmt.Errorf("its keys, struct %s, have other fields", key.Name)
-		}
 	}
 	value, ok := spec.Value.(*btf.Struct)
 	if !ok {

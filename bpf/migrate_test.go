@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 
+	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
@@ -36,8 +37,11 @@ func (m *mesh) repin(name string, change func(spec *ebpf.MapSpec)) {
 		convert, err = conversion(now, spec)
 		check(t, err)
 	}
-	if now.KeySize() == former.KeySize() {
-		check(t, copyEntries(former, now, convert))
+	switch {
+	case now.KeySize() == former.KeySize():
+		check(t, copyEntries(former, now, convert, nil))
+	case now.KeySize() > former.KeySize(): // without the last field
+		check(t, copyEntries(former, now, convert, func(key, _ []byte) [][]byte { return [][]byte{key[:former.KeySize()]} }))
 	}
 	check(t, os.Remove(path))
 	check(t, former.Pin(path))
@@ -137,6 +141,73 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
+// A former version didn't tell the two sides of a tenant apart: what stays at one goes on,
+// and what is in the clear does, wherever each was written down.
+func TestMigrateSides(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.remote, 81)
+	serve(t, m.a.namespace, 8081)
+	serve(t, m.a.namespace, 8082)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}, {Inbound: true, Port: 8082}}))
+	held := m.holdAll(m.a, m.one, "proxy1")
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, func(from uint16) ([]model.Flow, error) {
+		flows, err := m.reader(m.a)(from)
+		// While they are read, the programs write down what opens.
+		held = append(held, m.holdAll(m.a, m.one, "proxy1")...)
+		return flows, err
+	}))
+	m.hold(&held, "by the former tenant", m.one.namespace, at(m.a.v4, 0), at(remoteAddresses.v4, 80), "app "+m.a.v4.String())
+	m.hold(&held, "in the clear", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 81), "app "+m.a.v4.String())
+	m.hold(&held, "to the pod in the clear", m.remote, netip.AddrPort{}, at(m.a.v6, 8082), "app "+remoteAddresses.v6.String())
+	check(t, m.d.Close())
+	m.repin("flows", func(s *ebpf.MapSpec) {
+		key := *s.Key.(*btf.Struct)
+		key.Members = without("side")(slices.Clone(key.Members))
+		key.Size -= 4
+		s.Key, s.KeySize = &key, key.Size
+	})
+	var said string
+	if m.d, said = m.openLogged(); strings.Contains(said, "flows") && strings.Contains(said, "made anew") {
+		t.Errorf("not all is carried over: %s", said)
+	}
+	goOn(t, "migrated", held)
+	m.greets("migrated", m.a.namespace, at(remoteAddresses.v4, 80), "proxy2")
+	m.greets("migrated", m.a.namespace, at(remoteAddresses.v4, 81), "app "+m.a.v4.String())
+	check(t, m.d.Close())
+	if m.d, said = m.openLogged(); said != "" {
+		t.Errorf("the next agent says: %s", said)
+	}
+}
+
+func TestSidesOfFormerVersions(t *testing.T) {
+	const pod, wire = datapathSideSIDE_POD, datapathSideSIDE_WIRE
+	other, tunnel := datapathFlow{PodPort: 40000, PeerPort: 80}, datapathFlow{PodPort: 40000, PeerPort: hbonePort}
+	for _, c := range []struct {
+		name     string
+		flow     datapathFlow
+		state    datapathFlowState
+		knowsLed bool
+		want     []datapathSide
+	}{
+		{"in the clear", other, datapathFlowState{Learned: 1, Led: 1, Outbound: 1}, true, []datapathSide{wire}},
+		{"dialled by the pod", other, datapathFlowState{Tenant: 1, Learned: 1, Led: 1, Outbound: 1}, true, []datapathSide{pod}},
+		{"dialled by its peer", other, datapathFlowState{Tenant: 1, Learned: 1, Led: 1}, true, []datapathSide{wire}},
+		{"opened as the pod", other, datapathFlowState{Tenant: 1, Learned: 1, Outbound: 1}, true, []datapathSide{wire}},
+		{"opened to the pod", other, datapathFlowState{Tenant: 1, Learned: 1}, true, []datapathSide{pod}},
+		{"written by the agent", other, datapathFlowState{Tenant: 1}, true, []datapathSide{wire, pod}},
+		{"of a version that didn't know who led it", other, datapathFlowState{Tenant: 1, Learned: 1, Outbound: 1}, false, []datapathSide{wire, pod}},
+		{"a tunnel", tunnel, datapathFlowState{Tenant: 1}, true, []datapathSide{wire}},
+		{"the far end of a tunnel", datapathFlow{PodPort: hbonePort, PeerPort: 40000}, datapathFlowState{Tenant: 1, Learned: 1}, true, []datapathSide{wire}},
+		{"dialled from the tunnels' port", datapathFlow{PodPort: hbonePort, PeerPort: 80}, datapathFlowState{Tenant: 1, Learned: 1, Led: 1, Outbound: 1}, true, []datapathSide{pod}},
+	} {
+		if got := sidesOf(c.flow, c.state, c.knowsLed); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
 // What can't be carried over is closed, never misread.
 func TestMigrateRefused(t *testing.T) {
 	for _, c := range []struct {
@@ -164,7 +235,7 @@ func TestMigrateRefused(t *testing.T) {
 			check(t, err)
 			defer former.Close()
 			filled := make([]byte, spec.ValueSize)
-			check(t, copyEntries(former, m.d.maps[c.of], func([]byte) []byte { return filled }))
+			check(t, copyEntries(former, m.d.maps[c.of], func([]byte) []byte { return filled }, nil))
 			if size(t, former) == 0 {
 				t.Fatal("no entries")
 			}

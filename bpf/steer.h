@@ -64,7 +64,7 @@ static __noinline int takes(__u32 tenant, const struct flow *f)
 // Not inlined, so that the enumeration is in the object, for Go's bindings.
 static __noinline enum listener listener_for(__u32 tenant, const struct addr *local, const struct addr *remote, __u32 port, __u32 remote_port)
 {
-	struct flow f = { .pod_port = remote_port, .peer_port = port };
+	struct flow f = { .pod_port = remote_port, .peer_port = port, .side = SIDE_POD };
 	f.pod = *remote;
 	f.peer = *local;
 	if (port != HBONE_PORT && takes(tenant, &f))
@@ -73,6 +73,7 @@ static __noinline enum listener listener_for(__u32 tenant, const struct addr *lo
 	f.peer = *remote;
 	f.pod_port = port;
 	f.peer_port = remote_port;
+	f.side = SIDE_WIRE;
 	if (!takes(tenant, &f))
 		return NO_LISTENER;
 	if (port == HBONE_PORT)
@@ -142,6 +143,7 @@ int steer(struct bpf_sk_lookup *ctx)
 	f.peer = outbound ? local : remote;
 	f.pod_port = outbound ? bpf_ntohs(remote_port) : port;
 	f.peer_port = outbound ? port : bpf_ntohs(remote_port);
+	f.side = outbound ? SIDE_POD : SIDE_WIRE;
 	int is_new = was_opened(&f, tenant);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &f.pod);
 	__u32 pod_ifindex = pod ? pod->ifindex : 0;

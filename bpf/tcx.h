@@ -117,16 +117,18 @@ static __always_inline struct settings *get_settings(void)
 	return bpf_map_lookup_elem(&config, &zero);
 }
 
-static __always_inline void flow_from(struct flow *f, const struct packet *p)
+static __always_inline void flow_from(struct flow *f, const struct packet *p, enum side side)
 {
+	f->side = side;
 	f->pod = p->source;
 	f->peer = p->destination;
 	f->pod_port = p->source_port;
 	f->peer_port = p->destination_port;
 }
 
-static __always_inline void flow_to(struct flow *f, const struct packet *p)
+static __always_inline void flow_to(struct flow *f, const struct packet *p, enum side side)
 {
+	f->side = side;
 	f->pod = p->destination;
 	f->peer = p->source;
 	f->pod_port = p->destination_port;
@@ -180,7 +182,7 @@ int from_pod(struct __sk_buff *skb)
 	struct addr self;
 	self_address(&self, skb->protocol == bpf_htons(ETH_P_IP));
 	int to_self = same_address(&p.destination, &self);
-	flow_from(&f, &p);
+	flow_from(&f, &p, SIDE_POD);
 	if (to_self)
 		f.peer = p.source; // as its tenant sees it
 	int owner = belongs_to(&p, &f, pod, 1, 0, bytes);
@@ -271,7 +273,7 @@ int to_pod(struct __sk_buff *skb)
 	if (!pod || pod->ifindex != ifindex)
 		return drop(&p, tenant, ifindex, not_the_pod, WAY_INBOUND);
 	int owner;
-	flow_to(&f, &p);
+	flow_to(&f, &p, SIDE_WIRE);
 	if (tcp) {
 		owner = belongs_to(&p, &f, pod, 0, 0, bytes_of(skb));
 	} else {
@@ -353,13 +355,19 @@ int from_tenant(struct __sk_buff *skb)
 	int sent = tenant, delivered = tenant;
 	// Also of a pod that isn't its own any more, the flows that stayed.
 	if (from) {
-		flow_from(&f, &p);
+		flow_from(&f, &p, SIDE_WIRE);
 		sent = belongs_to(&p, &f, from, 1, tenant, bytes);
 		if (sent != tenant)
 			from = 0;
 	}
+	// A tunnel between two of its own pods has both ends in there. A pod's own connection may
+	// begin at the tunnels' port, too.
+	int tunnel = 0;
 	if (to) {
-		flow_to(&f, &p);
+		flow_to(&f, &p, SIDE_POD);
+		tunnel = from && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f)));
+		if (tunnel)
+			f.side = SIDE_WIRE;
 		delivered = belongs_to(&p, &f, to, 0, tenant, bytes);
 		if (delivered != tenant)
 			to = 0;
@@ -371,9 +379,7 @@ int from_tenant(struct __sk_buff *skb)
 	}
 	if (is_deliver_address(&p.source) && !to)
 		return drop(&p, tenant, ifindex, deliver, WAY_UPSTREAM);
-	// A tunnel between two of its own pods has both ends in there. A pod's own
-	// connection may begin at the tunnels' port, too.
-	if (from && to && (p.source_port == HBONE_PORT || (p.destination_port == HBONE_PORT && !dialled(&f)))) {
+	if (tunnel && to) {
 		if (opens(&p))
 			opened(&f, tenant);
 		return to_other_end(skb, ifindex);
@@ -381,11 +387,11 @@ int from_tenant(struct __sk_buff *skb)
 	if (veth->watched) {
 		int seen = 0;
 		if (to) {
-			flow_to(&f, &p);
+			flow_to(&f, &p, SIDE_POD);
 			seen = watch_answer(skb, &f, tenant, p.offset, p.flags);
 		}
 		if (from && !seen) {
-			flow_from(&f, &p);
+			flow_from(&f, &p, SIDE_WIRE);
 			watch_answer(skb, &f, tenant, p.offset, p.flags);
 		}
 	}

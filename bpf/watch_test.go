@@ -401,7 +401,7 @@ func TestResetsAtOnce(t *testing.T) {
 	check(t, err)
 	pod, err := addrKey(to.Addr())
 	check(t, err)
-	flow := datapathFlow{Pod: pod, Peer: peer, PodPort: to.Port(), PeerPort: from.Port()}
+	flow := datapathFlow{Pod: pod, Peer: peer, PodPort: to.Port(), PeerPort: from.Port(), Side: datapathSideSIDE_POD}
 	watched := m.watchedOf(1)
 
 	packet := make([]byte, 14+20+20)

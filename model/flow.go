@@ -18,7 +18,20 @@ const MaxKept = 65536
 // pod's veth: either end may have opened it.
 type Flow struct {
 	Pod, Peer netip.AddrPort
+	Side      Side
 }
+
+// Side is where on the way through its tenant a connection is. Ports are chosen in two
+// network namespaces, so that one of each side may have the same.
+type Side uint8
+
+const (
+	// PodSide is between the pod and its tenant.
+	PodSide Side = iota + 1
+	// WireSide is between the tenant, as the pod, and others; what passes in the clear is
+	// there, too.
+	WireSide
+)
 
 // TunnelPort is where tunnels between proxies end.
 const TunnelPort = 15008
