@@ -116,6 +116,42 @@ func TestExclusions(t *testing.T) {
 		check(t, m.d.SweepFlows(time.Hour))
 		m.greets("swept", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
 	})
+	t.Run("limit of a tenant", func(t *testing.T) {
+		check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 80}}))
+		check(t, m.d.SweepFlows(0))
+		learned := func() uint32 {
+			var v datapathVeth
+			check(t, m.d.maps[datapathMapVeths].Lookup(uint32(m.one.HostIfindex), &v))
+			return v.Learned
+		}
+		set := func(n uint32) {
+			var v datapathVeth
+			check(t, m.d.maps[datapathMapVeths].Lookup(uint32(m.one.HostIfindex), &v))
+			v.Learned = n
+			check(t, m.d.maps[datapathMapVeths].Put(uint32(m.one.HostIfindex), v))
+		}
+		if n := learned(); n != 0 {
+			t.Errorf("%d connections of a tenant without any are counted", n)
+		}
+		var held []heldFlow
+		m.hold(&held, "of a pod", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+		m.hold(&held, "of another", m.c.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "app 10.77.1.4")
+		if n := learned(); n != 2 {
+			t.Errorf("%d connections of a tenant with 2 are counted", n)
+		}
+		m.endFlows(held, "a")
+		if n := learned(); n != 0 {
+			t.Errorf("%d connections of a tenant with 2 that have ended are counted", n)
+		}
+		set(16384)
+		check(t, m.d.UpdateTenant(m.one.Tenant))
+		before := m.pod1("a").Dropped.FlowsFull
+		syn(t, m.a.namespace, m.a.v4, at(remoteAddresses.v4, 80), func() bool { return m.pod1("a").Dropped.FlowsFull > before })
+		m.greets("another tenant", m.b.namespace, at(remoteAddresses.v4, 80), "app "+m.b.v4.String())
+		m.greets("what isn't excluded", m.a.namespace, at(remoteAddresses.v4, 81), "proxy1")
+		check(t, m.d.SweepFlows(time.Hour))
+		m.greets("swept", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+	})
 	t.Run("deleted", func(t *testing.T) {
 		m.a.Exclusions = []steer.Exclusion{{Port: 1}}
 		check(t, m.d.SetExclusions(nil))

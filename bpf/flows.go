@@ -343,12 +343,26 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 	if err := d.sweepFormers(used, now); err != nil {
 		return err
 	}
+	// Of all pods of a tenant.
+	account := map[uint32]uint32{}
+	if err := d.eachVeth(func(ifindex uint32, v datapathVeth) error {
+		if v.Kind == datapathVethKindVETH_POD {
+			account[v.Tenant] += learned[ifindex]
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
 	// The programs count, too; what they count meanwhile is made good next time.
 	return d.eachVeth(func(ifindex uint32, v datapathVeth) error {
-		if v.Learned == learned[ifindex] {
+		counted := learned[ifindex]
+		if v.Kind == datapathVethKindVETH_TENANT {
+			counted = account[v.Tenant]
+		}
+		if v.Learned == counted {
 			return nil
 		}
-		v.Learned = learned[ifindex]
+		v.Learned = counted
 		if err := d.maps[datapathMapVeths].Update(ifindex, v, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("write veth %d: %w", ifindex, err)
 		}

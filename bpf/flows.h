@@ -7,6 +7,8 @@
 #define MAX_LEARNED 8192
 // Of those, that tenants open: the rest is for what the pod and its peers open.
 #define MAX_LEARNED_BY_TENANTS (MAX_LEARNED / 2)
+// Of all pods of one tenant, also such as have left it for none: another's find room.
+#define MAX_LEARNED_OF_TENANT 16384
 // Of those, before another that begins at the tunnels' port.
 #define MAX_DIALLED 256
 // 32 of its namespace and 8 of its own for each of 1,000 pods.
@@ -178,15 +180,48 @@ static __noinline int tell_flow(const struct flow *f, const struct flow_state *s
 	return tell(&e);
 }
 
+// account_of is what counts the flows of all pods of a pod's tenant: the tenant's veth.
+static __always_inline struct veth *account_of(const struct veth *veth)
+{
+	__u32 tenant = veth->tenant;
+	struct tenant *t = bpf_map_lookup_elem(&tenants, &tenant);
+	if (!t)
+		return 0;
+	__u32 ifindex = t->ifindex;
+	return bpf_map_lookup_elem(&veths, &ifindex);
+}
+
+// may_learn says whether there is room for another flow of the pod with this veth. Not
+// inlined, as the next: what calls learn has little stack left.
+static __noinline int may_learn(__u32 ifindex, __u32 by)
+{
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	if (!veth || veth->learned >= (by ? MAX_LEARNED_BY_TENANTS : MAX_LEARNED))
+		return 0;
+	struct veth *account = account_of(veth);
+	return !account || account->learned < (by ? MAX_LEARNED_OF_TENANT / 2 : MAX_LEARNED_OF_TENANT);
+}
+
+static __noinline int count_learned(__u32 ifindex, int change)
+{
+	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
+	if (!veth)
+		return 0;
+	if (change > 0 || veth->learned)
+		__sync_fetch_and_add(&veth->learned, change);
+	struct veth *account = account_of(veth);
+	if (account && (change > 0 || account->learned))
+		__sync_fetch_and_add(&account->learned, change);
+	return 0;
+}
+
 static __always_inline void forget(const struct flow *f, const struct flow_state *s)
 {
 	__u32 ifindex = s->ifindex;
 	__u8 learned = s->learned;
 	if (bpf_map_delete_elem(&flows, f) || !learned)
 		return;
-	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
-	if (veth && veth->learned)
-		__sync_fetch_and_add(&veth->learned, -1);
+	count_learned(ifindex, -1);
 }
 
 // find looks a flow up. On the pod's side it may be one that passes in the clear, which has
@@ -211,13 +246,12 @@ static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 t
 		return FLOWS_FULL;
 	__u32 ifindex = pod->ifindex;
 	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound, .led = !by };
-	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	s.seen = bpf_ktime_get_ns();
-	if (!veth || veth->learned >= (by ? MAX_LEARNED_BY_TENANTS : MAX_LEARNED))
+	if (!may_learn(ifindex, by))
 		return FLOWS_FULL;
 	if (bpf_map_update_elem(&flows, f, &s, BPF_NOEXIST))
 		return FLOWS_FULL;
-	__sync_fetch_and_add(&veth->learned, 1);
+	count_learned(ifindex, 1);
 	if (tenant != DIRECT)
 		return 0;
 	struct pod_counters *c = pod_counters_of(ifindex);
@@ -233,8 +267,10 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 	int tenant = s->tenant;
 	__u8 ended = s->ended, flags = p->flags;
 	__u32 expected = s->expected;
-	s->seen = bpf_ktime_get_ns();
 	__sync_fetch_and_add(from_pod ? &s->bytes_sent : &s->bytes_received, bytes);
+	// One end alone keeps nothing.
+	if (!s->learned || (s->bytes_sent && s->bytes_received))
+		s->seen = bpf_ktime_get_ns();
 	if (from_pod && flags & TCP_ACK)
 		s->expected = p->acknowledged;
 	else if (!from_pod && expected && p->sequence == expected)

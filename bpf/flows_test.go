@@ -531,3 +531,24 @@ func TestEstablishedFlowsWithoutProcess(t *testing.T) {
 		want(0, "closed by both")
 	})
 }
+
+// A connection that nobody answers is kept as if its pod had sent nothing after the SYN.
+func TestOneEndKeepsNothing(t *testing.T) {
+	m := newMesh(t)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 80}}))
+	from, to := at(m.a.v4, 41000), at(remoteAddresses.v4, 80)
+	// Packets without a checksum, which nobody answers.
+	forgePacket(t, m.a.namespace, from, to, 2)
+	opened := m.flowAt(41000)
+	if opened.Seen == 0 {
+		t.Fatal("it isn't written down")
+	}
+	forgePacket(t, m.a.namespace, from, to, 16)
+	if s := m.flowAt(41000); s.BytesSent == 0 || s.Seen != opened.Seen {
+		t.Errorf("after another packet of the pod: %+v, before %+v", s, opened)
+	}
+	forgePacket(t, m.remote, to, from, 16)
+	if s := m.flowAt(41000); s.BytesReceived == 0 || s.Seen <= opened.Seen {
+		t.Errorf("after one of its peer: %+v, before %+v", s, opened)
+	}
+}

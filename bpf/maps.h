@@ -85,7 +85,7 @@ struct veth {
 	enum veth_kind kind;
 	__u32 tenant;
 	__u8 uid[UID_LENGTH];
-	// Of a pod: entries in the map of flows that the programs made.
+	// Of a pod, and of all of a tenant: entries in the map of flows that the programs made.
 	__u32 learned;
 	// Of a tenant: two generations are compared, see watch.h.
 	__u8 watched;

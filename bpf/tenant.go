@@ -56,6 +56,10 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 		return err
 	}
 	veth := datapathVeth{Kind: datapathVethKindVETH_TENANT, Tenant: uint32(t.Index)}
+	var counted datapathVeth
+	if d.maps[datapathMapVeths].Lookup(former.Ifindex, &counted) == nil && counted.Kind == veth.Kind && counted.Tenant == veth.Tenant {
+		veth.Learned = counted.Learned
+	}
 	if t.Watch {
 		if err := d.watch(t.Index); err != nil {
 			return err

@@ -88,7 +88,8 @@ type Drops struct {
 	// new ones pass in the clear.
 	Midstream uint64
 	// FlowsFull: a connection that would pass in the clear where there is no room to
-	// write it down: the map is full or, with eBPF, the pod has 8,192 such ones.
+	// write it down: the map is full or, with eBPF, the pod has 8,192 such ones or all pods
+	// of its tenant 16,384.
 	FlowsFull uint64
 	// PlainText: a new connection from outside of the mesh to a pod that is Strict.
 	PlainText uint64
