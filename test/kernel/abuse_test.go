@@ -87,6 +87,7 @@ func testAgentIsBounded(t *testing.T, redirection v1alpha1.Redirection) {
 	hold := l.A2.BeginUntil(t, "hold", fmt.Sprint("--connections=", held), "--interval=5s", "--timeout=30s", lab.At(l.A3.V4, app.GreetPort).String())
 	waitConnections(t, n, "team-a", held)
 	spoiled.Store(true)
+	since := time.Now()
 	stop, changed := make(chan struct{}), make(chan error, 1)
 	go func() {
 		tick := time.NewTicker(time.Second / 20)
@@ -122,7 +123,8 @@ func testAgentIsBounded(t *testing.T, redirection v1alpha1.Redirection) {
 		// Seldom, for asking is work for the agent, too.
 		time.Sleep(least / 10)
 		log, err := os.Stat(turned)
-		if took, opened, refused := time.Since(begun), n.Tenant("team-a").Steered[0]-before, rejected(t, n); took < least || opened < much || refused < much || err != nil || log.Size() < 1<<20 {
+		refused, _ := rejected(t, n)
+		if took, opened := time.Since(begun), n.Tenant("team-a").Steered[0]-before; took < least || opened < much || refused < much || err != nil || log.Size() < 1<<20 {
 			return fmt.Errorf("in %s %d connections were opened, configuration was refused %d times, and the log was turned: %v", took, opened, refused, err)
 		}
 		return nil
@@ -134,11 +136,15 @@ func testAgentIsBounded(t *testing.T, redirection v1alpha1.Redirection) {
 	open(&opened)
 	calm()
 	hold(&kept)
-	refused := rejected(t, n)
+	refused, lines := rejected(t, n)
 	t.Logf("in %s the agent used %s of CPU, and of memory it has %.1f MiB, had %.1f; %d connections were opened, configuration was refused %d times, %d connections are held",
 		took, used, mib(memory), mib(quiet), opened.Connections, refused, kept.Held)
 	if part := used.Seconds() / took.Seconds(); part > mostCPU || memory > mostMemory || n.AgentPID() != agent {
 		t.Errorf("the agent used %.2f of a CPU, and has %.1f MiB", part, mib(memory))
+	}
+	// One proxy's are 50 at once, and one a second.
+	if most := 51 + int(time.Since(since).Seconds()); lines > most {
+		t.Errorf("the agent has %d lines about what a proxy refused, at most %d", lines, most)
 	}
 	if kept.Held != held {
 		t.Errorf("%d of %d connections are held: %+v", kept.Held, held, kept.Failures)
@@ -146,8 +152,8 @@ func testAgentIsBounded(t *testing.T, redirection v1alpha1.Redirection) {
 }
 
 // rejected is how often proxies have refused configuration by the agent's log, which has
-// a line now and then and how many it has left out.
-func rejected(t *testing.T, n *lab.Node) (times int) {
+// a line now and then and how many it has left out, and how many lines those are.
+func rejected(t *testing.T, n *lab.Node) (times, lines int) {
 	t.Helper()
 	for line := range strings.Lines(n.AgentLog(t)) {
 		var l struct {
@@ -156,7 +162,8 @@ func rejected(t *testing.T, n *lab.Node) (times int) {
 		}
 		if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "proxy rejected configuration" {
 			times += 1 + l.LinesLeftOut
+			lines++
 		}
 	}
-	return times
+	return times, lines
 }
