@@ -22,6 +22,42 @@ func open(netns int) (*nftables.Conn, error) {
 	}))
 }
 
+// openLong is open for reading sets that rules fill. The kernel makes the parts of its
+// answer as long as the longest buffer that it was given, and begins with each at the set's
+// beginning again, to go on where it was: in parts of the library's size, a page, a set
+// takes eight times as long.
+func openLong() (*nftables.Conn, error) {
+	return nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return fmt.Errorf("reach the socket: %w", err)
+		}
+		ask, err := netlink.Message{
+			Header: netlink.Header{Length: 20, Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+			Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
+		}.MarshalBinary()
+		if err != nil {
+			return fmt.Errorf("write a question: %w", err)
+		}
+		// An answer of the kernel is there when it has got the question.
+		answer := make([]byte, longest)
+		if controlErr := raw.Control(func(fd uintptr) {
+			if err = unix.Sendto(int(fd), ask, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err == nil {
+				_, _, err = unix.Recvfrom(int(fd), answer, unix.MSG_DONTWAIT)
+			}
+		}); controlErr != nil {
+			return fmt.Errorf("reach the socket: %w", controlErr)
+		}
+		if err != nil {
+			return fmt.Errorf("ask with a long buffer: %w", err)
+		}
+		return errors.Join(c.SetReadBuffer(socketBuffer), c.SetWriteBuffer(socketBuffer))
+	}))
+}
+
+// longest is the longest part of an answer that the kernel makes.
+const longest = 32768
+
 // message is one of nftables' about a table.
 func message(kind int, flags netlink.HeaderFlags, table *nftables.Table, data []byte) netlink.Message {
 	header := []byte{byte(table.Family), unix.NFNETLINK_V0, 0, 0}

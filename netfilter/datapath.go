@@ -138,10 +138,35 @@ func (d *Datapath) install() error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("make the tables %s (if a former version's are in the way, remove them with `nft delete table`): %w", TableName, err)
 	}
-	if err := replaceRules(steering, chains); err != nil {
+	pods, err := d.relead()
+	if err != nil {
+		return err
+	}
+	if err := replaceRules(steering, append(chains, pods...)); err != nil {
 		return fmt.Errorf("write the table %s: %w", TableName, err)
 	}
+	if err := forgetFormerSets(); err != nil {
+		d.log.Warn("Sets of a former version stay", "table", TableName, "error", err)
+	}
 	return nil
+}
+
+// forgetFormerSets removes those that no rule of this version has anything to do with.
+func forgetFormerSets() error {
+	c, err := open(0)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	sets, err := c.GetSets(steering)
+	if err != nil {
+		return fmt.Errorf("list sets: %w", err)
+	}
+	for _, s := range sets {
+		if slices.Contains([]string{"dialled4", "dialled6"}, s.Name) {
+			c.DelSet(s)
+		}
+	}
+	return c.Flush()
 }
 
 // Close leaves all of it at work, and ends the reader of events.

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -178,31 +177,6 @@ func (f family) directChain(kind string, tenant uint16, perSecond uint32) string
 	return directChain(kind+f.version, tenant) + "_" + strconv.Itoa(int(perSecond))
 }
 
-// podRules are those of the chains of a pod's veth: what the shared ones let back passes
-// beside the tenant.
-func podRules(tenant uint16, perSecond uint32) (in, out []rule) {
-	if perSecond == 0 {
-		return []rule{goTo(chainFromPod)}, []rule{goTo(chainToPod)}
-	}
-	in, out = []rule{jump(chainSteerFrom)}, []rule{jump(chainSteerTo)}
-	for _, f := range families {
-		in = append(in, join(f.isEtherType(), goTo(f.directChain(chainBegins, tenant, perSecond))))
-		out = append(out, join(f.isEtherType(), goTo(f.directChain(chainAnswers, tenant, perSecond))))
-	}
-	return append(in, accept()), append(out, accept())
-}
-
-// leadPod makes what passes beside a pod's tenant keep the tenant's pace, or 0 for none.
-func (c *change) leadPod(veth uint32, tenant uint16, perSecond uint32) {
-	to := ""
-	if perSecond > 0 {
-		to = strconv.Itoa(int(tenant)) + "_" + strconv.Itoa(int(perSecond))
-	}
-	in, out := podChains(veth)
-	c.rules[in], c.rules[out] = podRules(tenant, perSecond)
-	c.leads[in], c.leads[out] = to, to
-}
-
 // pace makes what a tenant's pods begin beside it keep a pace, or with 0 leaves it alone.
 func (c *change) pace(tenant uint16, perSecond uint32) {
 	for name := range c.snap.chains {
@@ -231,10 +205,9 @@ func (c *change) pace(tenant uint16, perSecond uint32) {
 			c.unmade = append(c.unmade, s)
 		}
 	}
-	for veth, e := range c.snap.sets[setPods] {
-		if string(e.value) == string(native(uint32(tenant))) {
-			c.leadPod(binaryutil.NativeEndian.Uint32([]byte(veth)), tenant, perSecond)
-		}
+	// Others are led when they have a pod.
+	if account := tenantAccount(tenant); c.snap.chains[chainSends+account] {
+		c.lead(account, tenant, perSecond)
 	}
 }
 

@@ -19,6 +19,8 @@ import (
 type storedFlow struct {
 	model.Flow
 	tenant uint16
+	// expires is when it ends if no packet comes.
+	expires time.Duration
 }
 
 // mostWritten is how many flows there may be with those that a move writes down. Rules
@@ -223,7 +225,7 @@ func unmapped(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Add
 
 // flows reads those that are written down; alive leaves out those that have ended.
 func (d *Datapath) flows(alive bool) (list []storedFlow, err error) {
-	c, err := open(0)
+	c, err := openLong()
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
@@ -234,17 +236,22 @@ func (d *Datapath) flows(alive bool) (list []storedFlow, err error) {
 		}
 		ended := map[string]bool{}
 		if alive && len(elements) > 0 {
-			over, err := c.GetSetElements(d.sets[setEnded+f.version])
-			if err != nil {
-				return nil, fmt.Errorf("read connections that have ended: %w", err)
-			}
-			for _, e := range over {
-				ended[string(e.Key)] = true
+			for _, set := range []string{setEnded, setPeerEnded} {
+				over, err := c.GetSetElements(d.sets[set+f.version])
+				if err != nil {
+					return nil, fmt.Errorf("read connections that have ended: %w", err)
+				}
+				for _, e := range over {
+					ended[string(e.Key)] = true
+				}
 			}
 		}
 		for _, e := range elements {
-			if !ended[string(e.Key)] && len(e.Val) >= 4 {
-				list = append(list, storedFlow{f.parseFlow(e.Key), uint16(binaryutil.NativeEndian.Uint32(e.Val))})
+			if len(e.Val) < 4 {
+				continue
+			}
+			if !ended[string(e.Key)] {
+				list = append(list, storedFlow{f.parseFlow(e.Key), uint16(binaryutil.NativeEndian.Uint32(e.Val)), e.Expires})
 			}
 		}
 	}
@@ -285,8 +292,8 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 
 // SweepFlows ends the right of former tenants, which have none of a pod's
 // connections any more, to open some. Connections that have ended the kernel forgets
-// by itself, 70 s after that, or after flowIdle without a packet. Call it every few
-// seconds.
+// by itself, endedLinger after that at most, or after flowIdle without a packet. Call it
+// every few seconds.
 func (d *Datapath) SweepFlows(time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -301,17 +308,28 @@ func (d *Datapath) deleteFlowsOf(addresses []netip.Addr) error {
 	if err := d.deleteFormers(func(f former, _ time.Duration) bool { return slices.Contains(addresses, f.pod) }); err != nil {
 		return err
 	}
-	return d.deleteFlows(func(f storedFlow) bool { return slices.Contains(addresses, f.Pod.Addr()) })
+	if err := d.deleteFlows(func(f storedFlow) bool { return slices.Contains(addresses, f.Pod.Addr()) }); err != nil {
+		return err
+	}
+	return untilThere(func(ending time.Duration) error { return d.forgetCharges(addresses, ending) })
 }
 
-func (d *Datapath) deleteFlows(which func(storedFlow) bool) error {
-	var err error
-	for range 5 { // connections end meanwhile, and what isn't there can't be deleted
-		if err = d.tryDeleteFlows(which); !errors.Is(err, unix.ENOENT) {
+// untilThere deletes elements again that somebody else has deleted, or that have expired,
+// since they were read: what isn't there can't be deleted. Each time it leaves more of
+// those to themselves that are about to expire.
+func untilThere(del func(ending time.Duration) error) (err error) {
+	for ending := range 5 {
+		if err = del(time.Duration(ending) * time.Second); !errors.Is(err, unix.ENOENT) {
 			break
 		}
 	}
 	return err
+}
+
+func (d *Datapath) deleteFlows(which func(storedFlow) bool) error {
+	return untilThere(func(ending time.Duration) error {
+		return d.tryDeleteFlows(func(f storedFlow) bool { return f.expires > ending && which(f) })
+	})
 }
 
 func (d *Datapath) tryDeleteFlows(which func(storedFlow) bool) error {
@@ -319,26 +337,66 @@ func (d *Datapath) tryDeleteFlows(which func(storedFlow) bool) error {
 	if err != nil {
 		return err
 	}
+	gone := map[*nftables.Set][]nftables.SetElement{}
+	for _, f := range stored {
+		if which(f) {
+			set := d.sets[setFlows+familyOf(f.Pod.Addr()).version]
+			gone[set] = append(gone[set], nftables.SetElement{Key: flowKey(f.Flow)})
+		}
+	}
+	if err := deleteElements(gone); err != nil {
+		return fmt.Errorf("delete connections: %w", err)
+	}
+	return nil
+}
+
+// forgetCharges takes what pods with these addresses had out of all accounts: they may
+// have had several, one after the other.
+func (d *Datapath) forgetCharges(addresses []netip.Addr, ending time.Duration) error {
+	s, err := d.snapshotNow()
+	if err != nil {
+		return err
+	}
+	c, err := openLong()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	gone := map[*nftables.Set][]nftables.SetElement{}
+	for name := range s.flows {
+		if _, ok := ofAccount(name); !ok {
+			continue
+		}
+		set := accountSet(name, 0)
+		elements, err := c.GetSetElements(set)
+		if err != nil {
+			return fmt.Errorf("read connections of an account: %w", err)
+		}
+		for _, e := range elements {
+			if pod, ok := netip.AddrFromSlice(e.Key[:min(16, len(e.Key))]); ok && e.Expires > ending && slices.Contains(addresses, pod.Unmap()) {
+				gone[set] = append(gone[set], nftables.SetElement{Key: e.Key})
+			}
+		}
+	}
+	if err := deleteElements(gone); err != nil {
+		return fmt.Errorf("delete connections of an account: %w", err)
+	}
+	return nil
+}
+
+func deleteElements(gone map[*nftables.Set][]nftables.SetElement) error {
+	if len(gone) == 0 {
+		return nil
+	}
 	c, err := open(0)
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	gone := map[string][]nftables.SetElement{}
-	for _, f := range stored {
-		if which(f) {
-			v := familyOf(f.Pod.Addr()).version
-			gone[setFlows+v] = append(gone[setFlows+v], nftables.SetElement{Key: flowKey(f.Flow)})
-		}
-	}
-	for name, elements := range gone {
+	for set, elements := range gone {
 		for part := range slices.Chunk(elements, chunk) {
-			if err := c.SetDeleteElements(d.sets[name], part); err != nil {
-				return fmt.Errorf("delete connections: %w", err)
+			if err := c.SetDeleteElements(set, part); err != nil {
+				return err
 			}
 		}
 	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("delete connections: %w", err)
-	}
-	return nil
+	return c.Flush()
 }

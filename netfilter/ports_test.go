@@ -5,8 +5,11 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"strconv"
 	"testing"
+	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -341,5 +344,83 @@ func TestPodTakesItsPorts(t *testing.T) {
 		own := late.back(flagSYN)
 		p.pod.gets("connection of a former tenant", own, func() { p.tenants[2].send(own) })
 		p.tenants[3].gets("SYN with ports that the former tenant has taken up", late, func() { p.pod.send(late) })
+	})
+}
+
+// What has ended at a former tenant is remembered for a while, on either side of it: it
+// goes on to open what may still come of that.
+func TestEndedFlowsOfAFormerTenantStay(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family, p ports) {
+		wire, err := newFar(t, "poda")
+		check(t, err)
+		// keeps is of the flow of a packet to the pod.
+		keeps := func(when string, s segment, least, most time.Duration) {
+			t.Helper()
+			expires := writtenDown(t, p.d, s.to.Addr())[model.Flow{Pod: s.to, Peer: s.from}]
+			if expires <= least || expires > most {
+				t.Errorf("%s: kept for %s, want %s to %s", when, expires, least, most)
+			}
+		}
+		for _, c := range []struct {
+			what     string
+			from, to string
+			send     *far // to the pod
+			gets     *far // what is sent there
+			back     func(segment)
+		}{
+			{"the pod has with it", "c:5000", "a:80", p.tenants[1], p.pod, func(s segment) {
+				p.tenants[1].gets("end of the pod's", s, func() { p.pod.send(s) })
+			}},
+			{"it has as the pod", "c:5432", "a:40000", wire, p.tenants[1], func(s segment) {
+				p.tenants[1].send(s)
+				eventually(t, "end of the tenant's", func() bool {
+					ended := p.d.sets[setEnded+f.version]
+					return slices.ContainsFunc(elementsOf(t, ended), func(e nftables.SetElement) bool {
+						return string(e.Key) == string(flowKey(model.Flow{Pod: s.from, Peer: s.to}))
+					})
+				})
+			}},
+		} {
+			end := f.segment(c.from, c.to, flagFIN|flagACK)
+			c.gets.gets("end of the peer's", end, func() { c.send.send(end) })
+			keeps("half of what "+c.what, end, alone, endedLinger)
+			c.back(end.back(flagFIN | flagACK))
+			last := f.segment(c.from, c.to, flagACK)
+			c.gets.gets("last packet", last, func() { c.send.send(last) })
+			keeps("what "+c.what, end, alone, endedLinger)
+		}
+	})
+}
+
+// A pod that dials the tunnels' port without end is refused at a pace, and leaves room for
+// refusals of others.
+func TestRefusalsHaveAPace(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family, p ports) {
+		const dials = 8 * refusedPerSecond
+		began := time.Now()
+		refused := func() (n int) {
+			p.pod.has(segment{})
+			for _, s := range p.pod.got {
+				if s.flags == flagRST|flagACK && s.from.Port() == portInbound {
+					n++
+				}
+			}
+			return n
+		}
+		for i := range dials {
+			p.pod.send(f.segment("a:"+strconv.Itoa(5000+i), "c:15008", flagSYN))
+		}
+		eventually(t, "count of all dials", func() bool {
+			all, err := p.d.PodCounters()
+			check(t, err)
+			return all["a"].Dropped.Unsteered == dials
+		})
+		b := farOfPod(t, p.b)
+		other := f.segment("b:5000", "c:15008", flagSYN)
+		b.gets("refusal for another pod", other.back(flagRST|flagACK), func() { b.send(other) })
+		most := refusedPerSecond + int(time.Since(began).Seconds()*refusedPerSecond) + 1
+		if n := refused(); n < refusedPerSecond || n > most {
+			t.Errorf("%d of %d dials are refused, want %d to %d", n, dials, refusedPerSecond, most)
+		}
 	})
 }

@@ -71,7 +71,7 @@ func TestProbeCoversRules(t *testing.T) {
 		return "" // all of nftables have it
 	}
 	bounded := innerState{active: [steer.Generations]bool{true, true}, weight: 50, pace: 1, concurrent: 4, own: 1}
-	chains := slices.Concat(hostChains(DefaultMark, 1), whose(1, "tenant_1"), innerChains(bounded),
+	chains := slices.Concat(hostChains(DefaultMark, 1), whose(1, "tenant_1"), accountChains("1", 1, 1), innerChains(bounded),
 		[]chain{{"prerouting", preroutingRules(1, bounded)}, {"output", outputRules(bounded)}})
 	needed := map[string]bool{}
 	for _, c := range chains {

@@ -9,13 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How long a flow that is written down is kept after its last packet: while it
-// goes on, when it has ended, and when nobody has answered its SYN (for which the
-// kernel waits 127 s).
+// How long a flow that is written down is kept after the last packet that came to the
+// pod: while it goes on, and when one end has ended it.
 const (
-	flowIdle     = 2*time.Hour + 10*time.Minute
-	endedLinger  = 70 * time.Second
-	openedLinger = 130 * time.Second
+	flowIdle    = 2*time.Hour + 10*time.Minute
+	endedLinger = 70 * time.Second
+	// alone is after a SYN that nobody has answered, and in the clear when both ends have
+	// ended a flow, or its pod has by a RST.
+	alone = 10 * time.Second
+	// dialledLinger is for the answer to a SYN from the tunnels' port.
+	dialledLinger = 130 * time.Second
 	// refusedLinger is for the answer to a SYN to get to the pod.
 	refusedLinger = time.Second
 )
@@ -23,16 +26,19 @@ const (
 const (
 	portInbound = 15008
 
-	// Of a pod whose tenant has no pace for what it begins beside it.
+	// Of each family.
 	chainFromPod = "from_pod"
 	chainToPod   = "to_pod"
-	// What passes beside the tenant these let back to where they were called.
+	// What passes beside the tenant, and what is to be written down, these let back to where
+	// they were called.
 	chainSteerFrom = "steer_from_pod"
 	chainSteerTo   = "steer_to_pod"
 	chainBesideOut = "beside_out"
 	// chainExempted is of SYNs that are excluded, when they have kept the pace.
 	chainExempted   = "out_exempted"
 	chainFromTenant = "from_tenant"
+	// chainDialled is of what a tenant answers to a pod that has called from the tunnels' port.
+	chainDialled = "from_tenant_dialled"
 	// chainBack sends a packet back to the tenant that it came from.
 	chainBack = "back_to_tenant"
 	// chainRefuse answers a pod's SYN as a host does that has no listener, chainTaken a
@@ -78,8 +84,6 @@ func hostChains(pass, own uint32) []chain {
 			chain{"tell_direct_ends_" + way.name, tell(way.device, setDirectPace, directPerSecond, prefixDirectClosed)})
 	}
 	chains = append(chains,
-		chain{chainFromPod, append([]rule{jump(chainSteerFrom)}, byProtocol(chainBesideOut, accept())...)},
-		chain{chainToPod, []rule{jump(chainSteerTo), accept()}},
 		chain{chainSteerFrom, byProtocol(chainFromPod, accept())},
 		chain{chainSteerTo, byProtocol(chainToPod, accept())},
 		chain{chainFromTenant, append([]rule{join(meta(expr.MetaKeyPROTOCOL, regTemp), equal(regTemp, big16(unix.ETH_P_ARP)...), accept())},
@@ -291,29 +295,31 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		pod = network(f.destination, f.length, regKey)
 	}
 	tenant := join(device(regKey), find(setPods, regKey, regFound), markFound())
-	held, goes := way+"_held"+v, way+"_goes"+v
-	written := join(flow, theMark(regFound), put(setFlows+v, regKey, regFound, openedLinger))
+	// In one step: between two its time could end, and it would look like one in the clear.
+	known := join(flow, find(setFlows+v, regKey, regFound), markFound())
+	held, goes, led := way+"_held"+v, way+"_goes"+v, way+"_led"+v
 	var goesOn []rule // what doesn't open a flow, and belongs to none that is written down
-	steered := []rule{join(pod, isIn(setLearn+v, regKey), written)}
-	opened := []rule{join(flow, isIn(setFlows+v, regKey), goTo(goes))}
+	steered := []rule{join(pod, isIn(setLearn+v, regKey), letBack(markWrite))}
+	opened := []rule{join(known, goTo(goes))}
+	written := []rule{join(markIs(0), goTo(way+"_passed"+v))}
 	excluded := passes(passedExcluded, goTo(way+"_clear"+v))
 	if podIsSource {
 		// Tunnels are the proxies' alone. To a pod of the same tenant on this node this would
 		// look like the proxy's own, and its answers would stay in there.
 		tunnel := isPort(2, portInbound)
 		goesOn = []rule{join(tunnel, goTo(dropChain(dropUnsteered, out)))}
-		steered = append([]rule{join(tunnel, flow, put(setRefused+v, regKey, 0, refusedLinger), goTo(chainRefuse)), goesOn[0]}, steered...)
+		steered = append([]rule{join(tunnel, device(regKey), keepsPace(setRefusedPace, refusedPerSecond), flow, put(setRefused+v, regKey, 0, refusedLinger), goTo(chainRefuse)),
+			goesOn[0]}, steered...)
 		// A SYN that is sent again goes where the first one went. What else a former tenant has
 		// gets none of the pod's: it could take up ports beforehand, and would get what the pod
 		// opens from them.
-		steered = append(steered, join(pod, isIn(setLearn+v, regKey), flow, put(setLed+v, regKey, 0, openedLinger)))
-		opened = []rule{join(flow, isIn(setLed+v, regKey), isIn(setFlows+v, regKey), goTo(goes)),
-			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound(), markIs(0), goTo(goes)),
+		written = append(written, join(flow, put(setLed+v, regKey, 0, alone)))
+		opened = []rule{join(flow, isIn(setLed+v, regKey), known, goTo(goes)), join(known, markIs(0), goTo(goes)),
 			join(flow, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound))}
-		steered = append(steered, join(isPort(0, portInbound), network(f.destination, f.length, regKey), isIn(setOwners+v, regKey), flow, put(setDialled+v, regKey, 0, openedLinger)))
+		steered = append(steered, f.dials(letBack(markDial)))
 	}
 	chains := []chain{
-		{way + "_opens" + v, slices.Concat(f.forget(flow), opened, []rule{
+		{way + "_opens" + v, slices.Concat(f.forget(podIsSource), opened, []rule{
 			onlyMark(0), tenant,
 			// A pod that isn't in the mesh (any more).
 			join(markIs(0), goTo(way+"_clear"+v)),
@@ -321,20 +327,20 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		// At no pace: the bound is for what passes beside a proxy that works.
 		{way + "_bypassed" + v, passes(passedBypassed, goTo(way+"_clear"+v))},
 		// What opens in the clear is written down.
-		{way + "_clear" + v, []rule{onlyMark(0), join(written, goTo(way+"_passed"+v)), goTo(dropChain(dropFlowsFull, out))}},
+		{way + "_clear" + v, []rule{onlyMark(0), letBack(markWrite)}},
+		{way + "_written" + v, append(written, goTo(led))},
 		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), jump("tell_direct_" + way), goTo(way + "_direct" + v)}},
-		{way + "_steered" + v, append(steered, toTenant, goTo(dropChain(dropNoTenant, out)))},
-		{way + v, append(append([]rule{join(flow, isIn(setFlows+v, regKey), goTo(held))}, goesOn...),
+		{way + "_steered" + v, append(steered, goTo(led))},
+		{led, []rule{toTenant, goTo(dropChain(dropNoTenant, out))}},
+		{way + v, append(append([]rule{join(known, goTo(held))}, goesOn...),
 			onlyMark(0), tenant,
 			toTenant,
 			join(markIs(0), goTo(dropChain(dropMidstream, out))),
 			goTo(dropChain(dropNoTenant, out)),
 		)},
-		{held, append(append([]rule{onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),
-			join(markIs(0), ends(), flow, isNotIn(setEnded+v, regKey), jump("tell_direct_ends_"+way))},
-			f.touch(flow, theMark(regFound))...), goTo(goes))},
+		{held, []rule{join(markIs(0), ends(), flow, isNotIn(setEnded+v, regKey), isNotIn(setPeerEnded+v, regKey), jump("tell_direct_ends_"+way)),
+			letBack(markWrite)}},
 		{goes, []rule{
-			onlyMark(0), join(flow, find(setFlows+v, regKey, regFound), markFound()),
 			join(markIs(0), goTo(way+"_direct"+v)),
 			toTenant,
 			goTo(dropChain(dropNoTenant, out)),
@@ -349,27 +355,14 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 }
 
 // forget deletes a flow that has ended, when another begins with the same ports.
-func (f family) forget(flow rule) []rule {
+func (f family) forget(podIsSource bool) (rules []rule) {
 	v := f.version
-	ended := join(flow, isIn(setEnded+v, regKey))
-	return []rule{
-		join(ended, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound)),
-		join(ended, remove(setEnded+v, regKey, 0)),
+	for _, set := range []string{setEnded + v, setPeerEnded + v} {
+		ended := join(f.flow(podIsSource), isIn(set, regKey))
+		rules = append(rules, join(ended, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound)),
+			join(ended, remove(set, regKey, 0)))
 	}
-}
-
-// touch keeps a flow that is written down, for as long as it goes on. tenant loads
-// who has it.
-func (f family) touch(flow, tenant rule) []rule {
-	v := f.version
-	keep := func(when rule, lasts time.Duration) rule {
-		return join(flow, when, tenant, put(setFlows+v, regKey, regFound, lasts))
-	}
-	return []rule{
-		join(ends(), flow, put(setEnded+v, regKey, 0, endedLinger)),
-		keep(isIn(setEnded+v, regKey), endedLinger),
-		keep(isNotIn(setEnded+v, regKey), flowIdle),
-	}
+	return rules
 }
 
 // ends are a packet's two ends, as a tenant's pods may be at either.
@@ -407,7 +400,7 @@ func whose(tenant uint16, name string) []chain {
 				join(is, onlyMark(0)),
 				join(is, address, find(setOwners+f.version, regKey, regFound), markFound()))
 			// One with another tenant that has ended makes room for one with the same ports.
-			for _, r := range f.forget(flow) {
+			for _, r := range f.forget(e.podIsSource) {
 				chains[i].rules = append(chains[i].rules, join(is, markIs(uint32(tenant)), opens(), r))
 			}
 			chains[i].rules = append(chains[i].rules,
@@ -415,19 +408,23 @@ func whose(tenant uint16, name string) []chain {
 				join(is, markIs(uint32(tenant)), flow, isIn(setFlows+f.version, regKey), jump(touch.name)),
 				// What it opens for a pod that is about to move.
 				join(is, markIs(uint32(tenant)), opens(), address, isIn(setLearn+f.version, regKey), flow, isNotIn(setFlows+f.version, regKey),
-					remove(setLed+f.version, regKey, 0), index, put(setFlows+f.version, regKey, regFound, openedLinger)),
+					remove(setLed+f.version, regKey, 0), f.charge(tenantAccount(tenant), e.podIsSource, index, alone)),
 				// What it opens for a pod that has left it, but isn't done with it. Its answers
 				// would go to the pod's tenant, were it not written down.
 				join(is, opens(), flow, isNotIn(setFlows+f.version, regKey), immediate(regKey, native(uint32(tenant))...),
 					network(e.address, f.length, regKey+1), isIn(setFormers+f.version, regKey),
-					flow, remove(setLed+f.version, regKey, 0), index, put(setFlows+f.version, regKey, regFound, openedLinger), onlyMark(uint32(tenant))),
-				join(is, markIs(uint32(tenant)), yes))
+					flow, remove(setLed+f.version, regKey, 0), f.charge(tenantAccount(tenant), e.podIsSource, index, alone), onlyMark(uint32(tenant))),
+			)
+			if i == 2 {
+				chains[i].rules = append(chains[i].rules, join(is, markIs(uint32(tenant)), f.isDialled(tenantAccount(tenant)), onlyMark(markFrom|markTo), goTo(chainDialled+f.version)))
+			}
+			chains[i].rules = append(chains[i].rules, join(is, markIs(uint32(tenant)), yes))
 			// What reaches no pod, or not as the tenant's.
 			for _, end := range [][]int{nil, {1, 0}, {1}}[i] {
 				chains[i].rules = append(chains[i].rules, join(is, opens(), jump(whoseChain(tenant, takenOf[end]))))
 			}
 			chains[i].rules = append(chains[i].rules, join(is, no))
-			for _, r := range f.touch(flow, index) {
+			for _, r := range f.touch(tenantAccount(tenant), e.podIsSource, overTenants, index, back()) {
 				touch.rules = append(touch.rules, join(is, r))
 			}
 		}
@@ -475,13 +472,11 @@ func (f family) fromTenant(pass uint32) []chain {
 			first = append(first, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, unix.IPPROTO_ICMPV6), transport(0, 1, regTemp), equal(regTemp, neighbour), accept()))
 		}
 	}
-	rules := []rule{f.isFragment(goTo(dropChain(dropFragment, false)))}
+	whole := f.isFragment(goTo(dropChain(dropFragment, false)))
+	rules := []rule{whole}
 	add := func(r ...rule) { rules = append(rules, join(r...)) }
 	add(network(f.source, f.length, regKey), equal(regKey, f.deliver.AsSlice()...), lacksMark(markTo), goTo(dropChain(dropDeliver, false)))
-	// A tunnel between two of its own pods has both ends in there. A pod's own connection
-	// may begin at the tunnels' port, too.
-	dialled := f.flow(false)
-	add(hasMark(markFrom|markTo), isPort(2, portInbound), dialled, isIn(setDialled+v, regKey), put(setDialled+v, regKey, 0, flowIdle), goTo(deliver))
+	// A tunnel between two of its own pods has both ends in there.
 	for _, port := range []uint32{0, 2} {
 		add(hasMark(markFrom|markTo), isPort(port, portInbound), goTo(chainBack))
 	}
@@ -498,6 +493,7 @@ func (f family) fromTenant(pass uint32) []chain {
 	return []chain{
 		{chainFromTenant + v, append(first, isOther(goTo(dropChain(dropProtocol, false))), goTo(dropChain(dropMalformed, false)))},
 		{tcp, tunnelled},
+		{chainDialled + v, []rule{whole, goTo(deliver)}},
 		{deliver, rules},
 	}
 }

@@ -102,12 +102,12 @@ const (
 	setFlows = "flows"
 	// setLed: of those the ones that the pod's own SYN opened a moment ago.
 	setLed = "led"
-	// setDialled: flows that pods opened from the tunnels' port, to pods of this node.
-	setDialled = "dialled"
-	// setRefused: flows of which a SYN was just refused.
-	setRefused = "refused"
-	// setEnded: of the flows that are written down those of which an end was seen.
-	setEnded = "ended"
+	// setRefused: flows of which a SYN was just refused. setRefusedPace holds each veth's
+	// to a pace: one pod leaves room for others.
+	setRefused, setRefusedPace = "refused", "refused_pace"
+	// setEnded: of the flows that are written down those whose pod has sent an end;
+	// setPeerEnded: whose peer has.
+	setEnded, setPeerEnded = "ended", "peer_ended"
 	// setFormers: tenants with an address of a pod that has left them, for which they
 	// go on to open what its connections need.
 	setFormers = "formers"
@@ -121,8 +121,9 @@ const (
 	maxDrops = 65536
 	// SYNs of pods that are about to move, and are sent again; the rest is new then.
 	maxLed = 16384
-	// SYNs that are refused in refusedLinger; the rest gets no answer.
-	maxRefused = 4096
+	// SYNs that are refused in refusedLinger, and of a veth in a second; the rest gets no
+	// answer.
+	maxRefused, refusedPerSecond = 4096, 64
 	// 32 of its namespace and 8 of its own for each of 1,000 pods, and some more.
 	maxExclusions = 65536
 )
@@ -150,6 +151,7 @@ func hostSets() map[string]*nftables.Set {
 	add(setDrops, nftables.Set{Dynamic: true, Counter: true, Size: maxDrops}, ifindex, nftables.TypeMark)
 	add(setDeniedPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: 2 * maxVeths}, ifindex)
 	add(setDirectPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: maxVeths}, ifindex)
+	add(setRefusedPace, nftables.Set{Dynamic: true, HasTimeout: true, Size: maxVeths}, ifindex)
 	add(setUntold, nftables.Set{Dynamic: true, Counter: true, Size: 2 * maxVeths}, ifindex)
 	add(setPorted, nftables.Set{Size: 256}, nftables.TypeInetProto)
 	for _, f := range families {
@@ -167,9 +169,9 @@ func hostSets() map[string]*nftables.Set {
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setLed+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxLed}, address, port, address, port)
 		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
-		add(setDialled+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setRefused+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxRefused}, address, port, address, port)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
+		add(setPeerEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		// The other table's: what the node sends to pods is marked.
 		marked := nftables.Set{Table: marking, Name: setMarked + v, KeyType: address, Size: maxVeths}
 		sets[marked.Name] = &marked

@@ -29,7 +29,7 @@ type snapshot struct {
 	sets       map[string]map[string]element
 	// chains that there are, by name.
 	chains map[string]bool
-	// flows are the sets of single tenants, by name.
+	// flows are the sets of single tenants and accounts, by name.
 	flows map[string]*nftables.Set
 }
 
@@ -89,7 +89,7 @@ func (d *Datapath) snapshotNow() (*snapshot, error) {
 		return nil, fmt.Errorf("list sets: %w", err)
 	}
 	for _, set := range sets {
-		if isFlowSet(set.Name) {
+		if _, ok := ofAccount(set.Name); ok || isFlowSet(set.Name) {
 			s.flows[set.Name] = set
 		}
 	}
@@ -141,13 +141,13 @@ type change struct {
 	chains map[string]*nftables.Chain
 	rules  map[string][]rule
 	gone   map[string]bool
-	// leads says of chains of pods' veths whose pace they keep, also of such that are there
-	// and stay.
+	// leads says of chains of pods' veths whose account they lead to, also of such that are
+	// there and stay, and of those of accounts which pace they keep.
 	leads map[string]string
 	// stateful chains stay if they are as they should be: rules that are new have forgotten
 	// what was taken of a pace.
 	stateful map[string]bool
-	// Sets of single tenants, which chains to make need, or those that go did.
+	// Sets of single tenants and accounts, which chains to make need, or those that go did.
 	made, unmade []*nftables.Set
 }
 
@@ -193,7 +193,7 @@ func (c *change) unhook(name string) { c.gone[name] = true }
 const chunk = 256
 
 // writing is what a chain that was written hangs on, "-" for one that others lead to, and
-// whose pace it keeps.
+// where it leads.
 type writing struct{ hook, leads string }
 
 func (c *change) writingOf(name string) writing {
@@ -207,6 +207,7 @@ func (c *change) commit() error {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	changed := false
+	c.closeAccounts()
 	for _, name := range slices.Sorted(maps.Keys(c.elements)) {
 		set, have := c.d.sets[name], c.snap.sets[name]
 		var del, add []nftables.SetElement

@@ -70,6 +70,7 @@ func (d *Datapath) updateTenant(t steer.Tenant) error {
 	ch.put(setTenantMACs, tenant, t.TenantMAC, "")
 	chains := whose(t.Index, tenantChain(veth))
 	ch.hook(chains[0].name, nftables.ChainHookIngress, link.Attrs().Name, chains[0].rules...)
+	ch.makeAccount(tenantAccount(t.Index))
 	for _, of := range chains[1:] {
 		ch.branch(of)
 	}

@@ -18,7 +18,7 @@ func (d *Datapath) Usage() ([]steer.Usage, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := open(0)
+	c, err := openLong()
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
