@@ -297,6 +297,19 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 	return tenant;
 }
 
+// follow_beside does likewise for a connection in the clear, of what belongs_to isn't asked
+// for: a pod answers to the node what a NodePort masquerades, and the node's own processes
+// answer for services.
+static __noinline int follow_beside(const struct flow *f, const struct pod *pod, const struct packet *p, int from_pod, __u32 bytes)
+{
+	if (!f || !pod || !p)
+		return 0;
+	struct flow_state *s = bpf_map_lookup_elem(&flows, f);
+	if (s && s->tenant == DIRECT)
+		follow(f, s, pod, p, from_pod, bytes);
+	return 0;
+}
+
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
 // IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST or PORTS_TAKEN. by is the tenant that sent it,
 // if one did. f is another one after DIRECT.

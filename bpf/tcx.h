@@ -177,6 +177,8 @@ int from_pod(struct __sk_buff *skb)
 	if (is_node_address(&p.destination)) {
 		if (!may_begin_other(skb, &p, tenant))
 			return drop(&p, tenant, ifindex, direct_too_fast, WAY_OUTBOUND);
+		flow_from(&f, &p, SIDE_WIRE);
+		follow_beside(&f, pod, &p, 1, bytes);
 		return NEXT;
 	}
 	struct addr self;
@@ -253,8 +255,13 @@ int to_pod(struct __sk_buff *skb)
 	if (p.protocol == IPPROTO_TCP) {
 		if (is_node_address(&p.source))
 			remember_other(skb, &p, tenant);
-		if (made_here)
+		if (made_here) {
+			struct pod *of = bpf_map_lookup_elem(&pods, &p.destination);
+			flow_to(&f, &p, SIDE_WIRE);
+			if (of && of->ifindex == ifindex)
+				follow_beside(&f, of, &p, 0, bytes_of(skb));
 			return received(skb, ifindex);
+		}
 		tcp = 1;
 	} else if (quotes_tcp(skb, &p, &sent_to, ports)) {
 		// The tenant's Envoy sent that packet as the pod, and without the
