@@ -19,6 +19,8 @@
 #define ENDED_RESET 4
 // The event was sent.
 #define ENDED_TOLD 8
+// The reset had the number that the pod waited for, so that its kernel takes it.
+#define ENDED_TAKEN 16
 
 // Ports are chosen in two network namespaces: what the pod has with its tenant may have the
 // same ones as what its tenant has with the rest of the world.
@@ -265,7 +267,7 @@ static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 t
 static __always_inline int follow(const struct flow *f, struct flow_state *s, const struct pod *pod, const struct packet *p, int from_pod, __u32 bytes)
 {
 	int tenant = s->tenant;
-	__u8 ended = s->ended, flags = p->flags;
+	__u8 was = s->ended, ended = was, flags = p->flags;
 	__u32 expected = s->expected;
 	__sync_fetch_and_add(from_pod ? &s->bytes_sent : &s->bytes_received, bytes);
 	// One end alone keeps nothing.
@@ -279,9 +281,9 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 	// right ports.
 	int forged = !from_pod && expected && p->sequence != expected;
 	if (flags & TCP_RST && !forged)
-		ended |= ENDED_RESET;
-	else if (from_pod)
-		ended &= ~ENDED_RESET; // it was forged: the pod talks on
+		ended |= ENDED_RESET | (!from_pod && expected ? ENDED_TAKEN : 0);
+	else if (from_pod && !(ended & ENDED_TAKEN && p->acknowledged == expected)) // not what was on its way
+		ended &= ~(ENDED_RESET | ENDED_TAKEN); // it was forged: the pod talks on
 	if (flags & TCP_FIN)
 		ended |= from_pod ? ENDED_POD : ENDED_PEER;
 	int both = (ended & (ENDED_POD | ENDED_PEER)) == (ENDED_POD | ENDED_PEER);
@@ -290,7 +292,8 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 		if (tenant == DIRECT)
 			tell_flow(f, s, pod, EVENT_CLOSED);
 	}
-	s->ended = ended;
+	if (ended != was) // or another CPU's word, of what the other end sends, would be lost
+		s->ended = ended;
 	// The acknowledgement of the second FIN is its last packet.
 	if (both && !(flags & (TCP_FIN | TCP_RST)))
 		forget(f, s);

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // Whoever knows the ports of a connection that stays where it began can send in its
@@ -78,5 +80,45 @@ func TestForgedEnds(t *testing.T) {
 		if _, got, err := dial(t, from, addrPortOf(k.LocalAddr()), addrPortOf(k.RemoteAddr())); got != want {
 			t.Errorf("%s: the next with its ports: %q, %v, want %q", k.name, got, err, want)
 		}
+	}
+}
+
+// What a pod had sent before it got its peer's reset doesn't take that back. What it says
+// when its kernel didn't take one does.
+func TestResetWhileThePodSends(t *testing.T) {
+	const fin, rst, ack = 1, 4, 16
+	m := newMesh(t)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 80}}))
+	to := at(remoteAddresses.v4, 80)
+	// Segments without a checksum, which no kernel takes.
+	open := func(port uint16) netip.AddrPort {
+		t.Helper()
+		from := at(m.a.v4, port)
+		forgePacket(t, m.a.namespace, from, to, tcpSYN)
+		forgePacket(t, m.a.namespace, from, to, ack)
+		if s := m.flowAt(port); s.Expected != acknowledged {
+			t.Fatalf("the pod waits for %d: %+v", acknowledged, s)
+		}
+		return from
+	}
+	reset := func(from netip.AddrPort, sequence uint16) {
+		t.Helper()
+		sendSegment(t, m.remote, to, from, rst, sequence, 0)
+		if s := m.flowAt(from.Port()); s.Ended&endedReset == 0 {
+			t.Fatalf("a reset isn't seen: %+v", s)
+		}
+	}
+	from := open(41010)
+	reset(from, acknowledged)
+	forgePacket(t, m.a.namespace, from, to, ack)
+	if s := m.flowAt(41010); s.Ended&endedReset == 0 {
+		t.Errorf("what was on its way takes the reset back: %+v", s)
+	}
+	from = open(41011)
+	sendSegment(t, m.remote, to, from, fin, acknowledged, 0) // which is lost behind the program
+	reset(from, acknowledged+1)
+	forgePacket(t, m.a.namespace, from, to, ack)
+	if s := m.flowAt(41011); s.Ended&endedReset != 0 {
+		t.Errorf("what the pod says doesn't take the reset back: %+v", s)
 	}
 }
