@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"errors"
+	"math"
 	"net/netip"
 	"strings"
 	"testing"
@@ -151,6 +152,8 @@ func TestExclusions(t *testing.T) {
 		m.greets("what isn't excluded", m.a.namespace, at(remoteAddresses.v4, 81), "proxy1")
 		check(t, m.d.SweepFlows(time.Hour))
 		m.greets("swept", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
+		set(math.MaxUint32) // two CPUs at once, from 1
+		m.greets("counted down too far", m.a.namespace, at(remoteAddresses.v4, 80), "app 10.77.0.2")
 	})
 	t.Run("deleted", func(t *testing.T) {
 		m.a.Exclusions = []steer.Exclusion{{Port: 1}}

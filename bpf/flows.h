@@ -193,15 +193,22 @@ static __always_inline struct veth *account_of(const struct veth *veth)
 	return bpf_map_lookup_elem(&veths, &ifindex);
 }
 
+// learned_of is less than none where fewer were counted than there are, as of a pod that has
+// come from another tenant, and two CPUs count down at once. Sweeping makes it good.
+static __always_inline __s32 learned_of(const struct veth *veth)
+{
+	return (__s32)veth->learned;
+}
+
 // may_learn says whether there is room for another flow of the pod with this veth. Not
 // inlined, as the next: what calls learn has little stack left.
 static __noinline int may_learn(__u32 ifindex, __u32 by)
 {
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
-	if (!veth || veth->learned >= (by ? MAX_LEARNED_BY_TENANTS : MAX_LEARNED))
+	if (!veth || learned_of(veth) >= (by ? MAX_LEARNED_BY_TENANTS : MAX_LEARNED))
 		return 0;
 	struct veth *account = account_of(veth);
-	return !account || account->learned < (by ? MAX_LEARNED_OF_TENANT / 2 : MAX_LEARNED_OF_TENANT);
+	return !account || learned_of(account) < (by ? MAX_LEARNED_OF_TENANT / 2 : MAX_LEARNED_OF_TENANT);
 }
 
 static __noinline int count_learned(__u32 ifindex, int change)

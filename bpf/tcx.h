@@ -215,7 +215,7 @@ int from_pod(struct __sk_buff *skb)
 			return drop(&p, tenant, ifindex, too_fast, WAY_OUTBOUND);
 		// The answer of a pod of its own tenant will look like a tunnel.
 		struct pod *peer = p.source_port == HBONE_PORT ? bpf_map_lookup_elem(&pods, &f.peer) : 0;
-		if (peer && peer->tenant == tenant && veth && veth->learned < MAX_DIALLED)
+		if (peer && peer->tenant == tenant && veth && learned_of(veth) < MAX_DIALLED)
 			learn(&f, pod, tenant, 1, 0);
 		opened(&f, tenant);
 	}
