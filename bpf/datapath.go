@@ -53,6 +53,7 @@ type Datapath struct {
 	exclusions map[uint32]map[datapathExclusion]bool
 	events     *steer.EventReader // the one that is open, or nil
 	suspected  map[uint16]int64   // by how much a tenant's count of connections was too high
+	late       *latecomers        // while the programs are replaced, if the map of flows was carried over
 	kept       map[uint16]int     // connections in the map of flows by tenant, as of the last sweep and moves since
 }
 
@@ -112,6 +113,7 @@ func Open(o Options) (*Datapath, error) {
 }
 
 func (d *Datapath) load(settings datapathSettings) error {
+	defer d.endLate()
 	for _, name := range sharedMaps {
 		m, err := d.adoptMap(filepath.Join(d.dir, "maps", name), d.spec.Maps[name])
 		if err != nil {
@@ -149,7 +151,11 @@ func (d *Datapath) load(settings datapathSettings) error {
 	if err := errors.Join(d.readPods(), d.readExclusions()); err != nil {
 		return err
 	}
-	return d.replacePrograms()
+	// Before a pod's programs are replaced, and before those that write of others are.
+	d.copyLate()
+	err := d.replacePrograms()
+	d.copyLate()
+	return err
 }
 
 // replacePrograms brings this build's programs into all links there are. What
@@ -165,6 +171,7 @@ func (d *Datapath) replacePrograms() error {
 			d.replaceProgram(filepath.Join(d.podDir(uid), name), d.programs[name])
 		}
 	}
+	d.copyLate()
 	tenants, err := d.tenantDirs()
 	if err != nil {
 		return err

@@ -15,28 +15,30 @@ const padding = "pad"
 
 // migrateMap makes a map of this build with the entries of a pinned one of
 // another layout, in its place. Fields are told by their names; new ones are
-// zero, which must always be the closed choice.
-func migrateMap(path string, old *ebpf.Map, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+// zero, which must always be the closed choice. later is for what is written into
+// the old one yet.
+func migrateMap(path string, old *ebpf.Map, spec *ebpf.MapSpec) (m *ebpf.Map, later *latecomers, err error) {
 	convert, err := conversion(old, spec)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	keys, err := keyConversion(old, spec)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	m, err := ebpf.NewMap(spec)
+	m, err = ebpf.NewMap(spec)
 	if err != nil {
-		return nil, fmt.Errorf("create BPF map %s: %w", spec.Name, err)
+		return nil, nil, fmt.Errorf("create BPF map %s: %w", spec.Name, err)
 	}
-	if err = copyEntries(m, old, convert, keys); err == nil {
+	later = &latecomers{to: m, convert: convert, keys: keys, had: map[string]bool{}}
+	if err = copyEntries(m, old, convert, later.first); err == nil {
 		err = replacePin(path, m)
 	}
 	if err != nil {
 		m.Close()
-		return nil, err
+		return nil, nil, err
 	}
-	return m, nil
+	return m, later, nil
 }
 
 var errOtherFields = errors.New("its fields are others")

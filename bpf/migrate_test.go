@@ -1,8 +1,10 @@
 package bpf
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -375,4 +377,54 @@ func TestFlowsFull(t *testing.T) {
 	goOn(t, "moved", held)
 	m.greets("moved", m.a.namespace, at(remoteAddresses.v4, 80), "proxy2")
 	check(t, m.d.SweepFlows(time.Hour))
+}
+
+// What the programs of a former version write down while this one's are loaded is carried
+// over as well, and what has ended since doesn't come back.
+func TestMigrateLate(t *testing.T) {
+	m := newMesh(t)
+	spec := m.d.spec.Maps[datapathMapFlows]
+	check(t, m.d.Close())
+	m.repin("flows", func(s *ebpf.MapSpec) {
+		key := *s.Key.(*btf.Struct)
+		key.Members = without("side")(slices.Clone(key.Members))
+		key.Size -= 4
+		s.Key, s.KeySize = &key, key.Size
+	})
+	path := filepath.Join(m.pinDir, "maps", "flows")
+	former, err := ebpf.LoadPinnedMap(path, nil)
+	check(t, err)
+	defer former.Close()
+	write := func(port uint16) (now datapathFlow) {
+		t.Helper()
+		pod, err := addrKey(m.a.v4)
+		check(t, err)
+		now = datapathFlow{Pod: pod, Peer: pod, PodPort: port, PeerPort: 80, Side: datapathSideSIDE_WIRE}
+		key, err := binary.Append(nil, binary.NativeEndian, now)
+		check(t, err)
+		check(t, former.Put(key[:former.KeySize()], datapathFlowState{Learned: 1, Led: 1, BytesSent: uint64(port)}))
+		return now
+	}
+	d := &Datapath{log: slog.New(slog.DiscardHandler)}
+	before := write(1)
+	flows, err := d.adoptMap(path, spec)
+	check(t, err)
+	defer flows.Close()
+	check(t, flows.Delete(before)) // it has ended
+	after := write(2)
+	d.copyLate()
+	var s datapathFlowState
+	if err := flows.Lookup(after, &s); err != nil || s.BytesSent != 2 {
+		t.Errorf("what came later: %+v, %v", s, err)
+	}
+	check(t, flows.Delete(after))
+	last := write(3)
+	d.copyLate()
+	if err := flows.Lookup(last, &s); err != nil || s.BytesSent != 3 {
+		t.Errorf("what came last: %+v, %v", s, err)
+	}
+	if n := size(t, flows); n != 1 {
+		t.Errorf("%d connections, want 1: those that have ended come back", n)
+	}
+	d.endLate()
 }

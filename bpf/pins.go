@@ -84,8 +84,12 @@ func (d *Datapath) adoptMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) 
 		if err == nil {
 			return m, nil
 		}
-		migrated, why := migrateMap(path, m, spec)
-		m.Close()
+		migrated, later, why := migrateMap(path, m, spec)
+		if why == nil && spec.Name == datapathMapFlows {
+			later.from, d.late = m, later
+		} else {
+			m.Close()
+		}
 		if why == nil {
 			d.log.Info("Carried a pinned map over to this version", "path", path, "reason", err)
 			return migrated, nil
