@@ -181,24 +181,47 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 	if former.Size != old.ValueSize() || value.Size != spec.ValueSize {
 		return nil, fmt.Errorf("its values, struct %s, have %d bytes, and the map %d", value.Name, former.Size, old.ValueSize())
 	}
-	for _, m := range value.Members {
-		for _, f := range former.Members {
-			if m.Name == f.Name && m.Name != padding && !sameType(f.Type, m.Type) {
-				return nil, fmt.Errorf("field %s of its values is of another type", m.Name)
-			}
-		}
+	fill, err := fields(value, former)
+	if err != nil {
+		return nil, err
 	}
 	return func(b []byte) []byte {
 		converted := make([]byte, value.Size)
-		for _, m := range value.Members {
-			for _, f := range former.Members {
-				if m.Name == f.Name && m.Name != padding {
-					n, _ := btf.Sizeof(m.Type)
-					copy(converted[m.Offset.Bytes():], b[f.Offset.Bytes():][:n])
-				}
-			}
-		}
+		fill(converted, b)
 		return converted
+	}, nil
+}
+
+// fields says how a struct is filled from a former one, also the structs in it.
+func fields(now, former *btf.Struct) (func(to, from []byte), error) {
+	var each []func(to, from []byte)
+	for _, m := range now.Members {
+		for _, f := range former.Members {
+			if m.Name != f.Name || m.Name == padding {
+				continue
+			}
+			into, out := m.Offset.Bytes(), f.Offset.Bytes()
+			if sameType(f.Type, m.Type) {
+				n, _ := btf.Sizeof(m.Type)
+				each = append(each, func(to, from []byte) { copy(to[into:], from[out:][:n]) })
+				continue
+			}
+			inner, ok := btf.UnderlyingType(m.Type).(*btf.Struct)
+			had, was := btf.UnderlyingType(f.Type).(*btf.Struct)
+			if !ok || !was {
+				return nil, fmt.Errorf("field %s of its values is of another type", m.Name)
+			}
+			fill, err := fields(inner, had)
+			if err != nil {
+				return nil, fmt.Errorf("field %s of its values: %w", m.Name, err)
+			}
+			each = append(each, func(to, from []byte) { fill(to[into:], from[out:]) })
+		}
+	}
+	return func(to, from []byte) {
+		for _, fill := range each {
+			fill(to, from)
+		}
 	}, nil
 }
 

@@ -80,6 +80,16 @@ func TestMigrate(t *testing.T) {
 		{"fields added", "pods veths per_pod", func(s *ebpf.MapSpec) {
 			restruct(s, without(map[string]string{"pods": "bypass", "veths": "learned", "per_pod": "direct_due"}[s.Name]))
 		}},
+		{"fields added to a struct in it", "per_pod counters", func(s *ebpf.MapSpec) {
+			restruct(s, func(all []btf.Member) []btf.Member {
+				for i := range all {
+					if d, ok := all[i].Type.(*btf.Struct); ok { // the drops
+						all[i].Type = &btf.Struct{Name: d.Name, Size: d.Size - 8, Members: d.Members[:len(d.Members)-1]}
+					}
+				}
+				return all
+			})
+		}},
 		{"fields moved", "pods tenants veths flows per_pod counters", func(s *ebpf.MapSpec) { restruct(s, backwards) }},
 		{"other sizes", "pods tenants veths flows node_addresses exclusions per_pod counters", func(s *ebpf.MapSpec) { s.MaxEntries /= 2 }},
 	} {
