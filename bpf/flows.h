@@ -284,8 +284,8 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 		s->expected = p->acknowledged;
 	else if (!from_pod && expected && p->sequence == expected)
 		s->expected = p->next;
-	// The pod's kernel takes no other either (RFC 5961, 3.2): anybody can send one with the
-	// right ports.
+	// The pod's kernel takes no other either (RFC 5961, 3.2), but behind what was lost: anybody
+	// can send one with the right ports.
 	int forged = !from_pod && expected && p->sequence != expected;
 	if (flags & TCP_RST && !forged)
 		ended |= ENDED_RESET | (!from_pod && expected ? ENDED_TAKEN : 0);
@@ -337,7 +337,9 @@ static __always_inline int belongs_to(const struct packet *p, struct flow *f, st
 	int taken = !by && s && s->tenant != DIRECT && s->tenant != tenant && !s->led && (from_pod || s->learned);
 	// A FIN of the peer's can be forged, too, and a pod that hasn't sent its own is still there.
 	__u8 over = by || from_pod ? 0xff : ENDED_POD | ENDED_RESET;
-	if (s && opens(p) && (s->ended & over || taken)) {
+	// A pod that dials again has no such connection any more, whatever was seen of its end.
+	int again = !by && from_pod && s && s->expected;
+	if (s && opens(p) && (s->ended & over || taken || again)) {
 		forget(f, s);
 		f->side = side;
 		s = 0;

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
@@ -120,5 +122,36 @@ func TestResetWhileThePodSends(t *testing.T) {
 	forgePacket(t, m.a.namespace, from, to, ack)
 	if s := m.flowAt(41011); s.Ended&endedReset != 0 {
 		t.Errorf("what the pod says doesn't take the reset back: %+v", s)
+	}
+}
+
+// A pod that dials with the ports of a connection that stayed where it began has that one no
+// more, also if nobody saw its end.
+func TestDialsAgain(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	d := m.pod("d", 1, addresses("10.77.0.40", "fd77::40"), false)
+	from, to := at(d.v4, 41020), at(remoteAddresses.v4, 80)
+	var held []heldFlow
+	m.hold(&held, "in the clear", d.namespace, from, to, "app "+d.v4.String())
+	check(t, m.d.MovePod(d.Pod, m.reader(d)))
+	goOn(t, "moved", held)
+	// A socket that is repaired ends without a packet.
+	raw, err := held[0].Conn.(*net.TCPConn).SyscallConn()
+	check(t, err)
+	var failed error
+	check(t, raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_REPAIR, 1) }))
+	check(t, failed)
+	check(t, held[0].Close())
+	if s := m.flowAt(41020); s.Seen == 0 || s.Ended != 0 {
+		t.Fatalf("its end was seen: %+v", s)
+	}
+	// At once: the peer has it still, and what it answers would end it for the second one.
+	forgePacket(t, d.namespace, from, to, tcpSYN)
+	if s := m.flowAt(41020); s.Seen != 0 {
+		t.Errorf("the first SYN with its ports went where it had been: %+v", s)
+	}
+	if _, got, err := dial(t, d.namespace, from, to); got != "proxy1" {
+		t.Errorf("the next with its ports: %q, %v, want proxy1", got, err)
 	}
 }
