@@ -158,6 +158,28 @@ func TestFlowsOfATenantAreBounded(t *testing.T) {
 	})
 }
 
+// What a process of the node answers for a service keeps a flow, too.
+func TestTheNodeKeepsAFlow(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		d, err := Open(Options{})
+		check(t, err)
+		check(t, d.UpdateTenant(tenant(t, 1)))
+		p, fromPod := clearPod(t, "a", 1, "10.0.0.1")
+		check(t, d.UpdatePod(p))
+		fromNode, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		check(t, err)
+		t.Cleanup(func() { unix.Close(fromNode) })
+		pod, peer := netip.AddrPortFrom(p.IPs[0], 5000), netip.AddrPortFrom(nobody, 80)
+		kept := func() time.Duration { return writtenDown(t, d, pod.Addr())[model.Flow{Pod: pod, Peer: peer}] }
+		sendSegment(t, fromPod, pod, peer, flagSYN)
+		eventually(t, "flow", func() bool { return kept() > 0 })
+		sendSegment(t, fromNode, peer, pod, flagSYN|flagACK)
+		eventually(t, "flow that is kept", func() bool { return kept() > endedLinger })
+		sendSegment(t, fromNode, peer, pod, flagFIN|flagACK)
+		eventually(t, "flow that its peer has ended", func() bool { lasts := kept(); return lasts > alone && lasts <= endedLinger })
+	})
+}
+
 // What comes to the pod keeps a flow, and so do both ends' ends; what the pod sends
 // doesn't.
 func TestWhoKeepsAFlow(t *testing.T) {

@@ -240,7 +240,9 @@ func (f family) toPod(pass uint32) []chain {
 		{chainToPod + v, append(append([]rule{isTCP(goTo(tcp))}, f.quotesTCP(goTo(icmp))...),
 			isOther(back()), goTo(dropChain(dropMalformed, true)))},
 		{tcp, []rule{
-			// What the node made, or a tenant delivers.
+			// What the node made, or a tenant delivers. A process of the node may answer for a
+			// service, in a flow that is written down as one in the clear.
+			join(hasMark(pass), f.flow(false), find(setFlows+v, regKey, regFound), equal(regFound, native(0)...), goTo("in"+v)),
 			join(hasMark(pass), goTo(given)),
 			join(isPort(0, portInbound), resets(), f.flow(false), isIn(setRefused+v, regKey), goTo(given)),
 			f.isFragment(goTo(dropChain(dropFragment, true))),
