@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -80,7 +81,19 @@ func EstablishedFlows(path string, pods ...netip.Addr) ([]model.Flow, error) {
 			}
 		}
 	}
-	return flows, nil
+	return withoutFarEnds(flows), nil
+}
+
+// withoutFarEnds leaves out what is seen of a tunnel between two of the tenant's pods at the
+// one's end and isn't between the tenant and the other: written down, nobody would see it end.
+func withoutFarEnds(flows []model.Flow) []model.Flow {
+	wire := map[model.Flow]bool{}
+	for _, f := range flows {
+		wire[f] = f.Side == model.WireSide && f.IsTunnel()
+	}
+	return slices.DeleteFunc(flows, func(f model.Flow) bool {
+		return f.Side == model.PodSide && wire[model.Flow{Pod: f.Pod, Peer: f.Peer, Side: model.WireSide}]
+	})
 }
 
 // sockets asks again if the list changed while it was read.

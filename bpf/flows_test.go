@@ -532,6 +532,19 @@ func TestEstablishedFlowsWithoutProcess(t *testing.T) {
 	})
 }
 
+func TestFarEndsOfTunnels(t *testing.T) {
+	pod, peer := netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("10.77.0.3")
+	server, client := model.Flow{Pod: at(pod, 15008), Peer: at(peer, 40000)}, model.Flow{Pod: at(pod, 40001), Peer: at(peer, 15008)}
+	plain, dialled := model.Flow{Pod: at(pod, 40002), Peer: at(peer, 80)}, model.Flow{Pod: at(pod, 15008), Peer: at(peer, 80)}
+	side := func(f model.Flow, s model.Side) model.Flow { f.Side = s; return f }
+	// Both ends of tunnels are in the namespace; what the pod dialled from their port is a connection of its own.
+	want := []model.Flow{side(server, model.WireSide), side(client, model.WireSide), side(plain, model.WireSide), side(plain, model.PodSide), side(dialled, model.PodSide)}
+	got := withoutFarEnds(append([]model.Flow{side(server, model.PodSide), side(client, model.PodSide)}, want...))
+	if !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 // A connection that nobody answers is kept as if its pod had sent nothing after the SYN.
 func TestOneEndKeepsNothing(t *testing.T) {
 	m := newMesh(t)
