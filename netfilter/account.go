@@ -205,8 +205,13 @@ func (c *change) leadPod(veth uint32, tenant uint16, perSecond uint32) {
 	account := accountOf(veth, tenant)
 	c.lead(account, tenant, perSecond)
 	in, out := podChains(veth)
-	c.rules[in], c.rules[out] = []rule{goTo(chainSends + account)}, []rule{goTo(chainGets + account)}
+	c.rules[in], c.rules[out] = podRules(account)
 	c.leads[in], c.leads[out] = account, account
+}
+
+// podRules are those of the chains of a pod's veth.
+func podRules(account string) (in, out []rule) {
+	return []rule{goTo(chainSends + account)}, []rule{goTo(chainGets + account)}
 }
 
 // lead makes an account's set and chains.
@@ -281,24 +286,42 @@ func (c *change) closeAccounts() {
 	c.made = slices.DeleteFunc(c.made, func(s *nftables.Set) bool { return unused(ofAccount(s.Name)) })
 }
 
+// accountsAtOnce is how many accounts' chains a transaction makes: the kernel acknowledges
+// each rule, and tells of it, and a socket's buffer has room for what it says of some 80.
+const accountsAtOnce = 16
+
 // relead makes the chains of accounts, and returns the rules by which those of the pods
 // lead there. A former version's pods lead elsewhere.
 func (d *Datapath) relead() ([]chain, error) {
-	ch, err := d.change()
+	s, err := d.snapshotNow()
 	if err != nil {
 		return nil, err
 	}
 	var pods []chain
-	for k, e := range ch.snap.sets[setPods] {
+	tenants := map[string]uint16{}
+	for k, e := range s.sets[setPods] {
 		veth, tenant := binaryutil.NativeEndian.Uint32([]byte(k)), uint16(binaryutil.NativeEndian.Uint32(e.value))
-		ch.leadPod(veth, tenant, ch.snap.paceOf(tenant))
+		account := accountOf(veth, tenant)
+		tenants[account] = tenant
 		in, out := podChains(veth)
-		for _, name := range []string{in, out} {
-			if ch.snap.chains[name] {
-				pods = append(pods, chain{name, ch.rules[name]})
+		fromPod, toPod := podRules(account)
+		for name, rules := range map[string][]rule{in: fromPod, out: toPod} {
+			if s.chains[name] {
+				pods = append(pods, chain{name, rules})
 			}
-			delete(ch.leads, name)
 		}
 	}
-	return pods, ch.commit()
+	for accounts := range slices.Chunk(slices.Sorted(maps.Keys(tenants)), accountsAtOnce) {
+		ch, err := d.change()
+		if err != nil {
+			return nil, err
+		}
+		for _, account := range accounts {
+			ch.lead(account, tenants[account], s.paceOf(tenants[account]))
+		}
+		if err := ch.commit(); err != nil {
+			return nil, err
+		}
+	}
+	return pods, nil
 }

@@ -355,6 +355,33 @@ func TestAccounts(t *testing.T) {
 	})
 }
 
+// An agent makes the chains of all accounts anew when it starts, however many tenants its
+// node has.
+func TestManyAccounts(t *testing.T) {
+	inNode(t, func(t *testing.T) {
+		const tenants = 200 // each set takes 256 KiB
+		d, err := Open(Options{})
+		check(t, err)
+		var pods []nftables.SetElement
+		for i := range uint32(tenants) {
+			pods = append(pods, nftables.SetElement{Key: native(1000 + i), Val: native(1 + i), Comment: "pod"})
+		}
+		c, err := open(0)
+		check(t, err)
+		check(t, errors.Join(c.SetAddElements(d.sets[setPods], pods), c.Flush(), d.Close()))
+		for _, when := range []string{"made", "made anew"} {
+			d, err := Open(Options{})
+			if err != nil {
+				t.Fatalf("%s: %v", when, err)
+			}
+			if n := len(accounts(t)); n != tenants {
+				t.Errorf("%s: %d accounts, want %d", when, n, tenants)
+			}
+			check(t, d.Close())
+		}
+	})
+}
+
 // What a pod opens from the tunnels' port takes room of its own tenant only.
 func TestDialledIsBounded(t *testing.T) {
 	inNode(t, func(t *testing.T) {
