@@ -352,6 +352,9 @@ func TestAccounts(t *testing.T) {
 		}
 		check(t, d.DeleteTenant(1))
 		want("in the end", "")
+		if n := len(d.written); n != 0 {
+			t.Errorf("%d chains that are gone are remembered", n)
+		}
 	})
 }
 

@@ -320,5 +320,8 @@ func (c *change) commit() error {
 		return err
 	}
 	maps.Copy(c.d.written, written)
+	for _, of := range gone {
+		delete(c.d.written, of.Name)
+	}
 	return nil
 }
