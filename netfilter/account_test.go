@@ -110,6 +110,7 @@ func TestFlowsOfATenantAreBounded(t *testing.T) {
 			return all[uid].Dropped.FlowsFull
 		}
 		opened := 0
+		var last time.Time // when the last of them began
 		send := func(i int, flags byte) {
 			sendSegment(t, fromA, netip.AddrPortFrom(a.IPs[0], uint16(1024+i)), netip.AddrPortFrom(nobody, 80), flags)
 		}
@@ -118,6 +119,7 @@ func TestFlowsOfATenantAreBounded(t *testing.T) {
 				send(opened, flagSYN)
 				opened++
 			}
+			last = time.Now()
 			return full("a") > 0
 		})
 		for i := range opened {
@@ -127,7 +129,8 @@ func TestFlowsOfATenantAreBounded(t *testing.T) {
 			t.Errorf("an account has %d flows, want %d at most", n, maxKept)
 		}
 		flows := writtenDown(t, d, a.IPs[0])
-		if len(flows) == 0 || len(flows) > maxKept {
+		// On a busy machine they may all be forgotten by now.
+		if len(flows) > maxKept || len(flows) == 0 && time.Since(last) < alone/2 {
 			t.Errorf("%d flows of a pod are written down, want %d at most", len(flows), maxKept)
 		}
 		for f, expires := range flows {
@@ -315,18 +318,14 @@ func TestAccounts(t *testing.T) {
 		check(t, d.UpdatePod(p))
 		want("with a pod", "1", "1", "2")
 		sendSegment(t, fd, netip.AddrPortFrom(p.IPs[0], 5000), netip.AddrPortFrom(nobody, 80), flagSYN)
-		if n := len(elementsOf(t, keptSet("1"))); n != 1 {
-			t.Errorf("%d flows are charged", n)
-		}
+		eventually(t, "charged flow", func() bool { return len(elementsOf(t, keptSet("1"))) == 1 })
 		p.Tenant = 2
 		check(t, d.MovePod(p, nil))
 		want("in another tenant", "2", "1", "2")
 		check(t, d.ReleasePod("a", nil))
 		want("without a tenant", own, "1", "2", own)
 		sendSegment(t, fd, netip.AddrPortFrom(p.IPs[0], 5001), netip.AddrPortFrom(nobody, 80), flagSYN)
-		if n := len(elementsOf(t, keptSet(own))); n != 1 {
-			t.Errorf("%d flows are charged to the pod itself", n)
-		}
+		eventually(t, "flow that is charged to the pod itself", func() bool { return len(elementsOf(t, keptSet(own))) == 1 })
 		check(t, errors.Join(d.DeleteTenant(2), d.Close()))
 
 		// Of a former version.
