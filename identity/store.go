@@ -87,8 +87,8 @@ type Store struct {
 }
 
 // OpenStore mounts Dir if it isn't mounted, and reads what a former process left
-// there. A credential found is used, without a new signature, once SetPods names
-// a pod of its identity and it verifies against SetBundle's roots; what SetPods
+// there. A credential found is used, without a new signature, once SetPods or AddPods
+// names a pod of its identity and it verifies against SetBundle's roots; what SetPods
 // first leaves out is removed.
 func OpenStore(o StoreOptions) (*Store, error) {
 	if o.Signer == nil {
@@ -200,6 +200,7 @@ func (s *Store) add(p Pod) {
 		if c := s.found[p.Identity]; c != nil {
 			e.credential = c
 			delete(s.found, p.Identity)
+			s.check(e, s.now()) // before Run looks at it, which has signed what isn't verified
 		}
 		s.entries[p.Identity] = e
 	}

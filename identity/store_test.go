@@ -360,6 +360,35 @@ func TestReopen(t *testing.T) {
 	})
 }
 
+// Pods that are told of before it is known which there are have what was kept, too: an
+// agent that starts doesn't have all identities of its node signed again.
+func TestReopenForPodsThatCome(t *testing.T) {
+	dir := keyDir(t)
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t, dir)
+		n.start()
+		n.SetPods([]Pod{pod("1", reviews)})
+		n.bundle()
+		n.ready("1")
+		_, key, version := n.certificate(teamA, reviews)
+		n.stop()
+
+		n.start()
+		defer func() { n.stop() }()
+		n.bundle()
+		n.AddPods([]Pod{pod("1", reviews)})
+		synctest.Wait() // Run has done what it finds to do
+		if asked := n.signer.calls(); len(asked) != 1 {
+			t.Errorf("signed again after a restart: %v", asked)
+		}
+		n.SetPods([]Pod{pod("1", reviews)})
+		n.ready("1")
+		if _, again, v := n.certificate(teamA, reviews); !bytes.Equal(again, key) || v != version {
+			t.Error("another key after a restart")
+		}
+	})
+}
+
 func TestRetry(t *testing.T) {
 	dir := keyDir(t)
 	synctest.Test(t, func(t *testing.T) {

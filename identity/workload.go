@@ -19,8 +19,8 @@ type X509SVID struct {
 	Expires time.Time
 }
 
-// Pod returns a pod that SetPods named last. known is false before its first call,
-// when nobody can tell.
+// Pod returns a pod that SetPods named last, or AddPods since. known is false before the
+// first call of SetPods, when nobody can tell of those that aren't there.
 func (s *Store) Pod(uid string) (p Pod, ok, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
