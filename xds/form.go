@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -65,13 +66,14 @@ func (st *stream) form(listener string) Form {
 	return formOf(sub.held[listener].acked, newest)
 }
 
-// streamsOf counts the streams whose process has chains of a form.
+// streamsOf counts the streams whose process has chains of a form, in any of the listeners
+// that each process has: a form that one of them still needs must not look unused.
 func (s *Store) streamsOf(f Form) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range s.proxies {
 		for st := range p.streams {
-			if st.form(listenerOutbound) == f {
+			if slices.ContainsFunc(listenerNames, func(name string) bool { return st.form(name) == f }) {
 				n++
 			}
 		}

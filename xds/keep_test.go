@@ -158,6 +158,35 @@ func TestProcessesKeepTheirForm(t *testing.T) {
 	liar.wantForm("when it lied", NewestForm, proxy)
 }
 
+// Last good can have given a process listeners of two forms: it is told of for both, and
+// keeps each.
+func TestProcessOfTwoForms(t *testing.T) {
+	m := knowing(t, NewestForm)
+	of := map[string]Form{}
+	had := map[resourceKey]*discoveryv3.Resource{}
+	for _, name := range listenerNames {
+		of[name] = OldestForm
+		if name == listenerOutbound {
+			of[name] = NewestForm
+		}
+		r := &resource{wire: &discoveryv3.Resource{Version: name}}
+		of[name].mark(r)
+		had[resourceKey{TypeListener, name}] = r.wire
+	}
+	p := m.begin(teamA, "0", had)
+	for name, want := range of {
+		p.until("it has "+name, func() bool { return p.place("lds "+name) >= 0 })
+		if got := formOf(p.has[resourceKey{TypeListener, name}].Version, NewestForm); got != want {
+			t.Errorf("%s is in form %d; want %d", name, got, want)
+		}
+	}
+	for _, f := range []Form{OldestForm, NewestForm} {
+		if got := testutil.ToFloat64(m.server.metrics.forms[f-OldestForm]); got != 1 {
+			t.Errorf("%v streams of form %d are told; want 1", got, f)
+		}
+	}
+}
+
 // A connection that lasts outlives the operator and its forms, in a process that goes on,
 // whatever changes for it. Envoy drains for a second here.
 func TestConnectionsOutliveForms(t *testing.T) {

@@ -31,7 +31,7 @@ func newMetrics(store *Store) *metrics {
 	for f := OldestForm; f <= NewestForm; f++ {
 		forms = append(forms, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "bulkhead", Subsystem: "xds", Name: "streams_of_form", ConstLabels: prometheus.Labels{"form": strconv.Itoa(int(f))},
-			Help: "Open streams by the form of their filter chains. An operator that doesn't know a form drains its chains.",
+			Help: "Open streams by the forms of their filter chains; one that has two counts for both. An operator that doesn't know a form drains its chains.",
 		}, func() float64 { return float64(store.streamsOf(f)) }))
 	}
 	return &metrics{
