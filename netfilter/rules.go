@@ -146,8 +146,9 @@ func isOther(then rule) rule {
 // isWrapped matches packets that a node with such a tunnel would unwrap, and send on what
 // is in them as if it had come from there: TCP past the proxy, with any source.
 func isWrapped(then rule) (rules []rule) {
+	// The protocol comes last: nft aborts when it is to list a header behind one of GRE.
 	is := func(protocol byte, what rule) {
-		rules = append(rules, join(meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), what, then))
+		rules = append(rules, join(what, meta(expr.MetaKeyL4PROTO, regTemp), equal(regTemp, protocol), then))
 	}
 	is(unix.IPPROTO_IPIP, nil)
 	is(unix.IPPROTO_IPV6, nil)
