@@ -22,8 +22,9 @@ func testTenantsChange(t *testing.T, l *lab.Lab) {
 	const rate, heldPort = 25, 8092
 	n := l.Node1
 	// A request that is in a tunnel and not at its pod yet isn't a connection that a proxy
-	// waits for, and on a busy machine takes seconds.
-	n.Args = append(n.Args, "--linger", "5s")
+	// waits for, and on a busy machine takes seconds. A tunnel that nobody has used since may
+	// bring one when the time is over: later than all that is tried here.
+	n.Args = append(n.Args, "--linger", "20s")
 	n.Kill()
 	n.Start()
 	n.WaitReady()
