@@ -45,12 +45,7 @@ var errOtherFields = errors.New("its fields are others")
 
 // sameFields looks behind the sizes, if the kernel says what is in a map.
 func sameFields(m *ebpf.Map, spec *ebpf.MapSpec) error {
-	handle, err := m.Handle()
-	if err != nil {
-		return nil
-	}
-	defer handle.Close()
-	types, err := handle.Spec(nil)
+	types, err := typesOf(m)
 	if err != nil {
 		return nil
 	}
@@ -149,6 +144,20 @@ func copyEntries(to, from *ebpf.Map, convert func([]byte) []byte, keys func(key,
 	return errors.New("copy entries of pinned map: it changes too fast")
 }
 
+// typesOf is what a map says of its keys and values.
+func typesOf(m *ebpf.Map) (*btf.Spec, error) {
+	handle, err := m.Handle()
+	if err != nil {
+		return nil, fmt.Errorf("it doesn't say what is in it: %w", err)
+	}
+	defer handle.Close()
+	types, err := handle.Spec(nil)
+	if err != nil {
+		return nil, fmt.Errorf("read its types: %w", err)
+	}
+	return types, nil
+}
+
 // conversion says how a value of a pinned map becomes one of this build, or why
 // it can't.
 func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) {
@@ -158,14 +167,9 @@ func conversion(old *ebpf.Map, spec *ebpf.MapSpec) (func([]byte) []byte, error) 
 	case spec.Type != ebpf.Hash && spec.Type != ebpf.PerCPUHash && spec.Type != ebpf.LPMTrie && spec.Type != ebpf.Array:
 		return nil, fmt.Errorf("entries of a %s can't be carried over", spec.Type)
 	}
-	handle, err := old.Handle()
+	types, err := typesOf(old)
 	if err != nil {
-		return nil, fmt.Errorf("it doesn't say what is in it: %w", err)
-	}
-	defer handle.Close()
-	types, err := handle.Spec(nil)
-	if err != nil {
-		return nil, fmt.Errorf("read its types: %w", err)
+		return nil, err
 	}
 	value, ok := spec.Value.(*btf.Struct)
 	if !ok {

@@ -20,14 +20,9 @@ func keyConversion(old *ebpf.Map, spec *ebpf.MapSpec) (func(key, value []byte) [
 		}
 		return nil, nil
 	}
-	handle, err := old.Handle()
+	types, err := typesOf(old)
 	if err != nil {
-		return nil, fmt.Errorf("it doesn't say what is in it: %w", err)
-	}
-	defer handle.Close()
-	types, err := handle.Spec(nil)
-	if err != nil {
-		return nil, fmt.Errorf("read its types: %w", err)
+		return nil, err
 	}
 	var former *btf.Struct
 	if err := types.TypeByName(key.Name, &former); err != nil {
