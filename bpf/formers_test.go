@@ -103,15 +103,22 @@ func TestFormerTakesPorts(t *testing.T) {
 	}
 }
 
+// serveBothWays has remote and pod a listen at a port through the tenant each, 80 and 8081,
+// and at one in the clear, 81 and 8082.
+func (m *mesh) serveBothWays() {
+	m.t.Helper()
+	serve(m.t, m.remote, 80)
+	serve(m.t, m.remote, 81)
+	serve(m.t, m.a.namespace, 8081)
+	serve(m.t, m.a.namespace, 8082)
+	check(m.t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}, {Inbound: true, Port: 8082}}))
+}
+
 // A connection for a pod with the ports of one that stayed elsewhere is refused, to who may
 // open some for it. Others aren't answered.
 func TestPortsTaken(t *testing.T) {
 	m := newMesh(t)
-	serve(t, m.remote, 80)
-	serve(t, m.remote, 81)
-	serve(t, m.a.namespace, 8081)
-	serve(t, m.a.namespace, 8082)
-	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}, {Inbound: true, Port: 8082}}))
+	m.serveBothWays()
 	eachFamily(t, func(t *testing.T, family int) {
 		m.t = t
 		m.a.Tenant = 1

@@ -153,15 +153,19 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
+// withoutSides makes the map of flows that of a version without them.
+func withoutSides(s *ebpf.MapSpec) {
+	key := *s.Key.(*btf.Struct)
+	key.Members = without("side")(slices.Clone(key.Members))
+	key.Size -= 4
+	s.Key, s.KeySize = &key, key.Size
+}
+
 // A former version didn't tell the two sides of a tenant apart: what stays at one goes on,
 // and what is in the clear does, wherever each was written down.
 func TestMigrateSides(t *testing.T) {
 	m := newMesh(t)
-	serve(t, m.remote, 80)
-	serve(t, m.remote, 81)
-	serve(t, m.a.namespace, 8081)
-	serve(t, m.a.namespace, 8082)
-	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 81}, {Inbound: true, Port: 8082}}))
+	m.serveBothWays()
 	held := m.holdAll(m.a, m.one, "proxy1")
 	m.a.Tenant = 2
 	check(t, m.d.MovePod(m.a.Pod, func(from uint16) ([]model.Flow, error) {
@@ -174,12 +178,7 @@ func TestMigrateSides(t *testing.T) {
 	m.hold(&held, "in the clear", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 81), "app "+m.a.v4.String())
 	m.hold(&held, "to the pod in the clear", m.remote, netip.AddrPort{}, at(m.a.v6, 8082), "app "+remoteAddresses.v6.String())
 	check(t, m.d.Close())
-	m.repin("flows", func(s *ebpf.MapSpec) {
-		key := *s.Key.(*btf.Struct)
-		key.Members = without("side")(slices.Clone(key.Members))
-		key.Size -= 4
-		s.Key, s.KeySize = &key, key.Size
-	})
+	m.repin("flows", withoutSides)
 	var said string
 	if m.d, said = m.openLogged(); strings.Contains(said, "flows") && strings.Contains(said, "made anew") {
 		t.Errorf("not all is carried over: %s", said)
@@ -395,12 +394,7 @@ func TestMigrateLate(t *testing.T) {
 	m := newMesh(t)
 	spec := m.d.spec.Maps[datapathMapFlows]
 	check(t, m.d.Close())
-	m.repin("flows", func(s *ebpf.MapSpec) {
-		key := *s.Key.(*btf.Struct)
-		key.Members = without("side")(slices.Clone(key.Members))
-		key.Size -= 4
-		s.Key, s.KeySize = &key, key.Size
-	})
+	m.repin("flows", withoutSides)
 	path := filepath.Join(m.pinDir, "maps", "flows")
 	former, err := ebpf.LoadPinnedMap(path, nil)
 	check(t, err)
