@@ -217,6 +217,9 @@ func drops(c steer.Counters) map[string]uint64 {
 	if c.Refused > 0 {
 		m["refused"] = c.Refused
 	}
+	if c.Cut > 0 {
+		m["cut"] = c.Cut
+	}
 	return m
 }
 

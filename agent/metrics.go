@@ -115,13 +115,14 @@ var (
 	tenantUnmeshed    = tenantDesc("unmeshed_connections_total", "New connections that passed the proxy by, in plain text.", "why")
 	tenantDropped     = tenantDesc("dropped_packets_total", "Packets that steering refused, by reason.", "reason")
 	tenantEventsLost  = tenantDesc("events_lost_total", "Connection events of the tenant that nobody was told of: beyond a pace, or for want of room, which with eBPF is also where nobody watches.")
+	tenantCut         = tenantDesc("cut_connections_total", "Connections that pods of the tenant lost when they joined, moved or left, for 65,536 of the tenant were written down.")
 	tenantRejected    = tenantDesc("rejected_resources", "Resources of configuration that the proxy refused and holds no newer version of.")
 
 	tenantTunnelHosts        = tenantDesc("tunnel_hosts", "Endpoints that the tenant's proxy has a place for, for tunnels to them; there are 16,384 places.", "generation")
 	tenantTunnelHostsRefused = tenantDesc("tunnel_hosts_refused_total", "Connections that the tenant's proxy closed because all places for endpoints were taken.", "generation")
 
 	tenantDescs = []*prometheus.Desc{tenantReady, tenantPods, tenantRestarts, tenantCPU, tenantThrottled, tenantMemory, tenantMemoryMax, tenantOOMKills,
-		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantEventsLost, tenantRejected,
+		tenantThreads, tenantPressure, tenantSent, tenantReceived, tenantConnections, tenantSteered, tenantRefused, tenantUnmeshed, tenantDropped, tenantCut, tenantEventsLost, tenantRejected,
 		tenantTunnelHosts, tenantTunnelHostsRefused}
 )
 
@@ -247,5 +248,6 @@ func (s tenantSink) counters(n steer.Counters) {
 	for reason, packets := range n.Dropped.ByReason() {
 		s.counter(tenantDropped, float64(packets), reason)
 	}
+	s.counter(tenantCut, float64(n.Cut))
 	s.counter(tenantEventsLost, float64(n.EventsLost))
 }

@@ -23,6 +23,7 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 		for i := range perCPU {
 			addTenant(&sum, &perCPU[i])
 		}
+		sum.Cut = d.cut[uint16(index)]
 		all[uint16(index)] = sum
 	}
 	if err := entries.Err(); err != nil {

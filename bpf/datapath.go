@@ -54,7 +54,9 @@ type Datapath struct {
 	events     *steer.EventReader // the one that is open, or nil
 	suspected  map[uint16]int64   // by how much a tenant's count of connections was too high
 	late       *latecomers        // while the programs are replaced, if the map of flows was carried over
-	kept       map[uint16]int     // connections in the map of flows by tenant, as of the last sweep and moves since
+	kept       *keptFlows         // nil before they were counted
+	joining    map[uint32]uint16  // the tenants of pods that aren't there yet, but have connections written down, by ifindex
+	cut        map[uint16]uint64  // connections that pods have lost in moves, by the tenant that had too many
 }
 
 // sharedMaps are used by the programs of all tenants.
@@ -103,7 +105,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := &Datapath{
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
-		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, kept: map[uint16]int{},
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, joining: map[uint32]uint16{}, cut: map[uint16]uint64{},
 	}
 	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()

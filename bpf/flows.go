@@ -1,8 +1,10 @@
 package bpf
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -120,7 +122,8 @@ func addrPort(ip []byte, port uint16) netip.AddrPort {
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
-// can be repeated. Those beyond model.MaxKept are cut. Connections of a pod are read twice if it is new to the mesh.
+// can be repeated. Those beyond model.MaxKept of a tenant, which it leaves or else joins,
+// are cut. Connections of a pod are read twice if it is new to the mesh.
 func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
@@ -144,7 +147,11 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 	if err := d.addFormer(p.UID, from); err != nil {
 		return err
 	}
-	if err := d.keepFlows(p, from, established); err != nil {
+	if from == 0 {
+		d.joining[uint32(p.Ifindex)] = p.Tenant
+	}
+	lost, err := d.keepFlows(p, from, established)
+	if err != nil {
 		return err
 	}
 	if !known {
@@ -154,11 +161,16 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 		if err := d.updatePod(direct, true); err != nil {
 			return err
 		}
-		if err := d.keepFlows(p, from, established); err != nil {
+		if lost, err = d.keepFlows(p, from, established); err != nil {
 			return err
 		}
 	}
-	return d.updatePod(p, false)
+	if err := d.updatePod(p, false); err != nil {
+		return err
+	}
+	delete(d.joining, uint32(p.Ifindex))
+	d.countCut(p.UID, cmp.Or(from, p.Tenant), lost)
+	return nil
 }
 
 // ReleasePod takes a pod out of the mesh without cutting connections: new ones
@@ -191,10 +203,15 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err := d.addFormer(uid, from); err != nil {
 		return err
 	}
-	if err := d.keepFlows(p, from, established); err != nil {
+	lost, err := d.keepFlows(p, from, established)
+	if err != nil {
 		return err
 	}
-	return d.changePodEntries(uid, func(e *datapathPod) { e.Tenant, e.Learn = 0, 1 })
+	if err := d.changePodEntries(uid, func(e *datapathPod) { e.Tenant, e.Learn = 0, 1 }); err != nil {
+		return err
+	}
+	d.countCut(uid, from, lost)
+	return nil
 }
 
 // learnFlows makes the programs write down each connection that a pod opens, and
@@ -234,34 +251,30 @@ func (d *Datapath) changePodEntries(uid string, change func(*datapathPod)) error
 
 var sides = map[model.Side]datapathSide{model.PodSide: datapathSideSIDE_POD, model.WireSide: datapathSideSIDE_WIRE}
 
-// keepFlows writes down where the connections of a pod go until they end.
-func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowReader) error {
+// keepFlows writes down where the connections of a pod go until they end, and returns of
+// how many it doesn't: the tenant that they are at, or the pod joins, has too many.
+func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowReader) (lost int, err error) {
 	if established == nil {
-		return nil
+		return 0, nil
 	}
 	list, err := established(from)
 	if err != nil {
-		return fmt.Errorf("read its connections: %w", err)
+		return 0, fmt.Errorf("read its connections: %w", err)
 	}
 	m := d.maps[datapathMapFlows]
 	now, err := monotonic()
 	if err != nil {
-		return err
+		return 0, err
 	}
-	kept := 0
-	if from != 0 {
-		kept = d.kept[from]
-		defer func() { d.kept[from] = kept }()
+	kept, err := d.keptOf(cmp.Or(from, p.Tenant))
+	if err != nil {
+		return 0, err
 	}
 	state := datapathFlowState{Tenant: uint32(from), Ifindex: uint32(p.Ifindex), Seen: now}
-	for i, f := range list {
-		if kept >= model.MaxKept {
-			d.log.Warn("A pod that moves loses connections: there are too many", "pod", p.UID, "tenant", from, "kept", kept, "lost", len(list)-i)
-			break
-		}
+	for _, f := range list {
 		pod, err := addrKey(f.Pod.Addr())
 		if err != nil {
-			return err
+			return 0, err
 		}
 		peer, err := addrKey(f.Peer.Addr())
 		if err != nil {
@@ -271,24 +284,29 @@ func (d *Datapath) keepFlows(p steer.Pod, from uint16, established model.FlowRea
 		if from == 0 {
 			key.Side = datapathSideSIDE_WIRE // in the clear
 		}
-		err = m.Update(key, state, ebpf.UpdateNoExist)
-		if err == nil {
-			kept++
-		}
-		if errors.Is(err, ebpf.ErrKeyExist) {
-			// An earlier move's, which knows better, unless that one has ended.
-			var former datapathFlowState
-			if m.Lookup(key, &former) == nil && former.Ended != 0 {
-				err = m.Put(key, state)
-			} else {
-				err = nil
+		var former datapathFlowState
+		there := m.Lookup(key, &former) == nil
+		switch {
+		case there && former.Ended == 0:
+			continue // an earlier move's, which knows better
+		case there:
+			err = m.Put(key, state)
+		case kept >= model.MaxKept:
+			lost++
+			continue
+		default:
+			if err = m.Update(key, state, ebpf.UpdateNoExist); err == nil {
+				kept++
+				d.kept.add(from, state.Ifindex)
+			} else if errors.Is(err, ebpf.ErrKeyExist) {
+				err = nil // the programs have just written it
 			}
 		}
 		if err != nil {
-			return fmt.Errorf("write connection %s to %s: %w", f.Pod, f.Peer, fullError(m, datapathMapFlows, err))
+			return 0, fmt.Errorf("write connection %s to %s: %w", f.Pod, f.Peer, fullError(m, datapathMapFlows, err))
 		}
 	}
-	return nil
+	return lost, nil
 }
 
 // monotonic is the programs' clock.
@@ -336,7 +354,8 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 	if err != nil {
 		return err
 	}
-	learned, used, kept := map[uint32]uint32{}, map[datapathFormer]bool{}, map[uint16]int{}
+	learned, used := map[uint32]uint32{}, map[datapathFormer]bool{}
+	kept := &keptFlows{through: map[uint16]int{}, clear: map[uint32]int{}}
 	err = d.deleteFlows(func(key datapathFlow, s datapathFlowState) bool {
 		quiet := time.Duration(max(now, s.Seen) - s.Seen)
 		if over(s, quiet, idle) {
@@ -346,13 +365,14 @@ func (d *Datapath) SweepFlows(idle time.Duration) error {
 			learned[s.Ifindex]++
 		}
 		used[datapathFormer{Pod: key.Pod, Tenant: s.Tenant}] = true
-		kept[uint16(s.Tenant)]++
+		kept.add(uint16(s.Tenant), s.Ifindex)
 		return false
 	})
 	if err != nil {
 		return fmt.Errorf("sweep connections: %w", err)
 	}
 	d.kept = kept
+	maps.DeleteFunc(d.joining, func(ifindex uint32, _ uint16) bool { return kept.clear[ifindex] == 0 })
 	if err := d.sweepFormers(used, now); err != nil {
 		return err
 	}

@@ -147,12 +147,14 @@ func TestTooManyToKeep(t *testing.T) {
 	more := func(uint16) ([]model.Flow, error) {
 		return []model.Flow{{Pod: at(m.c.v4, 40000), Peer: at(remoteAddresses.v4, 80), Side: model.WireSide}}, nil
 	}
-	check(t, m.d.keepFlows(m.c.Pod, 1, more))
+	_, err := m.d.keepFlows(m.c.Pod, 1, more)
+	check(t, err)
 	if n := size(t, m.d.maps[datapathMapFlows]); n != model.MaxKept {
 		t.Errorf("%d connections are written down of two pods, want %d", n, model.MaxKept)
 	}
 	check(t, m.d.SweepFlows(0))
-	check(t, m.d.keepFlows(m.c.Pod, 1, more))
+	_, err = m.d.keepFlows(m.c.Pod, 1, more)
+	check(t, err)
 	if n := size(t, m.d.maps[datapathMapFlows]); n != 1 {
 		t.Errorf("%d connections are written down, want 1", n)
 	}

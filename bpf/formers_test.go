@@ -206,7 +206,8 @@ func TestSynOnItsWay(t *testing.T) {
 			pod, remote := m.a.of(family), remoteAddresses.of(family)
 			out := model.Flow{Pod: at(pod, uint16(40000+i)), Peer: at(remote, 80), Side: model.PodSide}
 			in := model.Flow{Pod: at(pod, 8080), Peer: at(remote, uint16(40000+i)), Side: model.WireSide}
-			check(t, m.d.keepFlows(m.a.Pod, 1, func(uint16) ([]model.Flow, error) { return []model.Flow{out, in}, nil }))
+			_, err := m.d.keepFlows(m.a.Pod, 1, func(uint16) ([]model.Flow, error) { return []model.Flow{out, in}, nil })
+			check(t, err)
 			m.led(out)
 			m.led(in)
 			refused := m.counters(1).Dropped.Unsteered

@@ -236,6 +236,10 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	if err := d.deleteFlows(func(_ datapathFlow, s datapathFlowState) bool { return s.Tenant == uint32(index) }); err != nil {
 		return err
 	}
+	if d.kept != nil {
+		delete(d.kept.through, index)
+	}
+	delete(d.cut, index)
 	for _, name := range []string{datapathMapCounters, datapathMapLoads} {
 		if err := deleteKey(d.maps[name], uint32(index)); err != nil {
 			return fmt.Errorf("delete counters: %w", err)

@@ -9,9 +9,10 @@ import (
 // left it: a tunnel that goes on takes new ones for half an hour.
 const FormerLimit = 31 * time.Minute
 
-// MaxKept is how many connections of one tenant, or of one pod without, stay where
-// they were when pods move: a quarter of what a node has room for. Who wants to stay
-// in somebody's way could else show as many sockets as it likes.
+// MaxKept is how many connections of one tenant's pods may be written down for another to
+// stay where it was when a pod moves, those that pods bring when they join in the clear
+// among them: a quarter of what a node has room for. Who wants to stay in somebody's way
+// could else show as many sockets as it likes.
 const MaxKept = 65536
 
 // Flow is a TCP connection of a pod, with the addresses that are seen on the

@@ -181,6 +181,11 @@ func (d *Datapath) Counters() (map[uint16]steer.Counters, error) {
 	if err := d.addLost(all); err != nil {
 		return nil, err
 	}
+	for index, n := range d.cut {
+		c := all[index]
+		c.Cut = n
+		all[index] = c
+	}
 	for index, t := range d.tenants {
 		list, err := t.connections()
 		if err != nil {

@@ -61,6 +61,11 @@ type Datapath struct {
 	// left are addresses of pods that a tenant has been left by a moment ago: a SYN
 	// may be on its way there.
 	left map[former]time.Time
+	// joining are the tenants of pods that aren't there yet, but have connections written
+	// down, by address.
+	joining map[netip.Addr]uint16
+	// cut are connections that pods have lost in moves, by the tenant that had too many.
+	cut map[uint16]uint64
 	// events is what reads them, or nil.
 	events *eventReading
 	// lost counts events by tenant; it outlives readers.
@@ -83,7 +88,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, lost: map[uint16]uint64{}, written: map[string]writing{}}
+	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, joining: map[netip.Addr]uint16{}, cut: map[uint16]uint64{}, lost: map[uint16]uint64{}, written: map[string]writing{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}

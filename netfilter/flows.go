@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -57,7 +58,8 @@ func (f family) parseFlow(k []byte) model.Flow {
 //
 // It returns an error before anything is moved if the connections can't be read
 // or there is no room for them; the pod then stays where it was, and the call
-// can be repeated. Those beyond model.MaxKept are cut. Connections of a pod are read twice if it is new to the mesh.
+// can be repeated. Those beyond model.MaxKept of a tenant, which it leaves or else joins,
+// are cut. Connections of a pod are read twice if it is new to the mesh.
 func (d *Datapath) MovePod(p steer.Pod, established model.FlowReader) error {
 	if err := p.Validate(); err != nil {
 		return fmt.Errorf("move pod %q: %w", p.UID, err)
@@ -83,7 +85,14 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 			return err
 		}
 	}
-	if err := d.keepFlows(from, established); err != nil {
+	if from == 0 {
+		for _, a := range p.IPs {
+			d.joining[a.Unmap()] = p.Tenant
+		}
+	}
+	of := cmp.Or(from, p.Tenant)
+	lost, err := d.keepFlows(from, of, established)
+	if err != nil {
 		return err
 	}
 	if !known {
@@ -93,11 +102,18 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 		if err := d.updatePod(direct, true); err != nil {
 			return err
 		}
-		if err := d.keepFlows(from, established); err != nil {
+		if lost, err = d.keepFlows(from, of, established); err != nil {
 			return err
 		}
 	}
-	return d.updatePod(p, false)
+	if err := d.updatePod(p, false); err != nil {
+		return err
+	}
+	for _, a := range p.IPs {
+		delete(d.joining, a.Unmap())
+	}
+	d.countCut(p.UID, of, lost)
+	return nil
 }
 
 // ReleasePod takes a pod out of the mesh without cutting connections: new ones
@@ -122,10 +138,15 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err := errors.Join(d.learn(uid, from), d.addFormer(uid, from)); err != nil {
 		return err
 	}
-	if err := d.keepFlows(from, established); err != nil {
+	lost, err := d.keepFlows(from, from, established)
+	if err != nil {
 		return err
 	}
-	return d.learn(uid, 0)
+	if err := d.learn(uid, 0); err != nil {
+		return err
+	}
+	d.countCut(uid, from, lost)
+	return nil
 }
 
 // pod says where a pod's new connections go.
@@ -161,64 +182,66 @@ func (d *Datapath) learn(uid string, tenant uint16) error {
 	return d.syncTenants()
 }
 
-// keepFlows writes down where the connections of a pod go until they end.
-func (d *Datapath) keepFlows(from uint16, established model.FlowReader) error {
+// keepFlows writes down where the connections of a pod go until they end, and returns of
+// how many it doesn't: of a tenant, which they are at or the pod joins, there are too many.
+func (d *Datapath) keepFlows(from, of uint16, established model.FlowReader) (lost int, err error) {
 	if established == nil {
-		return nil
+		return 0, nil
 	}
 	list, err := established(from)
 	if err != nil {
-		return fmt.Errorf("read its connections: %w", err)
+		return 0, fmt.Errorf("read its connections: %w", err)
 	}
 	if len(list) == 0 {
-		return nil
+		return 0, nil
 	}
 	stored, err := d.flows(false)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	known, kept := map[model.Flow]bool{}, 0
+	kept, err := d.keptOf(of, stored)
+	if err != nil {
+		return 0, err
+	}
+	known := map[model.Flow]bool{}
 	written := map[string]int{}
 	for _, f := range stored {
 		written[familyOf(f.Pod.Addr()).version]++
 		known[f.Flow] = true // an earlier move's, which knows better
-		if f.tenant == from && (from != 0 || f.Pod.Addr() == list[0].Pod.Addr().Unmap()) {
-			kept++
-		}
 	}
 	var flows [2][]nftables.SetElement
-	for i, f := range list {
-		if kept >= model.MaxKept {
-			d.log.Warn("A pod that moves loses connections: there are too many", "pod", f.Pod.Addr(), "tenant", from, "kept", kept, "lost", len(list)-i)
-			break
-		}
+	for _, f := range list {
 		f = model.Flow{Pod: unmapped(f.Pod), Peer: unmapped(f.Peer)}
 		if known[f] || f.Peer.Addr().IsUnspecified() || f.Pod.Addr().Is4() != f.Peer.Addr().Is4() {
 			continue
 		}
 		known[f] = true
+		if kept >= model.MaxKept {
+			lost++
+			continue
+		}
 		kept++
 		i := slices.IndexFunc(families, func(fam family) bool { return fam.version == familyOf(f.Pod.Addr()).version })
 		flows[i] = append(flows[i], nftables.SetElement{Key: flowKey(f), Val: native(uint32(from)), Timeout: flowIdle})
 	}
 	c, err := open(0)
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return 0, fmt.Errorf("open nftables: %w", err)
 	}
 	for i, f := range families {
 		if err := canWrite(len(flows[i]), written[f.version]); err != nil {
-			return fmt.Errorf("write connections of IPv%s: %w", f.version, err)
+			return 0, fmt.Errorf("write connections of IPv%s: %w", f.version, err)
 		}
 		for part := range slices.Chunk(flows[i], chunk) {
 			if err := c.SetAddElements(d.sets[setFlows+f.version], part); err != nil {
-				return fmt.Errorf("write connections: %w", err)
+				return 0, fmt.Errorf("write connections: %w", err)
 			}
 		}
 	}
 	if err := c.Flush(); err != nil {
-		return fmt.Errorf("write connections: %w", err)
+		return 0, fmt.Errorf("write connections: %w", err)
 	}
-	return nil
+	return lost, nil
 }
 
 func unmapped(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }

@@ -180,6 +180,9 @@ func (d *Datapath) deletePod(uid string) error {
 	if err := d.deleteFlowsOf(addresses); err != nil {
 		return err
 	}
+	for _, a := range addresses {
+		delete(d.joining, a)
+	}
 	if err := d.forgetCounted(veths, setDrops, setDirect); err != nil {
 		return err
 	}

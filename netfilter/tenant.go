@@ -155,6 +155,7 @@ func (d *Datapath) deleteTenant(index uint16) error {
 	}
 	d.endTenantEvents(index)
 	delete(d.lost, index)
+	delete(d.cut, index)
 	var veths []uint32
 	for k, e := range ch.snap.sets[setTenantOf] {
 		if string(e.value) == string(native(uint32(index))) {

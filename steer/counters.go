@@ -15,6 +15,9 @@ type Counters struct {
 	Excluded, Bypassed uint64
 	// EventsLost are connection events that found no room.
 	EventsLost uint64
+	// Cut are connections that its pods have lost when they joined, moved or left, for there
+	// were model.MaxKept of the tenant: since this process began.
+	Cut uint64
 	// Dropped are packets.
 	Dropped Drops
 }
