@@ -52,6 +52,8 @@ func testDirectFlows(t *testing.T, l *lab.Lab) {
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("nft: %v: %s", err, out)
 		}
+		// What nobody answers is there until it is counted, however long that takes.
+		lab.Sysctl(t, fmt.Sprint("netfilter/nf_conntrack_udp_timeout=", int(2*lab.Patience.Seconds())))
 	})
 	const firstPort = 20000
 	dropped := func(pod *lab.Host) int { return int(n.Tenant(pod.Tenant.String()).Drops["directTooFast"]) }
