@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -10,9 +11,8 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
 )
 
-// limit writes a plan and waits until the kernel has it. The agent does so at once, and
-// not when it looks at everything the next time, which it does every 10 s.
-func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
+// limit writes a plan and waits until the kernel has it, and returns how long that took.
+func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) (took time.Duration) {
 	t.Helper()
 	n.Limits = map[string]v1alpha1.Limits{tenant: l}
 	n.WritePlan()
@@ -25,8 +25,17 @@ func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) {
 		}
 		return nil
 	})
-	if took := time.Since(begin); took > 6*time.Second {
-		t.Errorf("limits %+v took %s", l, took)
+	return time.Since(begin)
+}
+
+// atOnce fails unless one of several changes, each begun as the one before was done, took
+// less than until the agent looks at everything, which it does every 10 s. A busy machine is
+// late now and then; an agent that only looks is so each time but the first.
+func atOnce(t *testing.T, what string, took []time.Duration) {
+	t.Helper()
+	t.Logf("%s: %s", what, took)
+	if slices.Min(took[1:]) > 6*time.Second {
+		t.Errorf("%s took %s: that is when the agent looks at everything", what, took)
 	}
 }
 
