@@ -107,6 +107,23 @@ func (l *eventLog) await(t *testing.T, what string, fits func(agent.ConnectionEv
 	return found
 }
 
+// denied tries to connect until an event of it fits: of several denials at a time not each
+// is told.
+func denied(t *testing.T, log *eventLog, from *lab.Namespace, as netip.Addr, to netip.AddrPort, fits func(agent.ConnectionEvent) bool) {
+	t.Helper()
+	lab.Eventually(t, fmt.Sprintf("word of a denied connection from %s to %s", as, to), func() error {
+		if err := connectAs(t, from, as, to); err == nil {
+			t.Errorf("connected from %s to %s", as, to)
+		}
+		if !log.has(func(e agent.ConnectionEvent) bool { return e.Event == "denied" && fits(e) }) {
+			log.mu.Lock()
+			defer log.mu.Unlock()
+			return fmt.Errorf("the last of %d: %+v", len(log.lines), log.lines[max(0, len(log.lines)-8):])
+		}
+		return nil
+	})
+}
+
 func (l *eventLog) has(fits func(agent.ConnectionEvent) bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -199,21 +216,14 @@ func testEvents(t *testing.T, l *lab.Lab) {
 				{"Foreign", "upstream", "", n.Proxy("team-a")},
 			} {
 				as, to := l.B1.Of(family), lab.At(outside, app.GreetPort)
-				if err := connectAs(t, c.from, as, to); err == nil {
-					t.Error("connected")
-				}
-				log.await(t, c.reason, func(e agent.ConnectionEvent) bool {
-					return e.Event == "denied" && e.Reason == c.reason && e.Way == c.way && e.Tenant == l.A1.Tenant.String() && e.PodUID == c.uid &&
-						e.Pod.Addr() == as && e.Pod.Port() != 0 && e.Peer == to
+				denied(t, log, c.from, as, to, func(e agent.ConnectionEvent) bool {
+					return e.Reason == c.reason && e.Way == c.way && e.Tenant == l.A1.Tenant.String() && e.PodUID == c.uid && e.Pod.Addr() == as && e.Pod.Port() != 0 && e.Peer == to
 				})
 			}
 			// Refused at the pod's veth.
 			tunnel := lab.At(outside, 15008)
-			if err := connectAs(t, l.A1.Namespace, l.A1.Of(family), tunnel); err == nil {
-				t.Error("connected to the tunnels' port")
-			}
-			log.await(t, "Unsteered", func(e agent.ConnectionEvent) bool {
-				return e.Event == "denied" && e.Reason == "Unsteered" && e.Way == "outbound" && e.PodUID == "a1" && e.Pod.Addr() == l.A1.Of(family) && e.Peer == tunnel
+			denied(t, log, l.A1.Namespace, l.A1.Of(family), tunnel, func(e agent.ConnectionEvent) bool {
+				return e.Reason == "Unsteered" && e.Way == "outbound" && e.PodUID == "a1" && e.Pod.Addr() == l.A1.Of(family) && e.Peer == tunnel
 			})
 		})
 	})
