@@ -319,13 +319,14 @@ func TestUntoldStays(t *testing.T) {
 				begin("10.0.0.9", 1)
 				sent++
 			}
-			var lost uint64
-			eventually(t, "count of all that is dropped", func() bool {
+			counters := func() steer.Counters {
 				all, err := d.Counters()
 				check(t, err)
-				lost = all[1].EventsLost
-				return all[1].Dropped.Spoofed == sent
-			})
+				return all[1]
+			}
+			eventually(t, "count of all that is dropped", func() bool { return counters().Dropped.Spoofed == sent })
+			// Read afterwards, for one reading isn't of one moment.
+			lost := counters().EventsLost
 			if lost <= before {
 				t.Fatalf("%d events are lost, %d before", lost, before)
 			}
