@@ -32,6 +32,10 @@ func TestLongestNames(t *testing.T) {
 		}
 	}
 	from, to, service := tm.pod(server, 0), tm.pod(server, 1), server.Name+"."+server.Namespace+".svc"
+	// The Service was made just now: nodes and proxies hear of it.
+	for _, caller := range []harness.Pod{from, e.pod(webA, 0)} {
+		e.reaches(t, caller, "get", "http://"+hostPort(service, app.HTTPPort)+"/")
+	}
 	for _, rule := range []struct {
 		isolation v1alpha1.Isolation
 		tenant    func(pod string) string

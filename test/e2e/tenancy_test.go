@@ -42,8 +42,9 @@ func TestTenancyRuleChanges(t *testing.T) {
 		held = append(held, beginUntil(t, over, w.what, from, "hold", fmt.Sprint("--connections=", w.n), "--interval=1s", "--timeout=15s", hostPort(to.IPv4, app.GreetPort)))
 		fresh = append(fresh, beginUntil(t, changed, "new, "+w.what, from, "load", "--protocol=http", "--connections=4", fmt.Sprint("--rate=", rate), "--new-connection-ratio=1", hostPort(to.IPv4, app.HTTPPort)))
 	}
-	fresh = append(fresh, beginUntil(t, changed, "new, to the team's service", e.pod(webA, 0), "load", "--protocol=http", "--connections=4", fmt.Sprint("--rate=", rate), "--new-connection-ratio=1",
-		hostPort(tm.web.Name+"."+tm.web.Namespace+".svc", app.HTTPPort)))
+	service := hostPort(tm.web.Name+"."+tm.web.Namespace+".svc", app.HTTPPort)
+	e.reaches(t, e.pod(webA, 0), "get", "http://"+service+"/") // it was made just now
+	fresh = append(fresh, beginUntil(t, changed, "new, to the team's service", e.pod(webA, 0), "load", "--protocol=http", "--connections=4", fmt.Sprint("--rate=", rate), "--new-connection-ratio=1", service))
 
 	for _, rule := range []struct {
 		isolation v1alpha1.Isolation

@@ -158,8 +158,15 @@ func TestNodePort(t *testing.T) {
 			}
 			families[strings.Contains(a.Address, ":")]++
 			url := "http://" + net.JoinHostPort(a.Address, port(int(service.Spec.Ports[0].NodePort))) + "/"
-			if r, err := c.Call(t.Context(), pods[0], "get", url); err != nil || !r.OK {
-				t.Errorf("%s: %v, %+v", url, err, r.Failure)
+			// Nodes hear of the Service a moment after its pods are ready.
+			if err := harness.Wait(t.Context(), time.Minute, 100*time.Millisecond, url, func(ctx context.Context) error {
+				r, err := c.Call(ctx, pods[0], "get", url)
+				if err == nil && !r.OK {
+					err = fmt.Errorf("%+v", r.Failure)
+				}
+				return err
+			}); err != nil {
+				t.Error(err)
 			}
 		}
 	}
