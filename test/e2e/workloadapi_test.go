@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -94,11 +95,16 @@ func TestWorkloadAPI(t *testing.T) {
 	for _, namespace := range namespaces {
 		waitWorkload(t, namespace, workloadName)
 	}
-	mustFetch := func(echo harness.Echo) app.WorkloadResult {
+	// A pod may run a moment before its certificate is there.
+	mustFetch := func(echo harness.Echo) (r app.WorkloadResult) {
 		t.Helper()
-		r, err := fetchSVIDs(t.Context(), echo.Namespace, workloadName)
-		want := harness.Pod{Echo: echo}.Identity(trustDomain)
-		if err != nil || !r.OK || r.ID != want || r.Subject != want {
+		err := harness.Wait(t.Context(), patience, 500*time.Millisecond, "the SVIDs of a pod of "+echo.Namespace, func(ctx context.Context) (err error) {
+			if r, err = fetchSVIDs(ctx, echo.Namespace, workloadName); err == nil && !r.OK {
+				err = fmt.Errorf("%+v", r)
+			}
+			return err
+		})
+		if want := (harness.Pod{Echo: echo}).Identity(trustDomain); err != nil || r.ID != want || r.Subject != want {
 			t.Errorf("a pod of %s got %+v, %v; want %s", echo.Namespace, r, err, want)
 		}
 		return r
@@ -126,18 +132,18 @@ func TestWorkloadAPI(t *testing.T) {
 		t.Errorf("a pod outside of the mesh got %+v, %v", r, err)
 	}
 	// The next agent's socket is in the same directory.
-	agents, err := e.Pods(t.Context(), "bulkhead-system", "app.kubernetes.io/name=bulkhead-agent")
-	if err != nil {
+	former := e.readyAgents(t)[node]
+	if err := e.Client.Delete(t.Context(), &former); err != nil {
 		t.Fatal(err)
 	}
-	for i := range agents {
-		if agents[i].Spec.NodeName == node {
-			if err := e.Client.Delete(t.Context(), &agents[i]); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
 	if err := harness.Wait(t.Context(), patience, time.Second, "the next agent", func(ctx context.Context) error {
+		agents, err := e.Agents(ctx)
+		if err != nil {
+			return err
+		}
+		if next, ok := agents[node]; !ok || next.UID == former.UID {
+			return errors.New("it isn't ready")
+		}
 		r, err := fetchSVIDs(ctx, webA.Namespace, workloadName)
 		if err == nil && !r.OK {
 			err = fmt.Errorf("%s", r.Failure)
