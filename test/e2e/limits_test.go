@@ -27,12 +27,17 @@ func (e *env) enforced(t *testing.T, tenant string, want v1alpha1.Limits) time.D
 			if err := e.Client.Get(ctx, client.ObjectKey{Name: node}, &np); err != nil {
 				return err
 			}
+			told := false
 			for _, s := range np.Status.Tenants {
 				have := s.Limits
 				have.CPUWeight, have.Concurrency = 0, 0 // the kernel's, and Envoy's, own
+				told = told || s.Name == tenant
 				if s.Name == tenant && have != want {
 					return fmt.Errorf("%s: %+v, %q", node, s.Limits, s.Unenforced)
 				}
+			}
+			if !told {
+				return fmt.Errorf("%s doesn't tell of %s", node, tenant)
 			}
 		}
 		return nil
