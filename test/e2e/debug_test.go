@@ -89,13 +89,19 @@ func TestOwnersLookIntoProxies(t *testing.T) {
 	}
 	defer end()
 	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: name}}}
-	ask := func(method, token, path string) (int, string) {
+	// ask tries again what the agent or its API server has no time for.
+	ask := func(method, token, path string) (code int, body string) {
 		t.Helper()
-		r, err := newRequest(t, method, token, "https://"+address+path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		code, body, err := answer(client, r)
+		err := harness.Wait(t.Context(), patience, time.Second, method+" "+path, func(context.Context) error {
+			r, err := newRequest(t, method, token, "https://"+address+path)
+			if err == nil {
+				code, body, err = answer(client, r)
+			}
+			if err == nil && (code == http.StatusServiceUnavailable || code == http.StatusTooManyRequests) {
+				err = fmt.Errorf("%d %.200s", code, body)
+			}
+			return err
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
