@@ -64,8 +64,8 @@ func Connect() (*Cluster, error) {
 }
 
 // Kubectl runs the user's kubectl and returns what it printed. An error holds
-// its last lines. What an API server has no time for is tried again, but for rollout,
-// whose undo isn't the same twice.
+// its last lines. What an API server has no time for is tried again, but for what rollout
+// changes, which isn't the same twice.
 func (c *Cluster) Kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
 	for try := 1; ; try++ {
 		cmd := exec.CommandContext(ctx, "kubectl", args...)
@@ -76,7 +76,7 @@ func (c *Cluster) Kubectl(ctx context.Context, stdin string, args ...string) (st
 		if err == nil {
 			return stdout.String(), nil
 		}
-		if try == tries || ctx.Err() != nil || args[0] == "rollout" || !passing(stderr.String()) {
+		if try == tries || ctx.Err() != nil || args[0] == "rollout" && args[1] != "status" || !passing(stderr.String()) {
 			return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, tail(stderr.String(), 2000))
 		}
 		pause(ctx, try)
