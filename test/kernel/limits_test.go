@@ -28,13 +28,13 @@ func limit(t *testing.T, n *lab.Node, tenant string, l v1alpha1.Limits) (took ti
 	return time.Since(begin)
 }
 
-// atOnce fails unless one of several changes, each begun as the one before was done, took
-// less than until the agent looks at everything, which it does every 10 s. A busy machine is
-// late now and then; an agent that only looks is so each time but the first.
+// atOnce fails unless most of several changes, one after the other, took less than until
+// the agent looks at everything, which it does every 10 s: a busy machine is late now and
+// then, and by chance an agent that only looks is in time.
 func atOnce(t *testing.T, what string, took []time.Duration) {
 	t.Helper()
 	t.Logf("%s: %s", what, took)
-	if slices.Min(took[1:]) > 6*time.Second {
+	if slices.Sorted(slices.Values(took))[len(took)/2] > 6*time.Second {
 		t.Errorf("%s took %s: that is when the agent looks at everything", what, took)
 	}
 }
