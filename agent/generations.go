@@ -44,9 +44,11 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 			return b.Index, again, fmt.Errorf("serve its configuration: %w", err)
 		}
 	}
-	// What runs is looked at even if the update fails: bad input changes nothing.
+	// What runs is looked at even if the update fails: bad input changes nothing. A start
+	// that its tenant makes slow holds up nobody else: its end wakes the loop.
 	updateErr := errors.Join(placeErr, retireErr, a.bulkheads.Update(ctx, isolation.Spec{
-		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Bandwidth: a.boundedBandwidth(tp, b), Workers: tp.workers, Generations: wanted, Drain: cmp.Or(tp.drain, a.o.Drain)}))
+		Tenant: t, MTU: a.mtu(t, r.plan), Limits: tp.limits, Bandwidth: a.boundedBandwidth(tp, b), Workers: tp.workers, Generations: wanted,
+		Unawaited: true, Drain: cmp.Or(tp.drain, a.o.Drain)}))
 	a.closeEnded(tp, wanted)
 	ready, err := a.takeListeners(tp, pl, b)
 	if err != nil {

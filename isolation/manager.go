@@ -40,6 +40,9 @@ type Spec struct {
 	Workers int
 	// Generations that should run, side by side.
 	Generations []Generation
+	// Unawaited has Update return before new processes have become Envoy. How long that
+	// takes is up to the tenant's limits, and to what it does with them.
+	Unawaited bool
 	// Drain is for how long a generation that is no longer among them may finish
 	// its connections; it ends as soon as it has none. The caller has led new
 	// connections elsewhere before. 0 ends it at once. A generation that drains
@@ -346,8 +349,9 @@ func (m *Manager) Prepare(ctx context.Context, name model.Tenant, mtu int) (Bulk
 }
 
 // Update makes the tenant what s says: Prepare, limits, and processes, which the
-// manager keeps running from then on. It returns when each new process has
-// become Envoy or failed to for the first time; State tells when it is live.
+// manager keeps running from then on. Unless they are Unawaited, it returns when each
+// new process has become Envoy or failed to for the first time; State tells when it
+// is live.
 // Generations that aren't wanted are ended. A limit that the kernel refuses and
 // a version that isn't there (ErrVersion) are told and hold up nothing else; a
 // generation that runs another version goes on running that.

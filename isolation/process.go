@@ -367,7 +367,7 @@ func (p *process) install(l *launched, tree string, config []byte) (*running, er
 	if err := t.m.cgroups.join(t.file, pid); err != nil {
 		return r, err
 	}
-	return r, l.configure(config, startTimeout)
+	return r, l.configure(config, startTimeout, p.end)
 }
 
 // launched is a launcher's process that waits for its configuration.
@@ -409,11 +409,21 @@ func launch(command []string, log *os.File) (*launched, error) {
 }
 
 // configure hands the configuration over and returns what init says of it, or
-// nil when it has become something else or ended.
-func (l *launched) configure(config []byte, timeout time.Duration) error {
+// nil when it has become something else or ended. It waits no longer once end is
+// closed; nil is for ever.
+func (l *launched) configure(config []byte, timeout time.Duration, end <-chan struct{}) error {
 	if err := l.failures.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 		return err
 	}
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-end:
+			l.failures.SetReadDeadline(time.Unix(1, 0))
+		case <-done:
+		}
+	}()
 	_, err := l.config.Write(config)
 	if err := errors.Join(err, l.config.Close()); err != nil {
 		return fmt.Errorf("configure: %w", err)

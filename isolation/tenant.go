@@ -313,6 +313,9 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	for _, p := range started {
 		t.m.supervise(p)
 	}
+	if s.Unawaited {
+		return errors.Join(errs...)
+	}
 	for _, p := range started {
 		select {
 		case <-p.first:

@@ -63,7 +63,7 @@ func (m *Manager) readDigest(l *launched, config []byte, answer *os.File) (strin
 	if err := m.cgroups.join(textCgroup, l.child.Pid); err != nil {
 		return "", err
 	}
-	if err := l.configure(config, readTimeout); err != nil {
+	if err := l.configure(config, readTimeout, nil); err != nil {
 		return "", err
 	}
 	if err := answer.SetReadDeadline(time.Now().Add(readTimeout)); err != nil {
