@@ -86,20 +86,26 @@ func Find(proc string, uids []string) (map[string]Process, error) {
 
 // podOf returns the wanted pod whose cgroup a process is in, by the content of
 // its /proc/PID/cgroup. The kubelet's cgroupfs driver names a pod's cgroup
-// "pod<uid>", its systemd driver "kubepods-burstable-pod<uid with _>.slice".
+// "pod<uid>", its systemd driver "kubepods-burstable-pod<uid with _>.slice". The
+// outermost of these counts: who may make cgroups in a pod's can give them the name
+// of another pod's.
 func podOf(cgroups string, wanted map[string]string) string {
 	for line := range strings.Lines(cgroups) {
 		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		if len(parts) != 3 {
 			continue
 		}
+		pods := false
 		for element := range strings.SplitSeq(parts[2], "/") {
 			element = strings.TrimSuffix(element, ".slice")
-			if i := strings.LastIndex(element, "-pod"); strings.HasPrefix(element, "kubepods") && i >= 0 {
-				element = element[i+1:]
+			if strings.HasPrefix(element, "kubepods") {
+				pods = true
+				if i := strings.LastIndex(element, "-pod"); i >= 0 {
+					element = element[i+1:]
+				}
 			}
-			if uid, ok := wanted[element]; ok {
-				return uid
+			if pods && strings.HasPrefix(element, "pod") {
+				return wanted[element]
 			}
 		}
 	}

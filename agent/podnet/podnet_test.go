@@ -30,11 +30,15 @@ func TestPodOf(t *testing.T) {
 		"0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod0f8c1a2b_3d4e_4f50_8123_456789abcdef.slice/x":                           "",
 		"0::/kubepods.slice/kubepods-pod0f8c1a2b_3d4e_4f50_8123_456789abcdef.slice/cri-containerd-1.scope":                                    uid,
 		"0::/kubepods/burstable/pod" + uid + "0/4f2a":                                                                                         "",
-		"0::/user.slice/pod" + uid[:8]:         "",
-		"0::/x-pod" + uid + ".slice":           "",
-		"":                                     "",
-		"garbage":                              "",
-		"0::/pod" + strings.Repeat("a", 1<<16): "",
+		// What another pod makes below its own cgroup.
+		"0::/kubepods/burstable/pod1a/4f2a/pod" + uid:                               "",
+		"0::/kubepods.slice/kubepods-pod1a.slice/x/kubepods-pod" + uid + ".slice/y": "",
+		"4:memory:/kubepods/pod1a/x\n0::/kubepods/pod" + uid + "/x\n":               "",
+		"0::/user.slice/pod" + uid[:8]:                                              "",
+		"0::/x-pod" + uid + ".slice":                                                "",
+		"":                                                                          "",
+		"garbage":                                                                   "",
+		"0::/pod" + strings.Repeat("a", 1<<16):                                      "",
 	} {
 		if got := podOf(in, wanted); got != want {
 			t.Errorf("podOf(%.200q) = %q, want %q", in, got, want)
