@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/agent/debug"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
@@ -68,7 +69,13 @@ func (a *Agent) serveControl(ctx context.Context) error {
 			return
 		}
 		defer f.Close()
-		io.Copy(w, f)
+		// The kernel lets it be no longer. What is in it is the proxy's word.
+		b, err := io.ReadAll(io.LimitReader(f, isolation.LogLimit))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Write(debug.Printable(b))
 	})
 	var streams sync.WaitGroup
 	defer streams.Wait() // what they read from is closed next

@@ -210,13 +210,13 @@ func TestLogIsBounded(t *testing.T) {
 		if err != nil {
 			return 0
 		}
-		if info.Size() > logLimit {
+		if info.Size() > LogLimit {
 			t.Fatalf("%s has %d bytes", path, info.Size())
 		}
 		return info.Size()
 	}
 	// What was turned has been the log: that it is full shows that the other one was.
-	s := n.await(m, tenantA, "didn't fill and turn its log", func(State) bool { return size(path) > 0 && size(path+".1") == logLimit })
+	s := n.await(m, tenantA, "didn't fill and turn its log", func(State) bool { return size(path) > 0 && size(path+".1") == LogLimit })
 	if !s.Processes[0].Live || s.Processes[0].Restarts != 0 {
 		t.Errorf("a full log ended the proxy: %+v", s.Processes[0])
 	}

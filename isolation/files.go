@@ -68,7 +68,7 @@ func turnLog(path string) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, io.LimitReader(in, logLimit))
+	_, err = io.Copy(out, io.LimitReader(in, LogLimit))
 	return errors.Join(err, out.Close(), os.Truncate(path, 0))
 }
 

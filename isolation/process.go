@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// LogLimit is how many bytes a log file can have.
+const LogLimit = 8 << 20
+
 const (
 	termGrace    = 2 * time.Second
 	startTimeout = 10 * time.Second
@@ -21,9 +24,8 @@ const (
 	probeStarting = 25 * time.Millisecond
 	probeLive     = 5 * time.Second
 
-	// A log is begun anew at logTurn; the kernel stops it at logLimit.
-	logTurn  = 4 << 20
-	logLimit = 8 << 20
+	// A log is begun anew at logTurn; the kernel stops it at LogLimit.
+	logTurn = 4 << 20
 	// openFiles is the most that a proxy gets of what the agent may have open.
 	openFiles = 1 << 20
 )
@@ -339,7 +341,7 @@ func (p *process) config(tree string, generation int, version string, workers in
 		Root: m.o.rootDir(), EnvoyTree: tree, XDSDir: m.o.xdsDir(t.name, generation),
 		Log: m.o.logPath(t.name, generation), Netns: t.netns(), Bootstrap: static,
 		UID: t.uid(), Args: arguments(workers), Hostname: "bulkhead",
-		LogLimit: logLimit, OpenFiles: openFiles,
+		LogLimit: LogLimit, OpenFiles: openFiles,
 	})
 }
 

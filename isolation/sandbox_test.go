@@ -91,7 +91,7 @@ func TestSandbox(t *testing.T) {
 		if got := procLimit(t, a.PID, "Max core file size"); got != "0" {
 			t.Errorf("core size %s", got)
 		}
-		if got := procLimit(t, a.PID, "Max file size"); got != fmt.Sprint(logLimit) {
+		if got := procLimit(t, a.PID, "Max file size"); got != fmt.Sprint(LogLimit) {
 			t.Errorf("file size %s", got)
 		}
 		u, err := m.Usage(tenantA)

@@ -112,8 +112,10 @@ func Ask(ctx context.Context, m *isolation.Manager, q Request) ([]byte, error) {
 	return nil, fmt.Errorf("%q can't be asked for", q.What)
 }
 
-// text replaces what a terminal would act on.
-func text(b []byte, err error) ([]byte, error) {
+func text(b []byte, err error) ([]byte, error) { return Printable(b), err }
+
+// Printable replaces, in b itself, what a terminal would act on.
+func Printable(b []byte) []byte {
 	safe := func(r rune) bool { return r != utf8.RuneError && (!unicode.IsControl(r) || r == '\n' || r == '\t') }
 	for i := 0; i < len(b); {
 		r, n := utf8.DecodeRune(b[i:])
@@ -124,7 +126,7 @@ func text(b []byte, err error) ([]byte, error) {
 		}
 		i += n
 	}
-	return b, err
+	return b
 }
 
 // Answer writes what came of a request.
