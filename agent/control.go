@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,11 +34,14 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	old := syscall.Umask(0o177)
 	l, err := net.Listen("unix", socket)
-	syscall.Umask(old)
 	if err != nil {
 		return err
+	}
+	// Not by the umask, which is of all that goes on in the process, and of its children.
+	// Until then others may only read, as a usual umask has it, and so not connect.
+	if err := os.Chmod(socket, 0o600); err != nil {
+		return errors.Join(err, l.Close())
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /inspect", func(w http.ResponseWriter, _ *http.Request) {

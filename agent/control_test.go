@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -47,5 +48,43 @@ func TestLogIsPrintable(t *testing.T) {
 	}
 	if want := "one\ttwo ä\n?]0;mine??[2J?\n"; got.String() != want {
 		t.Errorf("the log reads %q, want %q", &got, want)
+	}
+}
+
+// What else is made meanwhile has its own mode: Envoy's files, of which the tenants'
+// proxies would be kept out.
+func TestControlSocketChangesNoOthersMode(t *testing.T) {
+	a, err := newAgent(Options{Node: "n", Operator: "localhost:1", RunDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	made := make(chan fs.FileMode)
+	dir := t.TempDir()
+	go func() {
+		defer close(made)
+		for over.Err() == nil {
+			path := filepath.Join(dir, "d")
+			if os.Mkdir(path, 0o700) != nil {
+				return
+			}
+			info, err := os.Stat(path)
+			if err != nil || info.Mode().Perm() != 0o700 {
+				made <- info.Mode()
+				return
+			}
+			os.Remove(path)
+		}
+	}()
+	ended, end := context.WithCancel(t.Context())
+	end()
+	for range 2000 {
+		if err := a.serveControl(ended); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	if mode, other := <-made; other {
+		t.Errorf("a folder got mode %s", mode)
 	}
 }
