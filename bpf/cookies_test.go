@@ -122,9 +122,9 @@ func TestCookiesLeaveOwnTunnels(t *testing.T) {
 	opens("when there is no room")
 }
 
-// validSegment is one of IPv4 without a payload.
-func validSegment(from, to netip.AddrPort, flags byte, sequence, acknowledged uint32) []byte {
-	b := segment(from.Port(), to.Port(), flags)
+// validSegment is one of IPv4, with an even number of bytes.
+func validSegment(from, to netip.AddrPort, flags byte, sequence, acknowledged uint32, payload ...byte) []byte {
+	b := append(segment(from.Port(), to.Port(), flags), payload...)
 	binary.BigEndian.PutUint32(b[4:], sequence)
 	binary.BigEndian.PutUint32(b[8:], acknowledged)
 	sum := uint32(unix.IPPROTO_TCP + len(b))

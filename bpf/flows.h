@@ -14,6 +14,12 @@
 // 32 of its namespace and 8 of its own for each of 1,000 pods.
 #define MAX_EXCLUSIONS 65536
 
+// Linux sends a SYN again until 127 s after the first.
+#define SYN_AGAIN_NS (130 * NSEC_PER_SEC)
+
+#define LED 1
+#define LED_ALONE 2
+
 #define ENDED_POD 1
 #define ENDED_PEER 2
 #define ENDED_RESET 4
@@ -49,11 +55,11 @@ struct flow_state {
 	__u8 learned;
 	__u8 outbound;
 	// The SYN of the pod, or of its peer, led it there. What a tenant opened by itself,
-	// or had when the agent looked, gets no SYN of theirs.
+	// or had when the agent looked, gets no SYN of theirs. LED_ALONE before anything but SYNs.
 	__u8 led;
 	// The sequence number that the pod's end waits for; 0 before it has said so.
 	__u32 expected;
-	// When its last packet came: nanoseconds of CLOCK_MONOTONIC.
+	// When its last packet came, or the first SYN alone: nanoseconds of CLOCK_MONOTONIC.
 	__u64 seen;
 	__u64 bytes_sent, bytes_received;
 };
@@ -123,6 +129,7 @@ static __noinline int is_former(__u32 tenant, const struct addr *pod)
 #define FLOWS_FULL (-2)
 #define DIRECT_TOO_FAST (-3)
 #define PORTS_TAKEN (-4)
+#define BEGINS_AGAIN (-5)
 
 static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound)
 {
@@ -254,7 +261,7 @@ static __noinline int learn(const struct flow *f, const struct pod *pod, __u32 t
 	if (!f || !pod)
 		return FLOWS_FULL;
 	__u32 ifindex = pod->ifindex;
-	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound, .led = !by };
+	struct flow_state s = { .tenant = tenant, .ifindex = ifindex, .learned = 1, .outbound = outbound, .led = by ? 0 : LED_ALONE };
 	s.seen = bpf_ktime_get_ns();
 	if (!may_learn(ifindex, by))
 		return FLOWS_FULL;
@@ -277,8 +284,10 @@ static __always_inline int follow(const struct flow *f, struct flow_state *s, co
 	__u8 was = s->ended, ended = was, flags = p->flags;
 	__u32 expected = s->expected;
 	__sync_fetch_and_add(from_pod ? &s->bytes_sent : &s->bytes_received, bytes);
+	if (s->led == LED_ALONE && !(flags & TCP_SYN))
+		s->led = LED;
 	// One end alone keeps nothing.
-	if (!s->learned || (s->bytes_sent && s->bytes_received))
+	if (s->led != LED_ALONE && (!s->learned || (s->bytes_sent && s->bytes_received)))
 		s->seen = bpf_ktime_get_ns();
 	if (from_pod && flags & TCP_ACK)
 		s->expected = p->acknowledged;
@@ -320,9 +329,15 @@ static __noinline int follow_beside(const struct flow *f, const struct pod *pod,
 	return 0;
 }
 
+// may_come_again tells whether a SYN can be the one that led a flow there.
+static __always_inline int may_come_again(const struct flow_state *s)
+{
+	return s->led == LED_ALONE && bpf_ktime_get_ns() - s->seen < SYN_AGAIN_NS;
+}
+
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
-// IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST or PORTS_TAKEN. by is the tenant that sent it,
-// if one did. f is another one after DIRECT.
+// IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST, PORTS_TAKEN or BEGINS_AGAIN. by is the tenant
+// that sent it, if one did. f is another one after DIRECT.
 static __always_inline int belongs_to(const struct packet *p, struct flow *f, struct pod *pod, int from_pod, __u32 by, __u32 bytes)
 {
 	__u32 tenant = pod->tenant;
@@ -344,6 +359,9 @@ static __always_inline int belongs_to(const struct packet *p, struct flow *f, st
 		f->side = side;
 		s = 0;
 	}
+	// An end can be hidden from here, and the pod would take a SYN that comes behind it.
+	if (s && !by && !from_pod && s->tenant == DIRECT && opens(p) && !may_come_again(s))
+		return BEGINS_AGAIN;
 	if (s)
 		return follow(f, s, pod, p, from_pod, bytes);
 	if (!opens(p))

@@ -76,7 +76,7 @@ func sidesOf(f datapathFlow, s datapathFlowState, knowsLed bool) []datapathSide 
 		return []datapathSide{wire} // a tunnel
 	case s.Learned == 0 || !knowsLed:
 		return []datapathSide{wire, pod}
-	case s.Led == s.Outbound: // the pod opened it, or its tenant, to the pod
+	case dialled || s.Led == 0 && s.Outbound == 0: // the pod opened it, or its tenant, to the pod
 		return []datapathSide{pod}
 	}
 	return []datapathSide{wire}

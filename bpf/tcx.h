@@ -105,6 +105,22 @@ static __always_inline long to_refusal(struct __sk_buff *skb, const struct packe
 	return bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), swapped, sizeof(swapped), 0);
 }
 
+// to_question makes a SYN a segment that a connection acknowledges, as it would the SYN (RFC
+// 5961, 4), and that opens none: where there is no connection, it is reset.
+static __noinline long to_question(struct __sk_buff *skb, __u32 offset)
+{
+	struct tcphdr tcp, question;
+	if (bpf_skb_load_bytes(skb, offset, &tcp, sizeof(tcp)))
+		return -1;
+	question = tcp;
+	question.ack_seq = 0;
+	((__u8 *)&question)[13] = TCP_ACK;
+	__s64 difference = bpf_csum_diff((__be32 *)&tcp, sizeof(tcp), (__be32 *)&question, sizeof(question), 0);
+	if (difference < 0 || bpf_skb_store_bytes(skb, offset, &question, sizeof(question), 0))
+		return -1;
+	return bpf_l4_csum_replace(skb, offset + offsetof(struct tcphdr, check), 0, difference, 0);
+}
+
 // bytes_of a TCP packet, from its IP header on.
 static __always_inline __u32 bytes_of(struct __sk_buff *skb)
 {
@@ -296,6 +312,12 @@ int to_pod(struct __sk_buff *skb)
 		return drop(&p, tenant, ifindex, midstream, WAY_INBOUND);
 	if (owner == FLOWS_FULL)
 		return drop(&p, tenant, ifindex, flows_full, WAY_INBOUND);
+	if (owner == BEGINS_AGAIN) {
+		// Of data with it a connection would take what fits.
+		if (p.next != p.sequence + 1 || to_question(skb, p.offset))
+			return drop(&p, tenant, ifindex, midstream, WAY_INBOUND);
+		return received(skb, ifindex);
+	}
 	tenant = owner;
 	if (tcp)
 		watch_client(&p, &f, tenant);
