@@ -22,6 +22,10 @@ const (
 	// heldLimit is how long a tenant that has no pods any more, or a pod that isn't
 	// in the mesh any more, waits for connections to end.
 	heldLimit = 10 * time.Minute
+	// untakenLimit is how long a tenant without pods, whose time is over, has for what is
+	// in its tunnels and isn't a connection yet, on a busy machine too. A peer can fill
+	// tunnels for as long as it likes.
+	untakenLimit = 30 * time.Second
 	// sweepPeriod is the least time between two looks for connections that ended.
 	sweepPeriod = time.Second
 )
@@ -182,4 +186,18 @@ func (a *Agent) waitsForFlows(t model.Tenant, held map[uint16]int, since time.Ti
 		return 0
 	}
 	return held[s.Index]
+}
+
+// isIdle reports whether a tenant without pods has no connection of a pod, and nothing in
+// its tunnels that isn't one yet. What its proxy has read already it doesn't tell.
+func (a *Agent) isIdle(s isolation.State) (bool, error) {
+	open := a.sockets(s.Index)
+	for _, n := range open {
+		if n > 0 {
+			return false, nil
+		}
+	}
+	// Last, since this is what may come at any moment.
+	n, err := bpf.Untaken(s.Netns)
+	return open != nil && n == 0, err
 }

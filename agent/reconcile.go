@@ -316,10 +316,17 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 			next = min(next, time.Second)
 			continue
 		}
-		if err := a.removeTenant(ctx, t); err != nil {
+		removed, err := a.removeTenant(ctx, t, time.Since(since) < a.o.Linger+untakenLimit)
+		if err != nil {
 			a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
 			r.leaving[t] = fmt.Sprintf("it has no pods here any more and isn't removed: %v", err)
 			next = time.Second
+			continue
+		}
+		if !removed {
+			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends when it has taken what came through its tunnels, or at %s",
+				since.Add(a.o.Linger+untakenLimit).UTC().Format(time.RFC3339))
+			next = min(next, soon)
 			continue
 		}
 		delete(a.idleSince, t)
@@ -343,14 +350,25 @@ func (a *Agent) usedTenants() (map[uint16]bool, error) {
 }
 
 // removeTenant ends the processes first: while one runs, the programs guard what
-// leaves its namespace.
-func (a *Agent) removeTenant(ctx context.Context, t model.Tenant) error {
+// leaves its namespace. With atRest it does so only if nothing is under way; otherwise
+// it changes nothing, and removed is false.
+func (a *Agent) removeTenant(ctx context.Context, t model.Tenant, atRest bool) (removed bool, err error) {
 	state, known := a.bulkheads.State(t)
+	if known && atRest {
+		idle := func() (bool, error) { return a.isIdle(state) }
+		// Who is busy isn't stopped for it.
+		if ok, err := idle(); err != nil || !ok {
+			return false, err
+		}
+		if ok, err := a.bulkheads.DeleteAtRest(ctx, t, idle); err != nil || !ok {
+			return false, err
+		}
+	}
 	for generation := range 2 {
 		if known {
 			// The redirection may have changed, and the one of now never had it.
 			if err := a.datapath.ClearListeners(state.Index, generation); err != nil && !errors.Is(err, steer.ErrUnknownTenant) {
-				return err
+				return false, err
 			}
 		}
 		key := relay.Key{Tenant: t, Generation: generation}
@@ -358,12 +376,12 @@ func (a *Agent) removeTenant(ctx context.Context, t model.Tenant) error {
 		delete(a.taken, key)
 	}
 	if err := a.bulkheads.Delete(ctx, t); err != nil {
-		return err
+		return false, err
 	}
 	if !known {
-		return nil // removeUnknownTenants finds what is left
+		return true, nil // removeUnknownTenants finds what is left
 	}
-	return a.datapath.DeleteTenant(state.Index)
+	return true, a.datapath.DeleteTenant(state.Index)
 }
 
 // removeUnknownTenants removes steering to tenants of which nothing else is left.

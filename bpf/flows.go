@@ -39,51 +39,77 @@ const (
 // are. Those that only wait for late packets aren't among them. netns is the
 // path of the namespace; one that is gone has none.
 func EstablishedFlows(path string, pods ...netip.Addr) ([]model.Flow, error) {
-	ns, err := netns.GetFromPath(path)
-	if errors.Is(err, unix.ENOENT) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open network namespace %s: %w", path, err)
-	}
-	defer ns.Close()
-	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
-	if err != nil {
-		return nil, fmt.Errorf("ask for the sockets of network namespace %s: %w", path, err)
-	}
-	defer handle.Close()
 	is := map[netip.Addr]bool{}
 	for _, ip := range pods {
 		is[ip.Unmap()] = true
 	}
 	var flows []model.Flow
+	err := eachSocket(path, func(s *netlink.Socket) {
+		switch s.State {
+		case netlink.TCP_LISTEN, netlink.TCP_CLOSE, netlink.TCP_TIME_WAIT:
+			return
+		case netlink.TCP_FIN_WAIT2:
+			// Of no process any more, of one that was killed for example: the peer has all of
+			// it, and a minute to close, too.
+			if s.INode == 0 {
+				return
+			}
+		}
+		local, remote := addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)
+		if is[local.Addr()] {
+			flows = append(flows, model.Flow{Pod: local, Peer: remote, Side: model.WireSide})
+		}
+		if is[remote.Addr()] {
+			flows = append(flows, model.Flow{Pod: remote, Peer: local, Side: model.PodSide})
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return withoutFarEnds(flows), nil
+}
+
+// eachSocket calls f for all TCP sockets of a network namespace, none if it is gone.
+func eachSocket(path string, f func(*netlink.Socket)) error {
+	ns, err := netns.GetFromPath(path)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open network namespace %s: %w", path, err)
+	}
+	defer ns.Close()
+	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return fmt.Errorf("ask for the sockets of network namespace %s: %w", path, err)
+	}
+	defer handle.Close()
 	// A socket of IPv6 may have a connection of IPv4.
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		sockets, err := sockets(handle, family)
 		if err != nil {
-			return nil, fmt.Errorf("list the sockets of network namespace %s: %w", path, err)
+			return fmt.Errorf("list the sockets of network namespace %s: %w", path, err)
 		}
 		for _, s := range sockets {
-			switch s.State {
-			case netlink.TCP_LISTEN, netlink.TCP_CLOSE, netlink.TCP_TIME_WAIT:
-				continue
-			case netlink.TCP_FIN_WAIT2:
-				// Of no process any more, of one that was killed for example: the peer has all of
-				// it, and a minute to close, too.
-				if s.INode == 0 {
-					continue
-				}
-			}
-			local, remote := addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)
-			if is[local.Addr()] {
-				flows = append(flows, model.Flow{Pod: local, Peer: remote, Side: model.WireSide})
-			}
-			if is[remote.Addr()] {
-				flows = append(flows, model.Flow{Pod: remote, Peer: local, Side: model.PodSide})
-			}
+			f(s)
 		}
 	}
-	return withoutFarEnds(flows), nil
+	return nil
+}
+
+// Untaken counts the TCP sockets of a network namespace that have something for their
+// process which it hasn't taken yet: bytes, or a connection. netns is the path of the
+// namespace; one that is gone has none.
+func Untaken(path string) (int, error) {
+	count := 0
+	err := eachSocket(path, func(s *netlink.Socket) {
+		switch {
+		case s.State == netlink.TCP_CLOSE, s.State == netlink.TCP_TIME_WAIT:
+		case s.State == netlink.TCP_SYN_RECV, s.RQueue > 0: // a listening socket's are connections
+			count++
+		}
+	})
+	return count, err
 }
 
 // withoutFarEnds leaves out what is seen of a tunnel between two of the tenant's pods at the

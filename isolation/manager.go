@@ -460,16 +460,21 @@ func (m *Manager) Delete(ctx context.Context, name model.Tenant) error {
 		return err
 	}
 	defer t.op.Unlock()
-	if err = ctx.Err(); err == nil {
-		err = t.remove()
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("delete bulkhead of %s: %w", name, err)
 	}
-	if err != nil {
-		err = fmt.Errorf("delete bulkhead of %s: %w", name, err)
+	return m.delete(t)
+}
+
+// delete removes a tenant whose op the caller holds.
+func (m *Manager) delete(t *tenant) error {
+	if err := t.remove(); err != nil {
+		err = fmt.Errorf("delete bulkhead of %s: %w", t.name, err)
 		t.setProblem(err)
 		return err
 	}
 	m.mu.Lock()
-	delete(m.tenants, name)
+	delete(m.tenants, t.name)
 	m.mu.Unlock()
 	t.changed()
 	return nil

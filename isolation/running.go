@@ -54,6 +54,12 @@ func adopt(s processState, netns, cgroup string, c *cgroups) (*running, error) {
 		return nil, nil
 	}
 	if c.has(cgroup, s.PID) && sameNetns(s.PID, netns) {
+		// A manager that was killed while it looked whether it could end it (DeleteAtRest)
+		// has left it stopped.
+		if err := r.signal(unix.SIGCONT); err != nil && !errors.Is(err, unix.ESRCH) {
+			r.release()
+			return nil, err
+		}
 		return r, nil
 	}
 	// An init that didn't get far, or a network that was lost.
