@@ -98,10 +98,12 @@ func podOf(cgroups string, wanted map[string]string) string {
 		pods := false
 		for element := range strings.SplitSeq(parts[2], "/") {
 			element = strings.TrimSuffix(element, ".slice")
-			if strings.HasPrefix(element, "kubepods") {
+			// Below a cgroup root other than "/", systemd's names begin with that one's:
+			// "kubelet-kubepods-…" in kind.
+			if i := strings.Index(element, "kubepods"); i == 0 || i > 0 && element[i-1] == '-' {
 				pods = true
-				if i := strings.LastIndex(element, "-pod"); i >= 0 {
-					element = element[i+1:]
+				if j := strings.LastIndex(element, "-pod"); j > i {
+					element = element[j+1:]
 				}
 			}
 			if pods && strings.HasPrefix(element, "pod") {
