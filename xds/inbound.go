@@ -109,7 +109,7 @@ func (p *packer) connectManager(name string, attempts uint32, age time.Duration,
 			p.httpFilter("envoy.filters.http.original_src", &httporiginalsrcv3.OriginalSrc{}),
 			p.httpFilter("envoy.filters.http.router", &routerv3.Router{})),
 		RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
-			VirtualHosts: []*routev3.VirtualHost{{Name: name, Domains: []string{"*"}, Routes: []*routev3.Route{{
+			VirtualHosts: []*routev3.VirtualHost{{Name: name, Domains: []string{"*"}, RequestBodyBufferLimit: p.keepForRetry(), Routes: []*routev3.Route{{
 				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_ConnectMatcher_{ConnectMatcher: &routev3.RouteMatch_ConnectMatcher{}}},
 				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
 					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: clusterDeliverHTTP},
@@ -148,6 +148,19 @@ func (p *packer) retryConnect(attempts uint32) *routev3.RetryPolicy {
 		RetryOn: "connect-failure", NumRetries: wrapperspb.UInt32(attempts - 1),
 		RetryBackOff: &routev3.RetryPolicy_RetryBackOff{BaseInterval: durationpb.New(time.Millisecond), MaxInterval: durationpb.New(time.Millisecond)},
 	}
+}
+
+// earlyLimit is how much of what a client says before its CONNECT is answered is kept to be
+// said again. Whoever says more is connected once: the proxies of the mesh wait for the answer.
+const earlyLimit = 16 << 10
+
+// keepForRetry bounds what a CONNECT keeps for another attempt, which Envoy holds for as long
+// as the stream lasts; nil in forms that keep nothing.
+func (p *packer) keepForRetry() *wrapperspb.UInt64Value {
+	if p.form < formAgain {
+		return nil
+	}
+	return wrapperspb.UInt64(earlyLimit)
 }
 
 func (p *packer) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {
