@@ -96,6 +96,8 @@ type envoy struct {
 	dir    string
 	admin  *http.Client
 	log    *os.File
+	// process is Envoy's.
+	process *os.Process
 }
 
 // startEnvoy runs Envoy against the store, as testProxy's, in the calling thread's
@@ -150,6 +152,7 @@ func startEnvoyEdited(t *testing.T, version string, workers int, server *Server,
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	e.process = cmd.Process
 	exited := make(chan struct{})
 	go func() { cmd.Wait(); close(exited) }()
 	t.Cleanup(func() {
@@ -170,6 +173,14 @@ func startEnvoyEdited(t *testing.T, version string, workers int, server *Server,
 		return strings.HasPrefix(e.get("/ready"), "LIVE")
 	})
 	return e
+}
+
+// signal sends Envoy a signal.
+func (e *envoy) signal(s os.Signal) {
+	e.t.Helper()
+	if err := e.process.Signal(s); err != nil {
+		e.t.Fatal(err)
+	}
 }
 
 // get asks the admin interface; "" while it doesn't answer.

@@ -51,7 +51,7 @@ func http2Options() *corev3.Http2ProtocolOptions {
 // inbound ends tunnels for the proxy's pods: one chain per identity, chosen by
 // the pod that was dialled; an address that isn't known is closed.
 func (p *packer) inbound(n model.Network, identities []served, log bool) *listenerv3.Listener {
-	l := listenerAt(listenerInbound, PortInbound)
+	l := p.listenerAt(listenerInbound, PortInbound)
 	var rules []rule
 	for _, s := range identities {
 		name := "in/" + identityPath(s.identity)

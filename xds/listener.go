@@ -114,13 +114,19 @@ func checkServed(n model.Network, w model.Workload) error {
 	return nil
 }
 
-func listenerAt(name string, port uint32) *listenerv3.Listener {
-	return &listenerv3.Listener{
+func (p *packer) listenerAt(name string, port uint32) *listenerv3.Listener {
+	l := &listenerv3.Listener{
 		Name: name, Address: anyAddress(port),
 		TcpBacklogSize:                wrapperspb.UInt32(listenBacklog),
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
 		SocketOptions:                 keepaliveOptions(),
 	}
+	if p.form >= formAgain {
+		// Or a worker that is behind takes on all that waits, and is so much further behind
+		// with what it has: what waits is to wait in the kernel (decision 63).
+		l.MaxConnectionsToAcceptPerSocketEvent = wrapperspb.UInt32(1)
+	}
+	return l
 }
 
 // Envoy updates a listener in place, and drains only the chains that changed, as
@@ -130,7 +136,7 @@ func listenerAt(name string, port uint32) *listenerv3.Listener {
 // outbound takes what the proxy's pods dial. The source address says who dials,
 // the destination how to get there; a source that isn't known is closed.
 func (p *packer) outbound(n model.Network, identities []served, http map[string][]httpChain, reject, log bool) *listenerv3.Listener {
-	l := listenerAt(listenerOutbound, PortOutbound)
+	l := p.listenerAt(listenerOutbound, PortOutbound)
 	l.ListenerFilters = []*listenerv3.ListenerFilter{p.originalSource()}
 	logs := func() []*accesslogv3.AccessLog { return p.failureLogs(log, listenerOutbound) }
 	outside := &listenerv3.FilterChain{Name: chainPass, Filters: []*listenerv3.Filter{
@@ -193,7 +199,7 @@ func tunnel() *tcpproxyv3.TcpProxy {
 // plain takes plain text for the proxy's pods. The kernel sends nothing here that
 // isn't for one of them.
 func (p *packer) plain(name string, port uint32, cluster string, log bool, filters ...*listenerv3.ListenerFilter) *listenerv3.Listener {
-	l := listenerAt(name, port)
+	l := p.listenerAt(name, port)
 	l.ListenerFilters = filters
 	l.FilterChains = []*listenerv3.FilterChain{{Name: name, Filters: []*listenerv3.Filter{
 		p.setFilterState(destinationState()),
