@@ -360,9 +360,10 @@ int from_tenant(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex;
 	struct veth *veth = bpf_map_lookup_elem(&veths, &ifindex);
 	struct settings *set = get_settings();
-	if (!veth || veth->kind != VETH_TENANT || !set)
+	__u32 tenant = veth && veth->kind == VETH_TENANT ? veth->tenant : 0, bytes = bytes_of(skb);
+	// Never 0: what belongs_to does for others is left out, and takes no stack.
+	if (!tenant || !set)
 		return drop(&p, 0, ifindex, no_tenant, WAY_UPSTREAM);
-	__u32 tenant = veth->tenant, bytes = bytes_of(skb);
 
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return NEXT;
