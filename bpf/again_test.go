@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -132,16 +133,19 @@ func TestForgedBeginnings(t *testing.T) {
 	var held []heldFlow
 	m.hold(&held, "in the clear", m.remote, from, to, "app "+remoteAddresses.v4.String())
 	check(t, m.d.SetExclusions(nil))
-	s := m.flowOf(42010)
-	for _, sequence := range []uint32{0, s.Expected - 1, s.Expected, s.Expected + 1, s.Expected + 1<<31} {
+	dropped := func() uint64 { return m.pod1("a").Dropped.Midstream }
+	for _, beyond := range []uint32{0, 1, 1000, 1 << 31, ^uint32(0)} {
+		sequence := m.flowOf(42010).Expected + beyond // as of now: it goes on each time
 		sendValid(t, m.remote, from, to, tcpSYN, sequence, 0)
 		// What has data is dropped: as a segment it could be the connection's.
-		before := m.pod1("a").Dropped.Midstream
+		before := dropped()
 		sendValid(t, m.remote, from, to, tcpSYN, sequence, 0, 'x', 'x')
-		if n := m.pod1("a").Dropped.Midstream - before; n != 1 {
+		for deadline := time.Now().Add(patience); dropped() == before && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		}
+		if n := dropped() - before; n != 1 {
 			t.Errorf("%d SYNs with data were dropped, want 1", n)
 		}
-		goOn(t, fmt.Sprint("after a SYN at ", sequence), held)
+		goOn(t, fmt.Sprintf("after a SYN at %d behind what is next", int32(beyond)), held)
 	}
 	if s := m.flowOf(42010); s.Ended != 0 {
 		t.Errorf("a forged SYN ended it: %+v", s)
@@ -166,6 +170,7 @@ func TestSYNComesAgain(t *testing.T) {
 			from, to := at(remoteAddresses.v4, port), at(m.a.v4, 8080)
 			check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 8080, Inbound: true}}))
 			forgePacket(t, m.remote, from, to, tcpSYN) // without a checksum: it gets lost
+			m.awaitFlow(port, "a SYN", func(s datapathFlowState) bool { return s.Seen != 0 })
 			check(t, m.d.SetExclusions(nil))
 			check(t, m.d.eachFlow(func(key datapathFlow, s datapathFlowState) {
 				if key.PeerPort == port {
@@ -184,6 +189,34 @@ func TestSYNComesAgain(t *testing.T) {
 				t.Errorf("its SYN may come again: %+v", s)
 			}
 		})
+	}
+}
+
+// The pod's kernel takes a question for a segment also where it looks at its checksum, which
+// it doesn't of what another veth sends: it resets, and the next SYN is steered.
+func TestQuestionHasItsChecksum(t *testing.T) {
+	m := newMesh(t)
+	accepted := acceptingAt(t, m.a.namespace, 8080)
+	from, to := at(remoteAddresses.v4, 42030), at(m.a.v4, 8080)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 8080, Inbound: true}}))
+	atPeer, greeting, err := dial(t, m.remote, from, to)
+	if greeting != "app" {
+		t.Fatalf("%q, %v, want a connection in the clear", greeting, err)
+	}
+	check(t, m.d.SetExclusions(nil))
+	vanish(t, <-accepted, func(uint32, uint32) {})
+	vanish(t, atPeer, func(uint32, uint32) {})
+	sendValid(t, m.remote, from, to, tcpSYN, 12345, 0)
+	m.awaitFlow(42030, "a reset of the pod", func(s datapathFlowState) bool { return s.Ended&endedReset != 0 })
+}
+
+// awaitFlow waits for what is written down of the connection with a port at the peer's end.
+func (m *mesh) awaitFlow(port uint16, what string, fits func(datapathFlowState) bool) {
+	m.t.Helper()
+	for deadline := time.Now().Add(patience); !fits(m.flowOf(port)); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			m.t.Fatalf("%s isn't there: %+v", what, m.flowOf(port))
+		}
 	}
 }
 
