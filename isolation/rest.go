@@ -86,7 +86,8 @@ func (t *tenant) endAtRest(idle func() (bool, error)) (ended bool, err error) {
 func signalAll(rs []*running, sig unix.Signal) error {
 	var errs []error
 	for _, r := range rs {
-		if err := r.signal(sig); err != nil && !errors.Is(err, unix.ESRCH) {
+		// One that has ended is no error, whether or not its supervisor has let go of it.
+		if err := r.signal(sig); err != nil && !r.exited() {
 			errs = append(errs, err)
 		}
 	}
@@ -107,10 +108,9 @@ func (r *running) awaitStop() (rests bool, err error) {
 		if time.Now().After(deadline) {
 			return false, nil
 		}
-		// The kernel tells parents only, and an adopted process is another's child.
-		if r.wait(context.Background(), time.Millisecond) {
-			return true, nil
-		}
+		// The kernel tells parents only, and an adopted process is another's child. Not by
+		// wait, whose deadline is of all who wait: the supervisor's would be this one's.
+		time.Sleep(time.Millisecond)
 	}
 }
 

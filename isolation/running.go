@@ -82,7 +82,7 @@ func sameNetns(pid int, netns string) bool {
 }
 
 // wait returns true when the process has ended, and false at the end of ctx or
-// after d.
+// after d. It is the supervisor's: another's deadline would take the place of its own.
 func (r *running) wait(ctx context.Context, d time.Duration) bool {
 	if r.pidfd.SetReadDeadline(time.Now().Add(d)) != nil {
 		return true
