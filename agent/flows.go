@@ -188,6 +188,28 @@ func (a *Agent) waitsForFlows(t model.Tenant, held map[uint16]int, since time.Ti
 	return held[s.Index]
 }
 
+// restsUntil is until when a tenant that has been without pods since then, and that waits for
+// no connection any more, ends at rest only. The time begins with the first question, for what
+// it waited for before has taken as long as it liked, up to heldLimit.
+func (a *Agent) restsUntil(t model.Tenant, idleSince time.Time) time.Time {
+	since, ok := a.endingSince[t]
+	if !ok {
+		since = time.Now()
+		a.endingSince[t] = since
+	}
+	until, last := since.Add(untakenLimit), idleSince.Add(max(heldLimit, a.o.Linger+untakenLimit))
+	if last.Before(until) {
+		return last
+	}
+	return until
+}
+
+// forgetEnd forgets that a tenant was to end.
+func (a *Agent) forgetEnd(t model.Tenant) {
+	delete(a.idleSince, t)
+	delete(a.endingSince, t)
+}
+
 // isIdle reports whether a tenant without pods has no connection of a pod, and nothing in
 // its tunnels that isn't one yet. What its proxy has read already it doesn't tell.
 func (a *Agent) isIdle(s isolation.State) (bool, error) {

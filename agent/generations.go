@@ -17,7 +17,7 @@ import (
 // soon.
 func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (index uint16, again time.Duration, err error) {
 	t := tp.tenant
-	delete(a.idleSince, t)
+	a.forgetEnd(t)
 	b, err := a.bulkheads.Prepare(ctx, t, a.mtu(t, r.plan))
 	if err != nil {
 		return 0, 0, fmt.Errorf("prepare its namespaces: %w", err)

@@ -291,7 +291,7 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 			continue
 		}
 		if s, ok := a.bulkheads.State(t); ok && used[s.Index] {
-			delete(a.idleSince, t)
+			a.forgetEnd(t)
 			r.leaving[t] = "it isn't planned any more, and its pods wait there for the proxy of their new tenant"
 			continue
 		}
@@ -311,12 +311,14 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 		}
 		_, byTenant := held()
 		if n := a.waitsForFlows(t, byTenant, since); n > 0 {
+			delete(a.endingSince, t)
 			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends with the %d connections that began there, or at %s",
 				n, since.Add(heldLimit).UTC().Format(time.RFC3339))
 			next = min(next, time.Second)
 			continue
 		}
-		removed, err := a.removeTenant(ctx, t, time.Since(since) < a.o.Linger+untakenLimit)
+		until := a.restsUntil(t, since)
+		removed, err := a.removeTenant(ctx, t, time.Now().Before(until))
 		if err != nil {
 			a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
 			r.leaving[t] = fmt.Sprintf("it has no pods here any more and isn't removed: %v", err)
@@ -325,11 +327,11 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 		}
 		if !removed {
 			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends when it has taken what came through its tunnels, or at %s",
-				since.Add(a.o.Linger+untakenLimit).UTC().Format(time.RFC3339))
+				until.UTC().Format(time.RFC3339))
 			next = min(next, soon)
 			continue
 		}
-		delete(a.idleSince, t)
+		a.forgetEnd(t)
 	}
 	a.removeUnknownTenants()
 	if err := a.relay.KeepLastGood(p.names()); err != nil {
