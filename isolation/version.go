@@ -90,6 +90,9 @@ func (v *versions) leftover(version string) (string, error) {
 		return "", fmt.Errorf("%w: %s is not in %s; use an agent image that has it", ErrVersion, version, v.from)
 	}
 	for _, tree := range trees {
+		if err := openFolders(tree); err != nil {
+			return "", err
+		}
 		digest, err := v.digest(tree)
 		if err == nil && filepath.Base(tree) == version+"-"+digest[:12] {
 			v.known[version] = knownVersion{tree: tree}
@@ -106,7 +109,7 @@ func (v *versions) copy(version, source string) (string, error) {
 	}
 	target := filepath.Join(v.to, version+"-"+digest[:12])
 	if have, err := v.digest(target); err == nil && have == digest {
-		return target, nil
+		return target, openFolders(target)
 	}
 	tmp, err := os.MkdirTemp(v.to, ".tmp-")
 	if err != nil {
@@ -160,7 +163,7 @@ func (v *versions) add(version, tree string) error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if err := os.Chmod(tree, 0o755); err != nil {
+	if err := openFolders(tree); err != nil {
 		return err
 	}
 	digest, err := v.digest(tree)
@@ -249,9 +252,6 @@ func copyTree(source, target string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Chmod(target, 0o755); err != nil {
-		return err
-	}
 	for _, path := range paths {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(target, path)), 0o755); err != nil {
 			return err
@@ -260,7 +260,18 @@ func copyTree(source, target string) error {
 			return err
 		}
 	}
-	return nil
+	return openFolders(target)
+}
+
+// openFolders lets tenants' uids into a copy's folders, whatever the umask was when they were
+// made: former versions' own kept them out now and then, and the digest has no modes.
+func openFolders(tree string) error {
+	return filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		return os.Chmod(path, 0o755)
+	})
 }
 
 func copyFile(source, target string) error {
