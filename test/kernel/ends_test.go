@@ -26,7 +26,7 @@ func TestTenantEndsAtRest(t *testing.T) { eachRedirection(t, testTenantEndsAtRes
 func testTenantEndsAtRest(t *testing.T, l *lab.Lab) {
 	const rounds, connections = 6, 8
 	n := l.Node1
-	n.Args = append(n.Args, "--linger", "1s")
+	n.Args = append(n.Args, "--linger", "3s") // long enough to stop its proxy within it
 	n.Kill()
 	n.Start()
 	n.WaitReady()
