@@ -5,6 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
+	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +16,7 @@ import (
 	"golang.org/x/sync/singleflight"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,9 +40,15 @@ const (
 	cacheLimit = 8192
 	// maxToken is about ten times what a projected token has.
 	maxToken = 16 << 10
-	// reviewsAtOnce bounds what callers without a valid token cost the API server.
+	// reviewsAtOnce bounds what callers without a valid token cost the API server. Those
+	// from where an agent called before have as many of their own.
 	reviewsAtOnce = 32
 	reviewTimeout = 10 * time.Second
+	// reviewsPerSource is how many of them may be of one address: an agent has one
+	// token, and another when that is renewed.
+	reviewsPerSource = 4
+	// knownFor is how long an address is where an agent called.
+	knownFor = time.Hour
 )
 
 // Caller is who called.
@@ -69,13 +79,18 @@ type AuthenticatorOptions struct {
 // Authenticator tells nodes by their agents' tokens. It is safe for concurrent
 // use and has nothing to close.
 type Authenticator struct {
-	o       AuthenticatorOptions
-	now     func() time.Time
-	flight  singleflight.Group
-	reviews chan struct{}
+	o      AuthenticatorOptions
+	now    func() time.Time
+	flight singleflight.Group
+	// reviews of strangers, and of who is known.
+	reviews, known chan struct{}
 
 	mu    sync.Mutex
 	cache map[[sha256.Size]byte]accepted
+	// sources are where agents called, until when; reviewing is how many reviews of each
+	// address wait or are under way.
+	sources   map[netip.Addr]time.Time
+	reviewing map[netip.Addr]int
 }
 
 type accepted struct {
@@ -97,7 +112,10 @@ func NewAuthenticator(o AuthenticatorOptions) *Authenticator {
 	if o.CacheTime <= 0 || o.CacheTime > MaxCacheTime {
 		o.CacheTime = MaxCacheTime
 	}
-	return &Authenticator{o: o, now: time.Now, reviews: make(chan struct{}, reviewsAtOnce), cache: map[[sha256.Size]byte]accepted{}}
+	return &Authenticator{
+		o: o, now: time.Now, reviews: make(chan struct{}, reviewsAtOnce), known: make(chan struct{}, reviewsAtOnce),
+		cache: map[[sha256.Size]byte]accepted{}, sources: map[netip.Addr]time.Time{}, reviewing: map[netip.Addr]int{},
+	}
 }
 
 // Authenticate returns who calls, by the metadata of an incoming call. Errors are
@@ -113,14 +131,20 @@ func (a *Authenticator) Authenticate(ctx context.Context) (Caller, error) {
 	if c, ok := a.cached(hash); ok {
 		return c, nil
 	}
+	source := sourceOf(ctx)
 	// An agent opens all its streams at once. The review isn't the first caller's
 	// alone, so it doesn't end with that one's context.
 	result := a.flight.DoChan(string(hash[:]), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reviewTimeout)
 		defer cancel()
+		slots, ok := a.enter(source)
+		if !ok {
+			return Caller{}, status.Errorf(codes.Unavailable, "review token: %d tokens from %s are being reviewed: try again", reviewsPerSource, source)
+		}
+		defer a.leave(source)
 		select {
-		case a.reviews <- struct{}{}:
-			defer func() { <-a.reviews }()
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
 		case <-ctx.Done():
 			return Caller{}, status.Error(codes.Unavailable, "review token: too many reviews at once")
 		}
@@ -128,6 +152,7 @@ func (a *Authenticator) Authenticate(ctx context.Context) (Caller, error) {
 		c, err := a.review(ctx, token)
 		if err == nil {
 			a.remember(hash, c, started.Add(a.o.CacheTime))
+			a.knows(source)
 		}
 		return c, err
 	})
@@ -137,6 +162,65 @@ func (a *Authenticator) Authenticate(ctx context.Context) (Caller, error) {
 	case <-ctx.Done():
 		return Caller{}, status.FromContextError(ctx.Err()).Err()
 	}
+}
+
+// sourceOf is the address that a call came from; zero if nobody says.
+func sourceOf(ctx context.Context) netip.Addr {
+	if p, ok := peer.FromContext(ctx); ok {
+		return addrOf(p.Addr)
+	}
+	return netip.Addr{}
+}
+
+// addrOf is the address of a TCP peer; else the zero one.
+func addrOf(a net.Addr) netip.Addr {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap()
+	}
+	return netip.Addr{}
+}
+
+// enter counts a review and returns whose slots it waits for: every pod can make up
+// tokens, and has to wait for others that do alone. If ok, leave must be called.
+func (a *Authenticator) enter(source netip.Addr) (slots chan struct{}, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if source.IsValid() && a.reviewing[source] >= reviewsPerSource {
+		return nil, false
+	}
+	a.reviewing[source]++
+	if until, known := a.sources[source]; known && a.now().Before(until) {
+		return a.known, true
+	}
+	return a.reviews, true
+}
+
+func (a *Authenticator) leave(source netip.Addr) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.reviewing[source]--; a.reviewing[source] == 0 {
+		delete(a.reviewing, source)
+	}
+}
+
+// knows remembers where an agent called.
+func (a *Authenticator) knows(source netip.Addr) {
+	if !source.IsValid() {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.now()
+	if _, known := a.sources[source]; !known && len(a.sources) >= cacheLimit {
+		maps.DeleteFunc(a.sources, func(_ netip.Addr, until time.Time) bool { return !now.Before(until) })
+		for s := range a.sources {
+			if len(a.sources) < cacheLimit {
+				break
+			}
+			delete(a.sources, s) // any: it waits among strangers once
+		}
+	}
+	a.sources[source] = now.Add(knownFor)
 }
 
 func bearer(ctx context.Context) (string, error) {
