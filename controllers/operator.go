@@ -19,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
+	"github.com/bulkhead-mesh/bulkhead/controllers/nodeservice"
 	"github.com/bulkhead-mesh/bulkhead/identity"
 	"github.com/bulkhead-mesh/bulkhead/xds"
 )
@@ -120,14 +121,15 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 	if err := startWriters(mgr, &writer{Client: mgr.GetClient(), mesh: m, keeper: k, jwts: jwts, namespace: o.Namespace, now: time.Now, events: tell}, late); err != nil {
 		return err
 	}
-	register, err := agentServices(mgr, m, k, jwts, store, o)
+	door := nodeservice.NewDoor()
+	register, err := agentServices(mgr, m, k, jwts, store, door, o)
 	if err != nil {
 		return err
 	}
 	err = errors.Join(
 		mgr.Add(loader{m, k, late}),
 		mgr.Add(jwts),
-		mgr.Add(&server{address: cmp.Or(o.Listen, ":15012"), keeper: k, mesh: m, log: o.Logger, register: register}),
+		mgr.Add(&server{address: cmp.Or(o.Listen, ":15012"), keeper: k, mesh: m, log: o.Logger, door: door, register: register}),
 		mgr.AddHealthzCheck("ping", healthz.Ping),
 		mgr.AddReadyzCheck("mesh", func(*http.Request) error {
 			select {

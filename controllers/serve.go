@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"k8s.io/client-go/kubernetes"
@@ -22,7 +24,7 @@ import (
 const drainFor = 3 * time.Second
 
 // agentServices are what is served to agents: a way to register them.
-func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, store *xds.Store, o Options) (func(grpc.ServiceRegistrar), error) {
+func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, store *xds.Store, door *nodeservice.Door, o Options) (func(grpc.ServiceRegistrar), error) {
 	clients, err := kubernetes.NewForConfigAndClient(mgr.GetConfig(), mgr.GetHTTPClient())
 	if err != nil {
 		return nil, fmt.Errorf("make client: %w", err)
@@ -32,12 +34,12 @@ func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, sto
 	var nodes *nodeservice.Service
 	ads := xds.NewServer(store, xds.ServerOptions{Logger: o.Logger, Authorize: func(ctx context.Context) (xds.StreamIdentity, error) { return nodes.Authorize(ctx) }})
 	nodes = nodeservice.New(nodeservice.Options{
-		Callers: nodeservice.NewAuthenticator(nodeservice.AuthenticatorOptions{
+		Callers: door.Callers(nodeservice.NewAuthenticator(nodeservice.AuthenticatorOptions{
 			Reviews: clients.AuthenticationV1().TokenReviews(), Username: "system:serviceaccount:" + o.Namespace + ":bulkhead-agent",
-		}),
+		})),
 		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, JWTs: jwts, Proxies: ads, Log: o.Logger,
 	})
-	for _, c := range append(append(ads.Collectors(), nodes.Collectors()...), m) {
+	for _, c := range slices.Concat(ads.Collectors(), nodes.Collectors(), door.Collectors(), []prometheus.Collector{m}) {
 		if err := metrics.Registry.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
@@ -54,6 +56,8 @@ type server struct {
 	keeper  *keeper
 	mesh    *mesh
 	log     *slog.Logger
+	// door is what callers have to pass.
+	door *nodeservice.Door
 	// register adds the services.
 	register func(grpc.ServiceRegistrar)
 }
@@ -72,12 +76,12 @@ func (s *server) Start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen for agents: %w", err)
 	}
-	g := grpc.NewServer(append(xds.GRPCOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{
+	g := grpc.NewServer(slices.Concat(xds.GRPCOptions(), s.door.ServerOptions(), []grpc.ServerOption{grpc.Creds(credentials.NewTLS(&tls.Config{
 		MinVersion: tls.VersionTLS13, GetCertificate: s.keeper.certificate,
-	})))...)
+	}))})...)
 	s.register(g)
 	ended := make(chan error, 1)
-	go func() { ended <- g.Serve(l) }()
+	go func() { ended <- g.Serve(s.door.Listener(l)) }()
 	s.log.Info("serving agents", "address", l.Addr().String())
 	select {
 	case err := <-ended:

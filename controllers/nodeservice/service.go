@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -135,8 +136,27 @@ func New(o Options) *Service {
 		signed: prometheus.NewCounter(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "nodeservice", Name: "certificates_signed_total", Help: "Certificates signed for workloads."})}
 }
 
-// Register adds the service to a gRPC server.
-func (s *Service) Register(r grpc.ServiceRegistrar) { nodev1alpha1.RegisterNodeServiceServer(r, s) }
+// Register adds the service to a gRPC server. Its calls are registered as streams of one
+// message, which are the same to who calls: gRPC reads the message of any other before
+// it asks whose it is.
+func (s *Service) Register(r grpc.ServiceRegistrar) {
+	d := nodev1alpha1.NodeService_ServiceDesc
+	d.Streams = slices.Clone(d.Streams)
+	for _, m := range d.Methods {
+		d.Streams = append(d.Streams, grpc.StreamDesc{StreamName: m.MethodName, Handler: func(_ any, stream grpc.ServerStream) error {
+			if _, err := s.o.Callers.Authenticate(stream.Context()); err != nil {
+				return s.stranger(stream.Context(), m.MethodName, err)
+			}
+			answer, err := m.Handler(s, stream.Context(), stream.RecvMsg, nil)
+			if err != nil {
+				return err
+			}
+			return stream.SendMsg(answer)
+		}})
+	}
+	d.Methods = nil
+	r.RegisterService(&d, s)
+}
 
 // Collectors are the service's metrics, to be registered once.
 func (s *Service) Collectors() []prometheus.Collector {
