@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
@@ -29,6 +30,11 @@ func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, sto
 	if err != nil {
 		return nil, fmt.Errorf("make client: %w", err)
 	}
+	// A client has a pace of its own for each kind, and so the pods of JWT-SVIDs theirs.
+	jwtPods, err := client.New(mgr.GetConfig(), client.Options{HTTPClient: mgr.GetHTTPClient(), Scheme: mgr.GetScheme(), Mapper: mgr.GetRESTMapper()})
+	if err != nil {
+		return nil, fmt.Errorf("make client: %w", err)
+	}
 	// The two need each other: streams are authorised by the one, and the other waits
 	// for what the streams acknowledge.
 	var nodes *nodeservice.Service
@@ -37,7 +43,7 @@ func agentServices(mgr manager.Manager, m *mesh, k *keeper, jwts *jwtKeeper, sto
 		Callers: door.Callers(nodeservice.NewAuthenticator(nodeservice.AuthenticatorOptions{
 			Reviews: clients.AuthenticationV1().TokenReviews(), Username: "system:serviceaccount:" + o.Namespace + ":bulkhead-agent",
 		})),
-		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, JWTs: jwts, Proxies: ads, Log: o.Logger,
+		Pods: nodeservice.LivePods(mgr.GetAPIReader()), Mesh: m, Authorities: k, JWTs: jwts, JWTPods: nodeservice.LivePods(jwtPods), Proxies: ads, Log: o.Logger,
 	})
 	for _, c := range slices.Concat(ads.Collectors(), nodes.Collectors(), door.Collectors(), []prometheus.Collector{m}) {
 		if err := metrics.Registry.Register(c); err != nil {

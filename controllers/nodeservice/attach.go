@@ -29,13 +29,13 @@ type memberPod struct {
 }
 
 // member reads a pod and checks that the caller may act for it.
-func (s *Service) member(ctx context.Context, c Caller, ref podRef) (memberPod, error) {
+func (s *Service) member(ctx context.Context, pods Pods, c Caller, ref podRef) (memberPod, error) {
 	// Also so that the names are no path of the API server's.
 	if len(validation.IsDNS1123Label(ref.Namespace)) > 0 || len(validation.IsDNS1123Subdomain(ref.Name)) > 0 ||
 		ref.UID == "" || len(ref.UID) > 128 {
 		return memberPod{}, status.Errorf(codes.InvalidArgument, "pod_uid %.64q, pod_namespace %.64q and pod_name %.64q don't name a pod", ref.UID, ref.Namespace, ref.Name)
 	}
-	pod, err := s.o.Pods.Live(ctx, ref.Namespace, ref.Name)
+	pod, err := pods.Live(ctx, ref.Namespace, ref.Name)
 	if err != nil {
 		if ctx.Err() != nil {
 			return memberPod{}, status.FromContextError(ctx.Err()).Err()
@@ -94,7 +94,7 @@ func (s *Service) AttachPod(ctx context.Context, r *nodev1alpha1.AttachPodReques
 	if err != nil {
 		return nil, s.refused(caller, "AttachPod", ref, err)
 	}
-	p, err := s.member(ctx, caller, ref)
+	p, err := s.member(ctx, s.o.Pods, caller, ref)
 	if err != nil {
 		return nil, s.refused(caller, "AttachPod", ref, err)
 	}

@@ -60,7 +60,7 @@ func (s *Service) signJWT(ctx context.Context, r *nodev1alpha1.SignJWTRequest) (
 	if authority == nil {
 		return "", status.Error(codes.Unavailable, "the keys of JWT-SVIDs aren't loaded yet")
 	}
-	p, err := s.member(ctx, caller, ref)
+	p, err := s.member(ctx, s.o.JWTPods, caller, ref)
 	if err != nil {
 		return "", s.refused(caller, "SignJWT", ref, err)
 	}

@@ -2,6 +2,7 @@ package nodeservice
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
 
 	nodev1alpha1 "github.com/bulkhead-mesh/bulkhead/api/node/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/identity"
@@ -64,6 +66,28 @@ func TestSignJWTChecksThePod(t *testing.T) {
 				t.Errorf("still counted: %v", s.inFlight)
 			}
 		})
+	}
+}
+
+// slowPods answer nobody in time.
+type slowPods struct{}
+
+func (slowPods) Live(ctx context.Context, _, _ string) (*corev1.Pod, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// Certificates don't wait for what applications ask for.
+func TestJWTsHaveTheirOwnWayToPods(t *testing.T) {
+	w := newWorld(t)
+	s := w.service(func(o *Options) { o.JWTs, o.JWTPods = jwtAuthorities{authority: newJWTs(t)}, slowPods{} })
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := s.SignJWT(ctx, jwtRequest("db")); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("a JWT-SVID, whose pods can't be read: %v", err)
+	}
+	if _, err := s.SignCertificate(t.Context(), &nodev1alpha1.SignCertificateRequest{PodUid: "u1", PodNamespace: "team-a", PodName: "reviews-0", Csr: csrFor(t, reviews)}); err != nil {
+		t.Errorf("a certificate: %v", err)
 	}
 }
 

@@ -75,7 +75,7 @@ type Proxies interface {
 	WaitServed(ctx context.Context, key model.ProxyKey, podUID string) error
 }
 
-// Options configure a Service. All but JWTs, Log and the bounds are required.
+// Options configure a Service. All but JWTs, JWTPods, Log and the bounds are required.
 type Options struct {
 	Callers     Callers
 	Pods        Pods
@@ -84,6 +84,9 @@ type Options struct {
 	Proxies     Proxies
 	// JWTs; without, SignJWT is Unimplemented.
 	JWTs JWTAuthorities
+	// JWTPods reads the pods that JWT-SVIDs are for: applications ask for those as often
+	// as they like, and what else needs a pod read isn't to wait for it. Default Pods.
+	JWTPods Pods
 	// AttachTimeout bounds AttachPod beyond what the caller asks for. Default 30 s.
 	AttachTimeout time.Duration
 	// Log; default slog.Default().
@@ -131,6 +134,9 @@ func New(o Options) *Service {
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
+	}
+	if o.JWTPods == nil {
+		o.JWTPods = o.Pods
 	}
 	return &Service{o: o, now: time.Now, inFlight: map[inFlight]int{}, jwts: newJWTCounter(), refusals: newRefusals(),
 		signed: prometheus.NewCounter(prometheus.CounterOpts{Namespace: "bulkhead", Subsystem: "nodeservice", Name: "certificates_signed_total", Help: "Certificates signed for workloads."})}
@@ -194,7 +200,7 @@ func (s *Service) SignCertificate(ctx context.Context, r *nodev1alpha1.SignCerti
 		return nil, status.Error(codes.Unavailable, "the authority isn't loaded yet")
 	}
 	ref := podRef{UID: r.GetPodUid(), Namespace: r.GetPodNamespace(), Name: r.GetPodName()}
-	p, err := s.member(ctx, caller, ref)
+	p, err := s.member(ctx, s.o.Pods, caller, ref)
 	if err != nil {
 		return nil, s.refused(caller, "SignCertificate", ref, err)
 	}

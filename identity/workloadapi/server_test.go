@@ -2,7 +2,9 @@ package workloadapi
 
 import (
 	"context"
+	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -158,6 +160,69 @@ func TestTokensAreSignedAgainAtHalfOfTheirLife(t *testing.T) {
 			t.Errorf("%d tokens are remembered", got)
 		}
 	})
+}
+
+// A pod that asks for ever other tokens has few of them signed, and others theirs.
+func TestOnePodDoesntHaveTheOperatorBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := &operator{jwts: must[*identity.JWTAuthority](t)(identity.NewJWTAuthority(time.Now()))}
+		var mu sync.Mutex
+		busy, most, signed := 0, 0, 0
+		count := func(by int) {
+			mu.Lock()
+			defer mu.Unlock()
+			busy += by
+			most = max(most, busy)
+			signed += max(0, by)
+		}
+		tokens := newTokens(slowSigner{o, func() { count(1) }, func() { count(-1) }})
+		hostile, stop := context.WithCancel(t.Context())
+		var callers sync.WaitGroup
+		for n := range callsPerPod {
+			callers.Go(func() {
+				for i := 0; hostile.Err() == nil; i++ {
+					_, err := tokens.get(hostile, web1, []string{fmt.Sprint(n, ".", i)})
+					if code := status.Code(err); err != nil && code != codes.ResourceExhausted && hostile.Err() == nil {
+						t.Errorf("the pod's call: %v", err)
+					}
+					time.Sleep(time.Second)
+				}
+			})
+		}
+		time.Sleep(time.Minute)
+		mu.Lock()
+		if most > signsPerPod || signed > signsAtOnce+60*signsPerSecond+1 {
+			t.Errorf("%d at a time are signed for one pod, and %d in a minute", most, signed)
+		}
+		mu.Unlock()
+		if _, err := tokens.get(t.Context(), db, []string{"x"}); err != nil {
+			t.Errorf("another pod's call: %v", err)
+		}
+		stop()
+		callers.Wait()
+		time.Sleep(time.Minute)
+		if _, err := tokens.get(t.Context(), web2, []string{"y"}); err != nil {
+			t.Errorf("a third pod's call: %v", err)
+		}
+		if len(tokens.signs) != 1 {
+			t.Errorf("%d pods are remembered, of which one asked lately", len(tokens.signs))
+		}
+	})
+}
+
+// slowSigner takes half a second.
+type slowSigner struct {
+	JWTSigner
+	begins, ends func()
+}
+
+func (s slowSigner) SignJWT(ctx context.Context, pod identity.Pod, audiences []string) (string, error) {
+	if pod == web1 {
+		s.begins()
+		defer s.ends()
+	}
+	time.Sleep(time.Second / 2)
+	return s.JWTSigner.SignJWT(ctx, pod, audiences)
 }
 
 type signFunc func() (string, error)

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -21,7 +23,14 @@ const (
 	signTimeout = 10 * time.Second
 	// tokensPerIdentity are remembered, in memory alone: 16 of at most 8 KiB.
 	tokensPerIdentity = 16
+	// What is signed for one pod at a time, a second, and beyond that at once. The
+	// operator reads the pod for each, and has so many calls of a node at a time.
+	signsPerPod    = 4
+	signsPerSecond = 2
+	signsAtOnce    = 64
 )
+
+var errTooManyTokens = status.Error(codes.ResourceExhausted, "the pod has too many JWT-SVIDs signed, or had just now: ask for the same audiences again, or later")
 
 // tokens has JWT-SVIDs signed, and gives one again until half of its life is over:
 // an application that fetches one for each of its requests costs the operator
@@ -32,6 +41,14 @@ type tokens struct {
 
 	mu  *sync.Mutex
 	all map[model.Identity]map[string]token // by audiences
+	// signs are what pods had signed, by UID.
+	signs map[string]*signs
+}
+
+// signs of a pod.
+type signs struct {
+	busy int
+	rate *rate.Limiter
 }
 
 type token struct {
@@ -40,7 +57,7 @@ type token struct {
 }
 
 func newTokens(signer JWTSigner) tokens {
-	return tokens{signer: signer, flight: &singleflight.Group{}, mu: &sync.Mutex{}, all: map[model.Identity]map[string]token{}}
+	return tokens{signer: signer, flight: &singleflight.Group{}, mu: &sync.Mutex{}, all: map[model.Identity]map[string]token{}, signs: map[string]*signs{}}
 }
 
 // get returns a token of the pod's identity. The audiences are checked. Errors are
@@ -53,6 +70,10 @@ func (t *tokens) get(ctx context.Context, pod identity.Pod, audiences []string) 
 	}
 	// By pod, since one may be refused what another gets.
 	result := t.flight.DoChan(pod.UID+"\x00"+key, func() (any, error) {
+		if !t.enter(pod.UID) {
+			return "", errTooManyTokens
+		}
+		defer t.leave(pod.UID)
 		// It isn't the first caller's alone.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), signTimeout)
 		defer cancel()
@@ -75,10 +96,38 @@ func (t *tokens) get(ctx context.Context, pod identity.Pod, audiences []string) 
 		if now.Before(have.expires) {
 			return have.svid, nil
 		}
+		if errors.Is(r.Err, errTooManyTokens) {
+			return "", r.Err
+		}
 		return "", status.Errorf(codes.Unavailable, "no JWT-SVID can be signed now: %v", r.Err)
 	case <-ctx.Done():
 		return "", status.FromContextError(ctx.Err()).Err()
 	}
+}
+
+// enter counts a signature of a pod's, unless it has too many. If ok, leave must be
+// called.
+func (t *tokens) enter(pod string) (ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.signs[pod]
+	if s == nil {
+		// Of one that left nothing is kept once it could begin anew anyway.
+		maps.DeleteFunc(t.signs, func(_ string, s *signs) bool { return s.busy == 0 && s.rate.Tokens() >= signsAtOnce })
+		s = &signs{rate: rate.NewLimiter(signsPerSecond, signsAtOnce)}
+		t.signs[pod] = s
+	}
+	if s.busy >= signsPerPod || !s.rate.Allow() {
+		return false
+	}
+	s.busy++
+	return true
+}
+
+func (t *tokens) leave(pod string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.signs[pod].busy--
 }
 
 func (t *tokens) sign(ctx context.Context, pod identity.Pod, audiences []string) (token, error) {
