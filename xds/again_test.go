@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"os/exec"
 	"regexp"
 	"strconv"
@@ -16,7 +15,6 @@ import (
 	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
-	"golang.org/x/net/http2"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -137,21 +135,14 @@ const ended = "ended"
 // it speaks: what it says arrives, once.
 func early(t *testing.T, ca *authority, cert tls.Certificate, header http.Header) string {
 	t.Helper()
-	raw, err := dialFrom("10.7.7.7", fmt.Sprint("10.1.0.3:", PortInbound))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer raw.Close()
-	c := tls.Client(raw, &tls.Config{NextProtos: []string{"h2"}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}})
-	h, err := (&http2.Transport{}).NewClientConn(c)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := peerOf(t, cert)
+	defer h.Close()
 	body, w := io.Pipe()
 	defer w.Close()
 	go io.WriteString(w, "early\n")
-	host := fmt.Sprint("10.1.0.3:", appPort)
-	r, err := h.RoundTrip(&http.Request{Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: host}, Host: host, Header: header, Body: body})
+	request := connectTo(body)
+	request.Header = header
+	r, err := h.RoundTrip(request)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,8 +28,8 @@ func toAppsWithin(d time.Duration) func(*clusterv3.Cluster) {
 	}
 }
 
-// peerOf is a peer's tunnel to the application's pod.
-func peerOf(t *testing.T, ca *authority) *http2.ClientConn {
+// peerOf is a tunnel to the application's pod of the peer that has the certificate.
+func peerOf(t *testing.T, cert tls.Certificate) *http2.ClientConn {
 	t.Helper()
 	raw, err := dialFrom("10.7.7.7", fmt.Sprint("10.1.0.3:", PortInbound))
 	if err != nil {
@@ -37,7 +37,7 @@ func peerOf(t *testing.T, ca *authority) *http2.ClientConn {
 	}
 	t.Cleanup(func() { raw.Close() })
 	h, err := (&http2.Transport{}).NewClientConn(tls.Client(raw, &tls.Config{
-		NextProtos: []string{"h2"}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{ca.certificate(identity("web").String())},
+		NextProtos: []string{"h2"}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert},
 	}))
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +63,7 @@ func TestMuchEarlyDataIsTriedOnce(t *testing.T) {
 			if err := server.WaitServed(t.Context(), testProxy.Key(), "uid-api-0"); err != nil {
 				t.Fatal(err)
 			}
-			wall, h := firewall{t}, peerOf(t, ca)
+			wall, h := firewall{t}, peerOf(t, ca.certificate(identity("web").String()))
 			for _, c := range []struct{ said, attempts int }{{earlyLimit / 2, localAttempts}, {4 * earlyLimit, 1}} {
 				wall.put("drop")
 				body, w := io.Pipe()
@@ -101,7 +101,7 @@ func TestMuchEarlyDataArrives(t *testing.T) {
 			defer w.Close()
 			go w.Write(said)
 			answered := make(chan *http.Response, 1)
-			h := peerOf(t, ca)
+			h := peerOf(t, ca.certificate(identity("web").String()))
 			go func() {
 				r, err := h.RoundTrip(connectTo(body))
 				if err != nil {
