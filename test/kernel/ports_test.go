@@ -3,6 +3,8 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"testing"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
@@ -23,17 +25,37 @@ func TestPortsMeet(t *testing.T) {
 func testPortsMeet(t *testing.T, l *lab.Lab) {
 	const (
 		port = 8092
-		// One in 20 of those that a proxy tries: Linux takes only the even ones while it can,
-		// and steps over some. Four attempts all fail once in 100,000.
-		delivered, outbound = "20000 20999", "30000 30999"
-		held, meanwhile     = 25, 75
+		// Linux takes only the even ones while it can, each up to 16 after the last.
+		delivered, outbound, ports = 20000, 30000, 1000
+		// One in 20 of those that a proxy tries. It has four attempts, and those that stay
+		// are further from each other than two of them: were they in a row, one connection
+		// in some thousand would meet four.
+		held, apart = 25, 24
 		// More than all connections that begin at a time can lose, SYN by SYN, before the first
 		// of them has failed: 12, with three SYNs each until Envoy gives up.
 		enough = 60
 	)
 	n := l.Node1
-	narrow := func(ns *lab.Namespace, ports string) {
-		ns.Do(t, func() { lab.Sysctl(t, "ipv4/ip_local_port_range="+ports, "ipv4/tcp_tw_reuse=1") })
+	narrow := func(ns *lab.Namespace, first, last int) {
+		ns.Do(t, func() {
+			lab.Sysctl(t, fmt.Sprintf("ipv4/ip_local_port_range=%d %d", first, last), "ipv4/tcp_tw_reuse=1")
+		})
+	}
+	// reserve leaves a port in apart from first on, until restore.
+	reserve := func(ns *lab.Namespace, first int) (restore func()) {
+		const reserved = "ipv4/ip_local_reserved_ports"
+		var others []string
+		for p := first; p < first+ports; p += apart {
+			others = append(others, fmt.Sprintf("%d-%d", p+1, p+apart-1))
+		}
+		var before []byte
+		ns.Do(t, func() {
+			var err error
+			before, err = os.ReadFile("/proc/sys/net/" + reserved)
+			lab.Check(t, err)
+			lab.Sysctl(t, reserved+"="+strings.Join(others, ","))
+		})
+		return func() { ns.Do(t, func() { lab.Sysctl(t, reserved+"="+string(before)) }) }
 	}
 	for _, h := range []*lab.Host{l.A1, l.A2, l.Outside} {
 		l.ServeGreeting(h, port)
@@ -42,7 +64,7 @@ func testPortsMeet(t *testing.T, l *lab.Lab) {
 		what  string
 		from  *lab.Host
 		to    lab.Pair
-		ports string
+		first int // of the ports that it has
 		// The pod and its tenant have them from the same ports, on either side of the proxy.
 		own bool
 	}
@@ -60,46 +82,46 @@ func testPortsMeet(t *testing.T, l *lab.Lab) {
 	former := n.Proxy("team-a")
 	var stay, begin []running
 	for _, w := range ways {
-		narrow(former, w.ports)
+		chooses := []*lab.Namespace{former}
 		if w.own {
-			narrow(w.from.Namespace, w.ports)
+			chooses = append(chooses, w.from.Namespace)
+		}
+		var restore []func()
+		for _, ns := range chooses {
+			narrow(ns, w.first, w.first+ports-1)
+			restore = append(restore, reserve(ns, w.first))
 		}
 		to := lab.At(w.to.V4, port).String()
-		// Others between them, so that those that stay aren't in a row.
-		others := w.from.BeginUntil(t, "hold", fmt.Sprint("--connections=", meanwhile), "--interval=1s", to)
 		stay = append(stay, running{w, w.from.BeginUntil(t, "hold", fmt.Sprint("--connections=", held), "--interval=500ms", "--timeout=20s", to)})
 		pod := l.A1
 		if w.to == l.A2.Pair {
 			pod = l.A2
 		}
-		open := func(want func(int) bool) func() error {
-			return func() error {
-				flows, err := bpf.EstablishedFlows(pod.Path, pod.V4)
-				count := 0
-				for _, f := range flows {
-					if f.Pod.Port() == port || f.Peer.Port() == port {
-						count++
-					}
-				}
-				if err == nil && !want(count) {
-					err = fmt.Errorf("there are %d", count)
-				}
-				return err
-			}
-		}
-		before := 0
+		want := held
 		for _, s := range stay[:len(stay)-1] {
 			if w.own && s.to == pod.Pair {
-				before += held
+				want += held
 			}
 		}
-		lab.Eventually(t, "connections "+w.what, open(func(n int) bool { return n == before+held+meanwhile }))
-		var result app.RunResult
-		others(&result)
-		lab.Eventually(t, "the end of some "+w.what, open(func(n int) bool { return n == before+held }))
+		lab.Eventually(t, "connections "+w.what, func() error {
+			flows, err := bpf.EstablishedFlows(pod.Path, pod.V4)
+			count := 0
+			for _, f := range flows {
+				if f.Pod.Port() == port || f.Peer.Port() == port {
+					count++
+				}
+			}
+			if err == nil && count != want {
+				err = fmt.Errorf("there are %d, want %d", count, want)
+			}
+			return err
+		})
+		for _, f := range restore {
+			f()
+		}
 	}
 	// What it opens from now on isn't what this is about.
-	narrow(former, "1024 65535")
+	narrow(former, 1024, 65535)
 
 	want := 0
 	for _, p := range n.Pods {
@@ -126,14 +148,14 @@ func testPortsMeet(t *testing.T, l *lab.Lab) {
 	l.Publish()
 	n.WritePlan()
 	lab.Eventually(t, "the other tenant", func() error {
-		narrow(other, delivered)
+		narrow(other, delivered, delivered+ports-1)
 		if has := n.Tenant("_node"); !has.Ready || len(has.Pods) != want {
 			return fmt.Errorf("%s, pods %+v", has.Reason, has.Pods)
 		}
 		return nil
 	})
 	lab.Eventually(t, "ports that meet", func() error {
-		narrow(other, delivered) // the agent sets them back
+		narrow(other, delivered, delivered+ports-1) // the agent sets them back
 		if drops := n.Tenant("_node").Drops; drops["portsTaken"] < enough {
 			return fmt.Errorf("%v, want %d", drops, enough)
 		}
