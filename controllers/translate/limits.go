@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
+
+	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 )
@@ -104,7 +107,7 @@ func capped(p *v1alpha1.ProxyLimits, b Bounds) string {
 	var cut []string
 	for _, f := range fields {
 		if have, most := *f.of(&want), *f.of(&b.Ceilings); have != 0 && most != 0 && have > most {
-			cut = append(cut, fmt.Sprintf("%s %d is cut to %d", f.name, have, most))
+			cut = append(cut, fmt.Sprintf("%s %s is cut to %s", f.name, f.says(have), f.says(most)))
 		}
 	}
 	if p.WarmStandby != nil && *p.WarmStandby && b.NoStandby {
@@ -167,24 +170,32 @@ func proxyLimits(s *v1alpha1.ProxyLimits) v1alpha1.Limits {
 	return l
 }
 
-// limitField is a field of Limits. 0 is no limit; else the smaller is the stricter.
+// limitField is a field of Limits, under its name in a policy, and how a policy writes a
+// value of it. 0 is no limit; else the smaller is the stricter.
 type limitField struct {
 	name string
 	of   func(*v1alpha1.Limits) *int64
+	says func(int64) string
 }
 
+func inCPUs(millis int64) string {
+	return resource.NewMilliQuantity(millis, resource.DecimalSI).String()
+}
+func inBytes(n int64) string  { return resource.NewQuantity(n, resource.BinarySI).String() }
+func inNumber(n int64) string { return strconv.FormatInt(n, 10) }
+
 var fields = []limitField{
-	{"cpuWeight", func(l *v1alpha1.Limits) *int64 { return &l.CPUWeight }},
-	{"cpuMillis", func(l *v1alpha1.Limits) *int64 { return &l.CPUMillis }},
-	{"memoryHigh", func(l *v1alpha1.Limits) *int64 { return &l.MemoryHigh }},
-	{"memoryMax", func(l *v1alpha1.Limits) *int64 { return &l.MemoryMax }},
-	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }},
-	{"connections", func(l *v1alpha1.Limits) *int64 { return &l.Connections }},
-	{"newConnections", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }},
-	{"newDirect", func(l *v1alpha1.Limits) *int64 { return &l.NewDirect }},
-	{"egress", func(l *v1alpha1.Limits) *int64 { return &l.Egress }},
-	{"ingress", func(l *v1alpha1.Limits) *int64 { return &l.Ingress }},
-	{"concurrency", func(l *v1alpha1.Limits) *int64 { return &l.Concurrency }},
+	{"cpu.weight", func(l *v1alpha1.Limits) *int64 { return &l.CPUWeight }, inNumber},
+	{"cpu.limit", func(l *v1alpha1.Limits) *int64 { return &l.CPUMillis }, inCPUs},
+	{"memory.high", func(l *v1alpha1.Limits) *int64 { return &l.MemoryHigh }, inBytes},
+	{"memory.max", func(l *v1alpha1.Limits) *int64 { return &l.MemoryMax }, inBytes},
+	{"pids", func(l *v1alpha1.Limits) *int64 { return &l.Pids }, inNumber},
+	{"connections.concurrent", func(l *v1alpha1.Limits) *int64 { return &l.Connections }, inNumber},
+	{"connections.newPerSecond", func(l *v1alpha1.Limits) *int64 { return &l.NewConnections }, inNumber},
+	{"connections.newDirectPerSecond", func(l *v1alpha1.Limits) *int64 { return &l.NewDirect }, inNumber},
+	{"bandwidth.egress", func(l *v1alpha1.Limits) *int64 { return &l.Egress }, inBytes},
+	{"bandwidth.ingress", func(l *v1alpha1.Limits) *int64 { return &l.Ingress }, inBytes},
+	{"concurrency", func(l *v1alpha1.Limits) *int64 { return &l.Concurrency }, inNumber},
 }
 
 func stricter(l *v1alpha1.Limits, by v1alpha1.Limits) {

@@ -126,7 +126,7 @@ func TestPolicyStatusOfBounds(t *testing.T) {
 	other.Tenant = model.Tenant{Scope: model.ScopePod, Namespace: "a", Name: "p"}
 	p := policyOf(v1alpha1.ProxyLimits{CPU: cpuLimit("4")})
 	s := IsolationPolicyStatus(&p, PolicyInput{Member: true, Want: want, Bounds: Bounds{Ceilings: v1alpha1.Limits{CPUMillis: 1000}}, Nodes: []NodeView{node, other}}, metav1.NewTime(born))
-	wantCondition(t, s.Conditions, "Accepted", metav1.ConditionTrue, ReasonCapped, "cpuMillis 4000 is cut to 1000")
+	wantCondition(t, s.Conditions, "Accepted", metav1.ConditionTrue, ReasonCapped, "cpu.limit 4 is cut to 1")
 	wantCondition(t, s.Conditions, "Ready", metav1.ConditionTrue, ReasonPartlyEnforced, "n1: memory high: no")
 	if len(s.Nodes) != 2 || s.Nodes[0].Tenant == s.Nodes[1].Tenant || s.Nodes[0].Hits.OOMKills != 3 || len(s.Nodes[0].Unenforced) != 1 {
 		t.Errorf("nodes %+v", s.Nodes)
@@ -169,14 +169,14 @@ func TestEnforced(t *testing.T) {
 	// On its way up or down, come or gone: each field is waited for. Concurrency is told
 	// by the node.
 	for _, f := range fields {
-		if f.name == "concurrency" || f.name == "memoryHigh" {
+		if f.name == "concurrency" || f.name == "memory.high" {
 			continue
 		}
 		for what, n := range map[string]int64{"above": *f.of(&limits) + pages, "below": *f.of(&limits) / 2, "none yet": 0} {
 			other := limits
 			*f.of(&other) = n
 			t.Run(f.name+"/"+what, func(t *testing.T) { wantReady(t, other, limits, nil, ReasonProgressing) })
-			if f.name != "cpuWeight" && n != 0 { // no weight is the kernel's own
+			if f.name != "cpu.weight" && n != 0 { // no weight is the kernel's own
 				none := without(func(l *v1alpha1.Limits) { *f.of(l) = 0 })
 				t.Run(f.name+"/"+what+" and none wanted", func(t *testing.T) { wantReady(t, other, none, nil, ReasonProgressing) })
 			}
@@ -252,7 +252,7 @@ func TestStrictestOfEachField(t *testing.T) {
 			t.Errorf("%s: %d with a ceiling of %d is %d", f.name, lax, ceiling, *f.of(&got))
 		}
 		wanted := spec(lax).Spec.ProxyLimits
-		if cut := capped(&wanted, b); cut != f.name+" 30 is cut to 25" {
+		if cut := capped(&wanted, b); cut != f.name+" "+f.says(lax)+" is cut to "+f.says(ceiling) {
 			t.Errorf("%s: the owner is told %q", f.name, cut)
 		}
 	}
