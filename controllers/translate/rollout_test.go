@@ -361,10 +361,15 @@ func TestRolloutWaitsForVersions(t *testing.T) {
 	spec := steps()
 	spec.Target.Image = "registry.example/envoy@sha256:" + strings.Repeat("ab", 32)
 	f := newFleet(t, spec, "a", "b", "c", "d")
-	f.lacks["n2"] = "DigestMismatch"
+	f.lacks["n1"], f.lacks["n2"] = "ImageNotFound", "DigestMismatch"
+	f.report()
+	if s := f.want("all lack it", v1alpha1.RolloutProgressing, ""); s.ReachedTenants != 0 || strings.Contains(s.Message, "what serves has not crashed") {
+		t.Errorf("reached by %d tenants: %s", s.ReachedTenants, s.Message)
+	}
+	delete(f.lacks, "n1")
 	f.report()
 	s := f.want("n2 lacks it", v1alpha1.RolloutProgressing, "")
-	if s.Version != newEnvoy+"+abababababab" || !strings.Contains(s.Message, "n2 (DigestMismatch") {
+	if s.Version != newEnvoy+"+abababababab" || !strings.Contains(s.Message, "n2 (DigestMismatch") || !strings.Contains(s.Message, "nothing has begun anywhere") {
 		t.Errorf("%+v", s)
 	}
 	for _, n := range f.nodes {
@@ -373,7 +378,9 @@ func TestRolloutWaitsForVersions(t *testing.T) {
 		}
 	}
 	f.rollout.Spec.MaxUnavailable = 1
-	f.want("n2 may lag behind", v1alpha1.RolloutWaiting, "a 10")
+	if s := f.want("n2 may lag behind", v1alpha1.RolloutWaiting, "a 10"); s.ReachedTenants != 1 {
+		t.Errorf("it was reached by %d tenants: %s", s.ReachedTenants, s.Message)
+	}
 	f.rollout.Spec.MaxUnavailable = 0
 	f.lacks = map[string]string{}
 	f.report()

@@ -38,11 +38,15 @@ func (r *rollout) proceed() map[string]NodeRollout {
 			// A step that was reached stays so: a node or a pod that comes later, or an
 			// agent that starts anew, holds it up but doesn't have it begin again.
 			s.Phase = v1alpha1.RolloutProgressing
-			s.Message = fmt.Sprintf("%s; nodes that lack it or say nothing: %s (at most %d may)", of, describe(lacking), spec.MaxUnavailable)
+			s.Message = fmt.Sprintf("%s; nodes that lack it or say nothing: %s (spec.maxUnavailable lets %d)", of, describe(lacking), spec.MaxUnavailable)
 			if s.Step == 1 {
 				// Nothing begins anywhere before the version is where it is needed. What has
 				// begun stays: a node may have joined since.
-				return r.nodes(r.begun())
+				begun := r.begun()
+				if len(begun) == 0 {
+					s.Message += ", so nothing has begun anywhere"
+				}
+				return r.nodes(begun)
 			}
 		case len(waiting) > 0:
 			s.Phase = v1alpha1.RolloutProgressing
@@ -203,10 +207,11 @@ func (r *rollout) count(taking map[string]int32, lacking map[string]string) (wai
 			r.again(until.Sub(r.Now))
 			continue
 		}
-		reached := true
+		reached, lag := true, 0
 		for _, p := range r.tenants[name] {
 			switch {
 			case lacking[p.node.Name] != "":
+				lag++
 			case r.isAnothers(p):
 				waiting = append(waiting, name+" on "+p.node.Name+r.awaited(p))
 				reached = false
@@ -215,7 +220,8 @@ func (r *rollout) count(taking map[string]int32, lacking map[string]string) (wai
 				reached = false
 			}
 		}
-		if reached {
+		mayLag := len(lacking) <= int(r.Rollout.Spec.MaxUnavailable) && lag < len(r.tenants[name])
+		if reached && (lag == 0 || mayLag) {
 			r.status.ReachedTenants++
 		}
 	}
