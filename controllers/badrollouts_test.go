@@ -51,13 +51,15 @@ func TestBadVersionsChangeNothing(t *testing.T) {
 			r := newRolling(t)
 			says, told := "why it is so", reason
 			if reason == "UnknownProxyVersion" {
-				says, told = "its agent doesn't have it", ""
+				says, told = "its agent doesn't have it, but 1.40.0", ""
 			}
 			before := r.nodeProxy("n1").Spec
 			s := r.lacks(told, says)
 			c := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionVersionAvailable)
 			if c == nil || c.Status != metav1.ConditionFalse || c.Reason != reason || !strings.Contains(c.Message, says) || !strings.Contains(c.Message, "n1 (") {
 				t.Errorf("the condition is %+v", c)
+			} else if toDo := strings.Contains(c.Message, "with a version that they have"); toDo != (reason == "UnknownProxyVersion") {
+				t.Errorf("it says what to do, %t: %s", toDo, c.Message)
 			}
 			if events := r.fetching(); len(events) != 1 || !strings.HasPrefix(events[0], "ProxyRollout Warning "+reason+" FetchVersion: ") || !strings.Contains(events[0], says) {
 				t.Errorf("told is %q", events)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -64,7 +65,7 @@ func (r *rollout) lackOf(n *v1alpha1.NodeProxy) (l lack, lacks bool) {
 	if slices.Contains(n.Status.ProxyVersions, r.version) {
 		return l, false
 	}
-	l = lack{ReasonUnknownProxyVersion, "its agent doesn't have it"}
+	l = lack{ReasonUnknownProxyVersion, "its agent doesn't have it, but " + strings.Join(n.Status.ProxyVersions, ", ")}
 	if r.Rollout.Spec.Target.Image != "" {
 		l = lack{ReasonFetching, "is being fetched"}
 	}
@@ -122,6 +123,9 @@ func (r *rollout) available() []metav1.Condition {
 		}
 		c.Status, c.Reason = metav1.ConditionFalse, worst(lacks)
 		c.Message = fmt.Sprintf("Envoy %s isn't on %d nodes: %s; what runs there goes on as it is", r.version, len(lacks), describe(messages))
+		if c.Reason == ReasonUnknownProxyVersion {
+			c.Message += "; bring agents that have it, or abort and create another ProxyRollout with a version that they have, or with an image"
+		}
 	}
 	return conditions(r.status.Conditions, metav1.NewTime(r.Now), c)
 }
