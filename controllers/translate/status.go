@@ -331,7 +331,7 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 		accepted.Message = fmt.Sprintf("the agents have no Envoy %s on %s; see status.proxyVersions of the NodeProxies", version, listed(keys(lacking)))
 	case in.Namespaces == 0:
 		accepted.Status = metav1.ConditionTrue
-		accepted.Reason, accepted.Message = ReasonNothingSelected, "no namespace matches; see the labels of the namespaces"
+		accepted.Reason, accepted.Message = ReasonNothingSelected, "no namespace has the labels that a rule asks for ("+selectors(t.Spec.Rules)+"); label one, or correct the rule"
 	default:
 		accepted.Status = metav1.ConditionTrue
 		accepted.Reason, accepted.Message = ReasonAccepted, fmt.Sprintf("%d namespaces are in the mesh", in.Namespaces)
@@ -399,6 +399,18 @@ func byNode(nodes []NodeView) []NodeView {
 	nodes = slices.Clone(nodes)
 	slices.SortFunc(nodes, func(a, b NodeView) int { return strings.Compare(a.Node, b.Node) })
 	return nodes
+}
+
+// selectors are those of a topology's rules, for people.
+func selectors(rules []v1alpha1.TenancyRule) string {
+	var out []string
+	for i := range rules[:min(len(rules), maxListed)] {
+		out = append(out, metav1.FormatLabelSelector(&rules[i].NamespaceSelector))
+	}
+	if len(rules) > maxListed {
+		out = append(out, "…")
+	}
+	return strings.Join(out, " or ")
 }
 
 func listed(names []string) string {

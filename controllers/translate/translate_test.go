@@ -277,7 +277,7 @@ func TestStatus(t *testing.T) {
 	}{
 		{"in force", old, TopologyInput{Namespaces: 1, Proxies: []NodeView{up}}, ReasonAccepted, ReasonReady, ""},
 		{"overlaps", young, TopologyInput{Lost: map[string]string{"shop": "old"}}, ReasonOverlaps, ReasonReady, "shop (in old)"},
-		{"nothing selected", old, TopologyInput{}, ReasonNothingSelected, ReasonReady, ""},
+		{"nothing selected", old, TopologyInput{}, ReasonNothingSelected, ReasonReady, "(a=1)"},
 		{"unknown version", old, TopologyInput{Namespaces: 1, Proxies: []NodeView{without}}, ReasonUnknownProxyVersion, ReasonReady, "n1"},
 		{"other trust domain", other, TopologyInput{}, ReasonTrustDomainMismatch, ReasonReady, `"td"`},
 		{"not ready", old, TopologyInput{Namespaces: 1, Proxies: []NodeView{down, silent}}, ReasonAccepted, ReasonNodesNotReady, ""},
