@@ -4,6 +4,7 @@ package cost
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -60,13 +61,23 @@ func Run(ctx context.Context, reader client.Reader, namespace string, o Options,
 	}
 	rows := Report(list.Items, back, time.Now())
 	if len(rows) == 0 {
-		where := "in namespace " + namespace
-		if namespace == "" {
-			where = "in any namespace"
-		}
-		return fmt.Errorf("nothing has been counted %s yet; see kubectl get tenantproxies", where)
+		return nothing(namespace, len(list.Items) > 0)
 	}
 	return write(w, rows)
+}
+
+// nothing says why there are no rows: of a tenant that there is, the first figures take
+// a minute at its agent and another one at the operator.
+func nothing(namespace string, tenants bool) error {
+	switch {
+	case tenants && namespace == "":
+		return errors.New("nothing has been counted in any namespace yet; the first figures come within some two minutes of the first proxy's start")
+	case tenants:
+		return fmt.Errorf("nothing has been counted in namespace %s yet; the first figures come within some two minutes of its first proxy's start", namespace)
+	case namespace == "":
+		return errors.New("there are no TenantProxies: no namespace of the mesh has pods; see kubectl get meshtopologies")
+	}
+	return fmt.Errorf("there is no TenantProxy in namespace %s: it doesn't exist, isn't in the mesh or has no pods; choose another by -n, or all by -A", namespace)
 }
 
 // parseSince returns 0 for "".

@@ -76,7 +76,8 @@ func TestRun(t *testing.T) {
 	}
 	a := proxy("team-a", time.Hour, v1alpha1.TenantCost{Estimated: true, Total: v1alpha1.Taken{CPUMilliseconds: 1500, BytesSent: 3 << 20, BytesReceived: 12, Connections: 7}})
 	b := proxy("team-b", time.Hour, v1alpha1.TenantCost{Total: v1alpha1.Taken{CPUMilliseconds: 500}})
-	reader := fake.NewClientBuilder().WithScheme(scheme).WithObjects(&a, &b).Build()
+	young := v1alpha1.TenantProxy{ObjectMeta: metav1.ObjectMeta{Namespace: "team-c", Name: "team-c"}}
+	reader := fake.NewClientBuilder().WithScheme(scheme).WithObjects(&a, &b, &young).Build()
 	run := func(namespace, output string) string {
 		var w bytes.Buffer
 		if err := Run(context.Background(), reader, namespace, Options{Output: output}, &w); err != nil {
@@ -105,7 +106,8 @@ func TestRun(t *testing.T) {
 		namespace string
 		o         Options
 		want      string
-	}{{"", Options{Output: "yaml"}, "table, csv or json"}, {"team-z", Options{Output: "csv"}, "namespace team-z"}, {"", Options{Output: "csv", Since: "x"}, "since"}} {
+	}{{"", Options{Output: "yaml"}, "table, csv or json"}, {"team-z", Options{Output: "csv"}, "no TenantProxy in namespace team-z"},
+		{"team-c", Options{Output: "csv"}, "namespace team-c yet"}, {"", Options{Output: "csv", Since: "x"}, "since"}} {
 		if err := Run(context.Background(), reader, c.namespace, c.o, &bytes.Buffer{}); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v", c, err)
 		}
