@@ -15,7 +15,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
@@ -35,9 +34,9 @@ type Options struct {
 	Service string
 	// Listen is where agents are served. Default :15012.
 	Listen string
-	// Health is where /healthz and /readyz are. Default :8081.
+	// Health is where /healthz and /readyz are, "0" for nowhere. Default :8081.
 	Health string
-	// Metrics is where /metrics is. Default :8080.
+	// Metrics is where /metrics is, "0" for nowhere. Default :8080.
 	Metrics string
 	// JWTTTL is how long JWT-SVIDs live, between identity.MinJWTTTL and
 	// identity.MaxJWTTTL. Default identity.DefaultJWTTTL.
@@ -63,7 +62,8 @@ func Run(ctx context.Context, o Options) error {
 	mgr, err := ctrl.NewManager(o.Config, manager.Options{
 		Scheme: newScheme(), Cache: cacheOptions(o.Namespace),
 		LeaderElection: true, LeaderElectionID: "bulkhead-operator", LeaderElectionNamespace: o.Namespace, LeaderElectionReleaseOnCancel: true,
-		HealthProbeBindAddress: cmp.Or(o.Health, ":8081"), Metrics: metricsserver.Options{BindAddress: cmp.Or(o.Metrics, ":8080")},
+		// Its own servers have no bounds; see openPorts.
+		HealthProbeBindAddress: "0", Metrics: metricsserver.Options{BindAddress: "0"},
 	})
 	if err != nil {
 		return fmt.Errorf("make manager: %w", err)
@@ -130,8 +130,7 @@ func setUp(ctx context.Context, mgr manager.Manager, o Options) error {
 		mgr.Add(loader{m, k, late}),
 		mgr.Add(jwts),
 		mgr.Add(&server{address: cmp.Or(o.Listen, ":15012"), keeper: k, mesh: m, log: o.Logger, door: door, register: register}),
-		mgr.AddHealthzCheck("ping", healthz.Ping),
-		mgr.AddReadyzCheck("mesh", func(*http.Request) error {
+		openPorts(mgr, cmp.Or(o.Health, ":8081"), cmp.Or(o.Metrics, ":8080"), func(*http.Request) error {
 			select {
 			case <-m.loaded:
 				return nil
