@@ -6,9 +6,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"fmt"
 	"log/slog"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -245,5 +247,55 @@ func TestRefusalSeries(t *testing.T) {
 	var m dto.Metric
 	if err := r.counter.WithLabelValues("SignCertificate", otherSeries, otherSeries, CauseFinished).Write(&m); err != nil || m.GetCounter().GetValue() != 100 {
 		t.Errorf("%v counted together, %v", m.GetCounter().GetValue(), err)
+	}
+}
+
+// An agent that is refused all the time doesn't fill the log, nor keep others' refusals
+// out of it; what isn't said is counted.
+func TestRefusalsAreLoggedAtAPace(t *testing.T) {
+	o := newOperator(t)
+	var seconds atomic.Int64
+	o.service.now = func() time.Time { return time.Unix(1e9+seconds.Load(), 0) }
+	asks := func(node string, times int) {
+		t.Helper()
+		bearer := o.tokens.issue(agentOf(node))
+		for range times {
+			if code := status.Code(o.sign(bearer, reviews)); code != codes.PermissionDenied {
+				t.Fatalf("%s is told %v", node, code)
+			}
+		}
+	}
+	lines := func(node string) int { return strings.Count(o.log.String(), "node="+node) }
+	asks("node-2", 5*refusalsAtOnce)
+	asks("node-3", 1)
+	if taken, other := lines("node-2"), lines("node-3"); taken != refusalsAtOnce || other != 1 {
+		t.Errorf("%d lines of the agent that was taken over, %d of another", taken, other)
+	}
+	seconds.Store(3)
+	asks("node-2", 2*refusalsAtOnce)
+	if n := lines("node-2"); n != refusalsAtOnce+3*refusalsPerSecond {
+		t.Errorf("%d lines 3 s later", n)
+	}
+	if unsaid := fmt.Sprintf("unsaid=%d\n", 4*refusalsAtOnce); !strings.Contains(o.log.String(), unsaid) {
+		t.Errorf("the log lacks %s", unsaid)
+	}
+	var m dto.Metric
+	if err := o.service.refusals.counter.WithLabelValues("SignCertificate", "node-2", reviews.String(), CauseOtherNode).Write(&m); err != nil || m.GetCounter().GetValue() != 7*refusalsAtOnce {
+		t.Errorf("%v are counted, %v", m.GetCounter().GetValue(), err)
+	}
+
+	o.log.Reset()
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+o.tokens.issue(agentOf("node-4")))
+	long := strings.Repeat("x", 1<<20)
+	_, err := o.client.AttachPod(ctx, &nodev1alpha1.AttachPodRequest{PodUid: long, PodNamespace: long, PodName: long})
+	if status.Code(err) != codes.InvalidArgument || o.log.Len() == 0 || o.log.Len() > 1024 {
+		t.Errorf("%v, in %d bytes of log", status.Code(err), o.log.Len())
+	}
+
+	for n := range 2 * refusalSeries {
+		o.service.refusals.mayLog(fmt.Sprint(n), time.Unix(int64(n)*refusalsAtOnce, 0))
+	}
+	if n := len(o.service.refusals.lines); n > refusalSeries {
+		t.Errorf("%d nodes are remembered", n)
 	}
 }

@@ -3,6 +3,7 @@ package nodeservice
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -19,7 +20,10 @@ import (
 // podRef is a pod as an agent names it.
 type podRef struct{ UID, Namespace, Name string }
 
-func (r podRef) String() string { return r.Namespace + "/" + r.Name + " (" + r.UID + ")" }
+// String is as long as the names of pods can be at most: an agent can send any.
+func (r podRef) String() string {
+	return fmt.Sprintf("%.63s/%.253s (%.128s)", r.Namespace, r.Name, r.UID)
+}
 
 // memberPod is a pod of the mesh that runs, or is about to, on the caller's node.
 type memberPod struct {

@@ -3,7 +3,9 @@ package nodeservice
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
@@ -36,6 +38,10 @@ const (
 	// together.
 	refusalSeries = 4096
 	otherSeries   = "other"
+	// Lines in the log of those who are refused, of each node whose agent is, and of all
+	// others together.
+	refusalsPerSecond = 1
+	refusalsAtOnce    = 32
 )
 
 // refusal is a status with its cause, and the identity that it is about, if there
@@ -68,8 +74,17 @@ type refusals struct {
 	counter *prometheus.CounterVec
 	mu      sync.Mutex
 	series  map[[4]string]struct{}
-	// strangers bounds what callers without a valid token write to the log.
+	// strangers bounds what callers without a valid token write to the log, lines what
+	// each node's agent does.
 	strangers *rate.Limiter
+	lines     map[string]*lines
+}
+
+// lines are a node's in the log.
+type lines struct {
+	*rate.Limiter
+	// unsaid are refusals since the last one that the log has.
+	unsaid int
 }
 
 func newRefusals() *refusals {
@@ -78,7 +93,7 @@ func newRefusals() *refusals {
 			Namespace: "bulkhead", Subsystem: "nodeservice", Name: "refusals_total",
 			Help: "Calls of agents that were refused, by the calling node, the identity that it was about and the cause; node and identity are empty where they aren't known.",
 		}, []string{"call", "node", "identity", "cause"}),
-		series: map[[4]string]struct{}{}, strangers: rate.NewLimiter(1, 32),
+		series: map[[4]string]struct{}{}, strangers: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce), lines: map[string]*lines{},
 	}
 }
 
@@ -96,13 +111,38 @@ func (r *refusals) count(call, node, identity, cause string) {
 	r.counter.WithLabelValues(key[:]...).Inc()
 }
 
+// mayLog reports whether the log has room for a refusal of a node's agent, and how many
+// it hadn't since the last: an agent that was taken over must not fill the log, or keep
+// others' refusals out of it.
+func (r *refusals) mayLog(node string, now time.Time) (unsaid int, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.lines[node]
+	if l == nil {
+		if len(r.lines) >= refusalSeries {
+			// Those who could begin anew anyway.
+			maps.DeleteFunc(r.lines, func(_ string, l *lines) bool { return l.TokensAt(now) >= refusalsAtOnce })
+		}
+		l = &lines{Limiter: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce)}
+		r.lines[node] = l
+	}
+	if !l.AllowN(now, 1) {
+		l.unsaid++
+		return 0, false
+	}
+	unsaid, l.unsaid = l.unsaid, 0
+	return unsaid, true
+}
+
 // refused logs and counts what an honest agent doesn't cause, and passes err on:
 // the other side's log isn't this one's to rely on.
 func (s *Service) refused(c Caller, call string, ref podRef, err error) error {
 	if code := status.Code(err); code == codes.PermissionDenied || code == codes.InvalidArgument {
 		cause, identity := causeOf(err)
-		s.o.Log.Warn("agent refused", "node", c.Node, "call", call, "pod", ref.String(), "identity", identity, "cause", cause, "error", err)
 		s.refusals.count(call, c.Node, identity, cause)
+		if unsaid, ok := s.refusals.mayLog(c.Node, s.now()); ok {
+			s.o.Log.Warn("agent refused", "node", c.Node, "call", call, "pod", ref.String(), "identity", identity, "cause", cause, "error", err, "unsaid", unsaid)
+		}
 	}
 	return err
 }
