@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -169,6 +170,33 @@ func TestStrangersAreFew(t *testing.T) {
 		if code := sign(as(t, "agent"), agent); code != codes.InvalidArgument {
 			t.Fatalf("an agent's call: %v", code)
 		}
+	}
+}
+
+// Who goes on to call although calls are refused loses the connection in the end: gRPC
+// keeps a little of each.
+func TestStrangersPatience(t *testing.T) {
+	address, _ := guarded(t, func(d *Door) { d.stay = time.Minute })
+	var dials atomic.Int32
+	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			dials.Add(1)
+			return (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	calls := 0
+	for dials.Load() < 2 {
+		// A call that finds the connection ended waits for the next one, as those to come do.
+		code := sign(as(t, "made up"), conn)
+		if calls++; calls > strangerPatience+1000 {
+			t.Fatalf("%d calls on one connection, the last was told %v", calls, code)
+		}
+	}
+	if calls <= strangerPatience {
+		t.Errorf("the connection has ended after %d calls, which it may have", calls)
 	}
 }
 
