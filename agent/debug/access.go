@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -42,6 +43,9 @@ func (s *Server) authenticate(ctx context.Context, r *http.Request, audience str
 	if !ok || token == "" || len(token) > maxToken {
 		return authenticationv1.UserInfo{}, refusal{http.StatusUnauthorized,
 			fmt.Errorf("show a token: kubectl create token NAME --audience %s", audience)}
+	}
+	if !s.pace.mayAsk(r.RemoteAddr, time.Now()) {
+		return authenticationv1.UserInfo{}, refusal{http.StatusTooManyRequests, errors.New("too many tokens are shown here: try again")}
 	}
 	review := authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{audience}}}
 	if err := s.o.Reviews.Create(ctx, &review); err != nil {

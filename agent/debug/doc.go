@@ -12,7 +12,7 @@
 // instead, as root of the node.
 //
 // What hostile pods can reach is TLS, one request header of 16 KiB within 5 s,
-// and a TokenReview; connections are bounded by source and altogether. The answer
-// is made by the tenant's own Envoy, in its memory; the agent holds 16 MiB of four
-// tenants at most.
+// and a TokenReview, at a pace; connections are bounded by source and altogether.
+// The answer is made by the tenant's own Envoy, in its memory; the agent holds
+// 16 MiB of four tenants at most.
 package debug

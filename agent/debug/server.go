@@ -58,6 +58,7 @@ type Server struct {
 	log  *slog.Logger
 	name string
 	cert certificate
+	pace *pace
 
 	refusals *rate.Limiter
 	// unsaid are refusals since the last one that the log has.
@@ -78,7 +79,7 @@ func New(o Options) *Server {
 		o.Log = slog.Default()
 	}
 	name := identity.AgentServerName(o.Node)
-	return &Server{o: o, log: o.Log, name: name, refusals: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce), answers: map[model.Tenant]bool{},
+	return &Server{o: o, log: o.Log, name: name, pace: newPace(), refusals: rate.NewLimiter(refusalsPerSecond, refusalsAtOnce), answers: map[model.Tenant]bool{},
 		cert: certificate{sign: o.Sign, roots: o.Roots, name: name, renewed: make(chan struct{}, 1)}}
 }
 
@@ -156,6 +157,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	s.pace.letIn(r.RemoteAddr, time.Now())
 	s.o.Metrics.ServeHTTP(w, r)
 }
 
@@ -183,6 +185,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	s.pace.letIn(r.RemoteAddr, time.Now())
 	if !s.enter(q.Tenant) {
 		http.Error(w, "somebody is being answered already: try again", http.StatusTooManyRequests)
 		return

@@ -274,6 +274,41 @@ func TestRefusalsAreToldAtAPace(t *testing.T) {
 	}
 }
 
+// Made up tokens, from however many addresses, are reviewed at a pace, which doesn't keep
+// out who was let in before.
+func TestReviewsArePaced(t *testing.T) {
+	b := newBench(t)
+	ask := func(address, token string) int {
+		r := httptest.NewRequest("GET", metricsPath, nil)
+		r.RemoteAddr = address
+		r.Header.Set("Authorization", "Bearer "+token)
+		w := httptest.NewRecorder()
+		b.server.handler().ServeHTTP(w, r)
+		return w.Code
+	}
+	const prometheus, scraper = "10.0.0.1:1", "scraper@metrics.bulkhead"
+	if code := ask(prometheus, scraper); code != http.StatusOK {
+		t.Fatalf("before: %d", code)
+	}
+	before, begun := b.api.reviews, time.Now()
+	codes := map[int]int{}
+	for n := range 1000 {
+		codes[ask(fmt.Sprintf("10.1.%d.%d:1", n>>8, n&255), fmt.Sprint("made up ", n))]++
+	}
+	if most := strangersAtOnce + 1 + int(time.Since(begun).Seconds()*strangersPerSecond); b.api.reviews-before > most || codes[http.StatusTooManyRequests] < 1000-most {
+		t.Errorf("%d reviews of 1000 made up tokens, answers %v, want %d at most", b.api.reviews-before, codes, most)
+	}
+	if code := ask(prometheus, scraper); code != http.StatusOK {
+		t.Errorf("who was let in before is told %d", code)
+	}
+	for n := range 2 * knownLimit {
+		b.server.pace.letIn(fmt.Sprintf("10.2.%d.%d:1", n>>8, n&255), time.Now())
+	}
+	if n := len(b.server.pace.until); n > knownLimit {
+		t.Errorf("%d addresses are remembered", n)
+	}
+}
+
 // One answer a tenant, and a few of all.
 func TestAnswersAreBounded(t *testing.T) {
 	b := newBench(t)
