@@ -369,6 +369,7 @@ func (m *mesh) syncNode(ctx context.Context, name string) error {
 		return errors.Join(errs...)
 	}
 	m.triggers.network.add(struct{}{})
+	m.triggers.status.add(m.topologies.Names()...)
 	for _, p := range m.nodePods[name] {
 		m.triggers.pods.add(p.key)
 	}

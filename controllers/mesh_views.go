@@ -193,9 +193,14 @@ func (m *mesh) topologyInput(name string) (translate.Topologies, translate.Topol
 			in.Lost[namespace] = ns.Topology
 		}
 	}
+	without := map[string]bool{}
 	for key, pods := range proxies {
 		in.Proxies = append(in.Proxies, m.view(key, pods))
+		if n, known := m.nodes[key.Node]; known && n.WithoutRanges() {
+			without[key.Node] = true
+		}
 	}
+	in.WithoutRanges = slices.Collect(maps.Keys(without))
 	in.Bypasses = m.bypasses(name)
 	for name, n := range m.nodes {
 		if n.Linux {

@@ -170,7 +170,7 @@ func TestEmergencyBypass(t *testing.T) {
 		return directory{c.mesh}.ByAddr(addrs("10.0.1.1")[0])
 	}
 	status()
-	if n := testutil.CollectAndCount(c.mesh); n != 0 {
+	if n := testutil.CollectAndCount(c.mesh, "bulkhead_emergency_bypass"); n != 0 {
 		t.Errorf("%d series while nothing is bypassed", n)
 	}
 	topology.Spec.EmergencyBypass = []v1alpha1.EmergencyBypass{{Namespace: "a", RequestedBy: "eve", Reason: "proxies crash"}}
@@ -197,7 +197,7 @@ func TestEmergencyBypass(t *testing.T) {
 		t.Error("its own proxy has lost its identity")
 	}
 	wantMetric := "# HELP bulkhead_emergency_bypass 1 for each namespace that an emergency bypass takes past the mesh; there is no series while none is on.\n# TYPE bulkhead_emergency_bypass gauge\nbulkhead_emergency_bypass{namespace=\"a\",topology=\"t\"} 1\n"
-	if err := testutil.CollectAndCompare(c.mesh, strings.NewReader(wantMetric)); err != nil {
+	if err := testutil.CollectAndCompare(c.mesh, strings.NewReader(wantMetric), "bulkhead_emergency_bypass"); err != nil {
 		t.Error(err)
 	}
 	if !meta.IsStatusConditionTrue(topology.Status.Conditions, v1alpha1.ConditionEmergencyBypass) || !meta.IsStatusConditionTrue(tenant.Status.Conditions, v1alpha1.ConditionEmergencyBypass) {
@@ -222,7 +222,7 @@ func TestEmergencyBypass(t *testing.T) {
 	if standing, id := seen(); standing != translate.Member || id.IsZero() {
 		t.Errorf("afterwards others look for %v at its address, as of %d", id, standing)
 	}
-	if n := testutil.CollectAndCount(c.mesh); n != 0 || len(topology.Status.Bypasses) != 0 {
+	if n := testutil.CollectAndCount(c.mesh, "bulkhead_emergency_bypass"); n != 0 || len(topology.Status.Bypasses) != 0 {
 		t.Errorf("afterwards: %d series, bypasses %+v", n, topology.Status.Bypasses)
 	}
 	var reasons []string

@@ -254,7 +254,7 @@ func (w *writer) writeTopology(ctx context.Context, name string) error {
 	if equality.Semantic.DeepEqual(t.Status, status) {
 		return nil
 	}
-	if len(newsOfBypasses(t.Status.Bypasses, status.Bypasses)) > 0 {
+	if len(newsOfTopology(t.Status, status)) > 0 {
 		t = v1alpha1.MeshTopology{}
 		if there, err := w.latest(ctx, client.ObjectKey{Name: name}, &t); err != nil {
 			return fmt.Errorf("read MeshTopology %s: %w", name, err)
@@ -266,8 +266,19 @@ func (w *writer) writeTopology(ctx context.Context, name string) error {
 	if err := w.applyStatus(ctx, &want, "MeshTopology"); err != nil {
 		return err
 	}
-	w.tell(&t, "MeshTopology", newsOfBypasses(t.Status.Bypasses, status.Bypasses)...)
+	w.tell(&t, "MeshTopology", newsOfTopology(t.Status, status)...)
 	return nil
+}
+
+// newsOfTopology is what who runs the mesh is told of a change.
+func newsOfTopology(had, now v1alpha1.MeshTopologyStatus) []news {
+	all := newsOfBypasses(had.Bypasses, now.Bypasses)
+	was := meta.FindStatusCondition(had.Conditions, v1alpha1.ConditionPodRangesKnown)
+	// Once, not for each node that comes.
+	if c := meta.FindStatusCondition(now.Conditions, v1alpha1.ConditionPodRangesKnown); c.Status == metav1.ConditionFalse && (was == nil || was.Status != c.Status) {
+		all = append(all, warning(c.Reason, c.Message))
+	}
+	return all
 }
 
 // newsOfBypasses is of each emergency bypass that begins, changes or ends.

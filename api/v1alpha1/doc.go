@@ -56,6 +56,9 @@ const (
 	// ConditionIdentityReady tells whether identities can be proven now and
 	// certificates are renewed in time.
 	ConditionIdentityReady = "IdentityReady"
+	// ConditionPodRangesKnown tells whether the nodes with pods of the mesh have
+	// podCIDRs: pods of one without are dialled in the clear by their own addresses.
+	ConditionPodRangesKnown = "PodRangesKnown"
 	// ConditionVersionAvailable tells whether all nodes can run the version that a
 	// rollout brings.
 	ConditionVersionAvailable = "VersionAvailable"

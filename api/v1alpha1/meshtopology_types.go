@@ -187,8 +187,9 @@ type MeshTopologyStatus struct {
 	// nodes which are Ready, Unknown if there is none), Redirected (reasons AsSpecified,
 	// Progressing, NodesDiffer, OlderDecides), IdentityReady (reasons Ready,
 	// ChangingRoots, OlderDecides, InvalidAuthority, AuthorityExpired, NoRootKey,
-	// InvalidIssuer, InvalidTrustDomain, NotRenewed), EmergencyBypass (True with
-	// reasons InForce and Progressing; False with Off and NotInMesh).
+	// InvalidIssuer, InvalidTrustDomain, NotRenewed), PodRangesKnown (reasons Known,
+	// NodesWithoutRanges), EmergencyBypass (True with reasons InForce and Progressing;
+	// False with Off and NotInMesh).
 	// +listType=map
 	// +listMapKey=type
 	// +optional

@@ -1,13 +1,16 @@
 package translate
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
@@ -68,6 +71,20 @@ func Network(t Topologies, nodes []Node, services []networkingv1.ServiceCIDR) mo
 	}
 	n.PodCIDRs, n.ServiceCIDRs = sorted(n.PodCIDRs), sorted(n.ServiceCIDRs)
 	return n
+}
+
+// WithoutRanges reports whether pods of the mesh on the node are dialled in the clear by
+// their own addresses: it runs pods, and proxies know a pod's address by the ranges alone.
+func (n Node) WithoutRanges() bool { return n.Away == "" && len(n.PodCIDRs) == 0 }
+
+// rangesCondition tells of nodes without ranges that have pods of a topology.
+func rangesCondition(without []string) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionPodRangesKnown, Status: metav1.ConditionTrue, Reason: ReasonKnown, Message: "all nodes with pods of the mesh have podCIDRs"}
+	if len(without) > 0 {
+		c.Status, c.Reason = metav1.ConditionFalse, ReasonNodesWithoutRanges
+		c.Message = fmt.Sprintf("connections to pods by their own addresses, and by headless services, are in plain text, or closed where egress is Reject, for these Nodes have no spec.podCIDRs: %s", listed(slices.Sorted(slices.Values(without))))
+	}
+	return c
 }
 
 func prefixes(list []string) []netip.Prefix {

@@ -38,6 +38,8 @@ const (
 	ReasonSharedProxy         = "SharedProxy"
 	ReasonNodesDiffer         = "NodesDiffer"
 	ReasonOlderDecides        = "OlderDecides"
+	ReasonKnown               = "Known"
+	ReasonNodesWithoutRanges  = "NodesWithoutRanges"
 )
 
 const (
@@ -288,6 +290,8 @@ type TopologyInput struct {
 	Proxies []NodeView
 	// Nodes that can run proxies.
 	Nodes []NodeRedirectionView
+	// WithoutRanges are nodes with pods of it whose addresses nobody knows the ranges of.
+	WithoutRanges []string
 	// Bypasses that the topology asks for.
 	Bypasses []BypassView
 }
@@ -357,7 +361,9 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 	bypasses, bypass := bypassStatus(t.Status.Bypasses, in.Bypasses, now)
 	bypass.ObservedGeneration = t.Generation
 	s.Bypasses = bypasses
-	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected, identity, bypass)
+	ranges := rangesCondition(in.WithoutRanges)
+	ranges.ObservedGeneration = t.Generation
+	s.Conditions = conditions(t.Status.Conditions, now, accepted, ready, redirected, identity, ranges, bypass)
 	return s
 }
 
