@@ -56,8 +56,9 @@ type mesh struct {
 	topologies    translate.Topologies
 	namespaces    map[string]namespaceState
 	nodes         map[string]translate.Node
-	reports       map[string]nodeReport // by node
-	pods          map[string]*podState  // by UID
+	reports       map[string]nodeReport          // by node
+	refusals      map[string][]translate.Refusal // by node, of those that have some
+	pods          map[string]*podState           // by UID
 	podUIDs       map[types.NamespacedName]string
 	namespacePods map[string]map[string]*podState // namespace → UID
 	nodePods      map[string]map[string]*podState // node → UID
@@ -129,7 +130,7 @@ type tenantCost struct {
 func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.Logger) *mesh {
 	m := &mesh{
 		reader: reader, store: store, exempt: exempt, log: log, now: time.Now, event: func(*corev1.ObjectReference, string, string) {}, loaded: make(chan struct{}),
-		namespaces: map[string]namespaceState{}, nodes: map[string]translate.Node{}, reports: map[string]nodeReport{}, pods: map[string]*podState{},
+		namespaces: map[string]namespaceState{}, nodes: map[string]translate.Node{}, reports: map[string]nodeReport{}, refusals: map[string][]translate.Refusal{}, pods: map[string]*podState{},
 		podUIDs: map[types.NamespacedName]string{}, namespacePods: map[string]map[string]*podState{}, nodePods: map[string]map[string]*podState{},
 		proxies: map[model.Tenant]map[string]map[string]*podState{}, holders: map[netip.Addr]string{}, waiting: map[netip.Addr]map[string]struct{}{},
 		services: map[types.NamespacedName][]translate.Ref{}, users: map[translate.Ref]map[types.NamespacedName]struct{}{},
@@ -499,7 +500,9 @@ func (m *mesh) syncReport(ctx context.Context, node string) error {
 	if now.redirection != had.redirection || now.notRedirected != had.notRedirected {
 		m.triggers.status.add(m.topologies.Names()...)
 	}
+	delete(m.refusals, node)
 	for _, t := range np.Status.Tenants {
+		m.setRefusals(node, t)
 		now.costs[t.Name] = tenantCost{t.Cost, t.Shares}
 		t.Cost, t.Shares, t.Generations = nil, nil, withoutFigures(t.Generations) // they change all the time
 		now.tenants[t.Name] = t

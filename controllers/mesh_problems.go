@@ -79,16 +79,24 @@ func (m *mesh) serviceProblem(key types.NamespacedName) (translate.Problem, []tr
 		return translate.Problem{}, nil
 	}
 	var refusals []translate.Refusal
-	for node, report := range m.reports {
-		for name, status := range report.tenants {
-			for _, r := range status.Rejected {
-				ns, service, ok := m.store.ServiceOf(r.Name)
-				tenant, err := model.ParseTenant(name)
-				if ok && err == nil && ns == key.Namespace && service == key.Name {
-					refusals = append(refusals, translate.Refusal{Tenant: tenant, Node: node, Resource: r})
-				}
+	for _, list := range m.refusals {
+		for _, r := range list {
+			if ns, service, ok := m.store.ServiceOf(r.Resource.Name); ok && ns == key.Namespace && service == key.Name {
+				refusals = append(refusals, r)
 			}
 		}
 	}
 	return m.problems[key], refusals
+}
+
+// setRefusals notes what a tenant's proxy on a node refuses. Nearly all refuse nothing,
+// and to look through all of them for each service would take longer than all else.
+func (m *mesh) setRefusals(node string, s v1alpha1.NodeTenantStatus) {
+	tenant, err := model.ParseTenant(s.Name)
+	if err != nil {
+		return
+	}
+	for _, r := range s.Rejected {
+		m.refusals[node] = append(m.refusals[node], translate.Refusal{Tenant: tenant, Node: node, Resource: r})
+	}
 }
