@@ -153,63 +153,6 @@ func newMesh(reader client.Reader, store *xds.Store, exempt []string, log *slog.
 	return m
 }
 
-// load brings the whole cluster in, in the order in which things depend on each
-// other, and opens the store.
-func (m *mesh) load(ctx context.Context) error {
-	if err := m.syncTopologies(ctx); err != nil {
-		return err
-	}
-	var namespaces corev1.NamespaceList
-	var nodes corev1.NodeList
-	var pods corev1.PodList
-	var services corev1.ServiceList
-	var reports v1alpha1.NodeProxyList
-	for _, l := range []client.ObjectList{&namespaces, &nodes, &pods, &services, &reports} {
-		if err := m.reader.List(ctx, l, client.UnsafeDisableDeepCopy); err != nil {
-			return fmt.Errorf("list %T: %w", l, err)
-		}
-	}
-	for _, r := range reports.Items {
-		for _, p := range r.Spec.Pods {
-			if len(p.Exclusions) > 0 {
-				m.planned[p.UID] = p.Exclusions
-			}
-		}
-	}
-	var errs []error
-	for i := range namespaces.Items {
-		errs = append(errs, m.syncNamespace(ctx, namespaces.Items[i].Name))
-	}
-	for i := range nodes.Items {
-		errs = append(errs, m.syncNode(ctx, nodes.Items[i].Name))
-	}
-	errs = append(errs, m.syncNetwork(ctx))
-	// Of two pods that claim an address, the older is believed.
-	items := slices.Clone(pods.Items)
-	slices.SortStableFunc(items, func(a, b corev1.Pod) int { return a.CreationTimestamp.Compare(b.CreationTimestamp.Time) })
-	for i := range items {
-		_, err := m.syncPod(ctx, client.ObjectKeyFromObject(&items[i]))
-		errs = append(errs, err)
-	}
-	for i := range services.Items {
-		errs = append(errs, m.syncService(ctx, client.ObjectKeyFromObject(&services.Items[i])))
-	}
-	errs = append(errs, m.loadRoutes(ctx))
-	for i := range reports.Items {
-		errs = append(errs, m.syncReport(ctx, reports.Items[i].Name))
-	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	clear(m.planned)
-	m.mu.Unlock()
-	m.store.MarkSynced()
-	close(m.loaded)
-	m.log.Info("mesh loaded", "namespaces", len(namespaces.Items), "nodes", len(nodes.Items), "pods", len(pods.Items), "services", len(services.Items))
-	return nil
-}
-
 // wait returns when the first picture is complete.
 func (m *mesh) wait(ctx context.Context) error {
 	select {

@@ -21,7 +21,10 @@ import (
 // the informers haven't shown.
 const announcedFor = time.Minute
 
-const reasonAddressRefused = "AddressRefused"
+const (
+	reasonAddressRefused  = "AddressRefused"
+	reasonWorkloadRefused = "WorkloadRefused"
+)
 
 // podState is a pod that is bound to a node and hasn't finished.
 type podState struct {
@@ -158,7 +161,10 @@ func (m *mesh) settle(st *podState, before podState) error {
 		if st.Bypassed {
 			w.Identity, w.Tenant = model.Identity{}, model.Tenant{}
 		}
-		errs = append(errs, m.store.SetWorkload(w))
+		if err := m.store.SetWorkload(w); err != nil {
+			// It stays as it was; trying again would change nothing.
+			m.event(st.reference(), reasonWorkloadRefused, err.Error())
+		}
 	} else {
 		m.store.DeleteWorkload(st.UID)
 	}
