@@ -243,7 +243,8 @@ func TestHealthEndsBackoff(t *testing.T) {
 		p = n.waitLive(m, tenantA, p.PID)
 		return p.StartedAt.Sub(p.Exit.At)
 	}
-	for i := range 4 {
+	const crashes = 6
+	for i := range crashes {
 		if took := waited(); took < firstDelay<<i {
 			t.Errorf("after %d crashes it waits %s", i+1, took)
 		}
@@ -254,8 +255,8 @@ func TestHealthEndsBackoff(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.await(m, tenantA, "is still live", func(s State) bool { return !s.Processes[0].Live })
-	// Without that it would be 16 times the first delay, and its start.
-	if took := waited(); took > 12*firstDelay {
+	// Without that it would be twice as long as this: a machine may stand still for seconds.
+	if took := waited(); took > firstDelay<<crashes/2 {
 		t.Errorf("after it has served it waits %s", took)
 	}
 }
