@@ -74,20 +74,21 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 		return g
 	}
 	// hoard opens connections while a condition holds, and keeps also those that aren't
-	// answered. Whoever closes them resets them: of the greeting all but a byte is unread.
-	hoard := func(to lab.Pair, while func(have int) bool) (all []net.Conn, unanswered int) {
+	// answered within a time. Whoever closes them resets them: of the greeting all but a byte
+	// is unread.
+	hoard := func(to lab.Pair, within time.Duration, while func(have int) bool) (all []net.Conn, unanswered int) {
 		t.Helper()
 		l.B1.Do(t, func() {
 			for begun := time.Now(); while(len(all)); {
 				if time.Since(begun) > lab.Patience {
 					t.Fatalf("there are %d connections, of which %d aren't answered", len(all), unanswered)
 				}
-				c, err := net.DialTimeout("tcp", lab.At(to.V4, app.GreetPort).String(), time.Second)
+				c, err := net.DialTimeout("tcp", lab.At(to.V4, app.GreetPort).String(), within)
 				if err != nil {
 					continue
 				}
 				all = append(all, c)
-				lab.Check(t, c.SetDeadline(time.Now().Add(time.Second)))
+				lab.Check(t, c.SetDeadline(time.Now().Add(within)))
 				if _, err := c.Read(make([]byte, 1)); err != nil {
 					unanswered++
 				}
@@ -100,7 +101,7 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 		pid := first(processes).PID
 		limit(t, n, "team-b", v1alpha1.Limits{MemoryMax: bound})
 		// At 20 KB each. A proxy that is near its bound answers late: that isn't the end.
-		all, _ := hoard(l.B2.Pair, func(int) bool { return unix.Kill(pid, 0) == nil })
+		all, _ := hoard(l.B2.Pair, time.Second, func(int) bool { return unix.Kill(pid, 0) == nil })
 		for _, c := range all {
 			c.Close()
 		}
@@ -120,7 +121,7 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 		happen  func()
 	}{
 		{"killed, and the pod doesn't close", false, func() {
-			all, unanswered := hoard(l.B2.Pair, func(have int) bool { return have < 20 })
+			all, unanswered := hoard(l.B2.Pair, lab.Patience, func(have int) bool { return have < 20 })
 			if unanswered > 0 {
 				t.Fatalf("%d of %d connections aren't answered", unanswered, len(all))
 			}
@@ -134,7 +135,7 @@ func testTenantLeavesAfterFaults(t *testing.T, r v1alpha1.Redirection) {
 		{"out of memory", false, func() { outOfMemory(1, 72<<20) }},
 		{"out of memory with a standby", true, func() { outOfMemory(2, 96<<20) }},
 		{"refused", false, func() {
-			all, unanswered := hoard(l.B2.VIP, func(have int) bool { return have < 8 })
+			all, unanswered := hoard(l.B2.VIP, lab.Patience, func(have int) bool { return have < 8 })
 			if unanswered > 0 {
 				t.Fatalf("%d of %d connections aren't answered", unanswered, len(all))
 			}
