@@ -143,18 +143,23 @@ func (p *pairLoad) end() {
 	p.t.Logf("%d requests, %d failed", p.requests, len(p.failures))
 }
 
-// serials are those that the servers' proxy on node2 saw of each client, since a
-// line of its log.
-func serials(l *lab.Lab, from int) (seen map[string]map[string]bool, lines int) {
-	seen = map[string]map[string]bool{}
-	log := l.Node2.AccessLog("team-b")
-	for _, line := range log[min(from, len(log)):] {
+// serials are those that the servers' proxy on node2 saw of each client on connections
+// that began since then: by their time, for the log is begun anew meanwhile.
+func serials(t *testing.T, l *lab.Lab, since time.Time) map[string]map[string]bool {
+	t.Helper()
+	seen := map[string]map[string]bool{}
+	for _, line := range l.Node2.AccessLog("team-b") {
+		began, err := time.Parse(time.RFC3339, line["time"])
+		lab.Check(t, err)
+		if began.Before(since) {
+			continue
+		}
 		if seen[line["peer"]] == nil {
 			seen[line["peer"]] = map[string]bool{}
 		}
 		seen[line["peer"]][line["peer_serial"]] = true
 	}
-	return seen, len(log)
+	return seen
 }
 
 // All identities get new certificates and then another root while they talk, and
@@ -166,12 +171,12 @@ func TestRotationUnderLoad(t *testing.T) {
 	load := startPairs(t, l, pairs, time.Second)
 	// all waits until the servers have seen other serials than those of before, of
 	// all clients.
-	all := func(what string, before map[string]map[string]bool, from int) map[string]map[string]bool {
+	all := func(what string, before map[string]map[string]bool, since time.Time) map[string]map[string]bool {
 		t.Helper()
 		var seen map[string]map[string]bool
 		deadline := time.Now().Add(2 * time.Minute)
 		for {
-			seen, _ = serials(l, from)
+			seen = serials(t, l, since)
 			fresh := 0
 			for i := range pairs {
 				id := fmt.Sprintf("spiffe://%s/ns/team-a/sa/client-%d", lab.TrustDomain, i)
@@ -191,9 +196,9 @@ func TestRotationUnderLoad(t *testing.T) {
 			time.Sleep(200 * time.Millisecond)
 		}
 	}
-	first := all("at the start", nil, 0)
-	second := all("after a renewal", first, 0)
-	_, from := serials(l, 0)
+	first := all("at the start", nil, time.Time{})
+	second := all("after a renewal", first, time.Time{})
+	renewed := time.Now()
 
 	// The roots, by the state machine itself on a clock that is ahead.
 	clock := time.Now()
@@ -229,7 +234,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	step(identity.PhasePublishing)
 	w.Acknowledged, clock = true, clock.Add(10*time.Minute)
 	step(identity.PhaseRetiring)
-	all("under the new root", second, from)
+	all("under the new root", second, renewed)
 	// What the old one signed has ended by now: the last of it lived a minute.
 	time.Sleep(time.Minute)
 	clock = clock.Add(time.Hour)
@@ -237,8 +242,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	if roots := a.Roots(); len(roots) != 1 || bytes.Equal(roots[0], old) {
 		t.Fatalf("%d roots", len(roots))
 	}
-	third, from := serials(l, from)
-	all("without the old root", third, from)
+	all("without the old root", serials(t, l, renewed), time.Now())
 	load.end()
 }
 

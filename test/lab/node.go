@@ -412,10 +412,13 @@ func (n *Node) Proxy(name string) *Namespace {
 	return Enter(n.l.t, filepath.Join(n.Dir, "run", "netns", name))
 }
 
-// AccessLog is what a tenant's proxy has written so far, one connection a line.
+// AccessLog is what a tenant's proxy has written so far, one connection a line, as far as
+// it is kept: a log that is large is begun anew.
 func (n *Node) AccessLog(tenant string) (lines []map[string]string) {
-	b, _ := os.ReadFile(filepath.Join(n.Dir, "lib", "log", tenant, "envoy0.log"))
-	for line := range strings.Lines(string(b)) {
+	path := filepath.Join(n.Dir, "lib", "log", tenant, "envoy0.log")
+	turned, _ := os.ReadFile(path + ".1")
+	b, _ := os.ReadFile(path)
+	for line := range strings.Lines(string(turned) + string(b)) {
 		var fields map[string]any
 		if json.Unmarshal([]byte(line), &fields) != nil || fields[xds.LogKey] == nil {
 			continue // Envoy's own messages
