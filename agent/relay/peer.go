@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
@@ -17,6 +18,8 @@ import (
 const (
 	// maxConns bounds the connections to one socket; an Envoy makes one.
 	maxConns = 4
+	// connectTimeout is how long one may take to say hello.
+	connectTimeout = 10 * time.Second
 	// How often a proxy may begin: connections, and streams. An Envoy waits for half a
 	// second between two.
 	opensPerSecond = 5
@@ -64,7 +67,8 @@ func listenUnix(path string, uid uint32) (*peerListener, error) {
 	return p, nil
 }
 
-// Close implements net.Listener.
+// Close implements net.Listener. It ends the connections, too: a server that stops waits
+// for those that haven't said hello.
 func (l *peerListener) Close() error {
 	l.cancel()
 	return l.UnixListener.Close()
@@ -87,7 +91,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 			continue
 		}
 		l.conns.Add(1)
-		return &countedConn{UnixConn: c, listener: l}, nil
+		return &countedConn{UnixConn: c, listener: l, forget: context.AfterFunc(l.ctx, func() { c.Close() })}, nil
 	}
 }
 
@@ -110,7 +114,9 @@ func peerUID(c *net.UnixConn) (uint32, error) {
 type countedConn struct {
 	*net.UnixConn
 	listener *peerListener
-	closed   atomic.Bool
+	// forget has the end of the listener not close it.
+	forget func() bool
+	closed atomic.Bool
 }
 
 // Read implements net.Conn. What was read too fast is paid for before it is seen.
@@ -126,6 +132,7 @@ func (c *countedConn) Read(b []byte) (int, error) {
 func (c *countedConn) Close() error {
 	if c.closed.CompareAndSwap(false, true) {
 		c.listener.conns.Add(-1)
+		c.forget()
 	}
 	return c.UnixConn.Close()
 }

@@ -191,7 +191,7 @@ func (r *Relay) Listen(key Key, socket Socket) error {
 	e.server = grpc.NewServer(
 		grpc.ForceServerCodecV2(requestCodec{encoding.GetCodecV2(grpcproto.Name)}),
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(2), grpc.MaxHeaderListSize(16<<10),
-		grpc.ReadBufferSize(16<<10), grpc.WriteBufferSize(16<<10), grpc.ConnectionTimeout(10*time.Second),
+		grpc.ReadBufferSize(16<<10), grpc.WriteBufferSize(16<<10), grpc.ConnectionTimeout(connectTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
