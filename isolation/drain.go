@@ -66,6 +66,21 @@ func (t *tenant) startDrain(p *process, d time.Duration) bool {
 	return true
 }
 
+// startEnd has the process ended by its supervisor, and forgotten then: to everyone else
+// it is one whose time to drain is over.
+func (t *tenant) startEnd(p *process) {
+	p.mu.Lock()
+	news := p.state.DrainUntil.IsZero() || p.state.DrainUntil.After(time.Now())
+	if news {
+		p.state.DrainUntil = time.Now()
+	}
+	p.mu.Unlock()
+	if news {
+		p.persist()
+	}
+	p.endOnce.Do(func() { close(p.end) })
+}
+
 // drain asks Envoy to take its leave of all clients, and returns when the process
 // has ended, because nothing was left or at the deadline, or ctx is over.
 func (p *process) drain(ctx context.Context, r *running) {
@@ -122,7 +137,7 @@ func connections(ctx context.Context, netns string, generation int) (int, error)
 	return total, nil
 }
 
-// drained forgets a process that drained and has ended.
+// drained forgets a process that drained, or wasn't waited for, and has ended.
 func (t *tenant) drained(p *process) {
 	p.mu.Lock()
 	over := !p.state.DrainUntil.IsZero() && p.state.PID == 0

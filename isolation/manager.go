@@ -40,8 +40,10 @@ type Spec struct {
 	Workers int
 	// Generations that should run, side by side.
 	Generations []Generation
-	// Unawaited has Update return before new processes have become Envoy. How long that
-	// takes is up to the tenant's limits, and to what it does with them.
+	// Unawaited has Update return before new processes have become Envoy, and before
+	// those that aren't wanted have ended: until then they are there with a DrainUntil
+	// that is over, and nothing is started in their place. How long either takes is up to
+	// the tenant's limits, and to what it does with them.
 	Unawaited bool
 	// Drain is for how long a generation that is no longer among them may finish
 	// its connections; it ends as soon as it has none. The caller has led new

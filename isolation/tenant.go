@@ -292,7 +292,7 @@ func (t *tenant) update(ctx context.Context, s Spec) error {
 	errs := []error{t.limit(), t.setBandwidth(s.Bandwidth)}
 	generations, err := t.possible(s.Generations)
 	errs = append(errs, err)
-	t.removeUnwanted(generations, s.Drain)
+	t.removeUnwanted(generations, s.Drain, !s.Unawaited)
 	var started []*process
 	for _, g := range generations {
 		if p := t.process(g.Generation); p != nil {
@@ -369,8 +369,8 @@ func (t *tenant) process(generation int) *process {
 
 // removeUnwanted ends generations that aren't wanted, or with another version.
 // One that isn't wanted at all has drain for its connections; the others have to
-// make room at once.
-func (t *tenant) removeUnwanted(wanted []Generation, drain time.Duration) {
+// make room at once. With await it returns when those have ended.
+func (t *tenant) removeUnwanted(wanted []Generation, drain time.Duration, await bool) {
 	var ended sync.WaitGroup
 	var kept []int
 	for _, p := range t.list() {
@@ -381,6 +381,11 @@ func (t *tenant) removeUnwanted(wanted []Generation, drain time.Duration) {
 		}
 		again := slices.ContainsFunc(wanted, func(g Generation) bool { return g.Generation == state.Generation })
 		if drain > 0 && !again && t.startDrain(p, drain) {
+			kept = append(kept, state.Generation)
+			continue
+		}
+		if !await {
+			t.startEnd(p)
 			kept = append(kept, state.Generation)
 			continue
 		}
@@ -419,7 +424,7 @@ func (t *tenant) checkNetns(p *process) {
 
 // remove ends and removes everything. The caller holds op.
 func (t *tenant) remove() error {
-	t.removeUnwanted(nil, 0)
+	t.removeUnwanted(nil, 0, true)
 	t.mu.Lock()
 	index := t.index
 	t.mu.Unlock()

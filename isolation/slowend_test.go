@@ -1,0 +1,81 @@
+package isolation
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-mesh/bulkhead/model"
+)
+
+// hold keeps a tenant's processes from ending, even if they are killed, until the end of
+// the test or until they are let go.
+func (n *node) hold(m *Manager, name model.Tenant) (letGo func()) {
+	n.t.Helper()
+	for _, dir := range m.cgroups.dirs(name.FileName()) {
+		state := filepath.Join(dir, "freezer.state")
+		if _, err := os.Stat(state); err != nil {
+			continue
+		}
+		if err := writeFile(state, "FROZEN"); err != nil {
+			n.t.Fatal(err)
+		}
+		letGo = func() { writeFile(state, "THAWED") }
+		n.t.Cleanup(letGo) // before the manager is closed
+		return letGo
+	}
+	n.t.Skip("there is no freezer of cgroup version 1: version 2's lets go of who is killed")
+	return nil
+}
+
+// holdsNobodyUp fails if f takes as long as tenants can have it take.
+func (n *node) holdsNobodyUp(what string, f func() error) {
+	n.t.Helper()
+	begin := time.Now()
+	if err := f(); err != nil {
+		n.t.Errorf("%s: %v", what, err)
+	}
+	if took := time.Since(begin); took > termGrace/2 {
+		n.t.Errorf("%s took %s", what, took)
+	}
+}
+
+// A process that isn't wanted any more, and that doesn't end, holds up nobody who doesn't
+// ask to wait for it. What is wanted in its place begins when it has ended.
+func TestSlowEndHoldsNobodyUp(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	n.serveXDS(m, tenantA, 1, nil)
+	update := func(generations ...Generation) func() error {
+		return func() error {
+			return m.Update(t.Context(), Spec{Tenant: tenantA, Generations: generations, Unawaited: true})
+		}
+	}
+	wanted := Generation{1, standinVersion}
+	if err := update(wanted)(); err != nil {
+		t.Fatal(err)
+	}
+	first := n.waitLive(m, tenantA, 0)
+	letGo := n.hold(m, tenantA)
+	n.holdsNobodyUp("an update without it", update())
+	leaves := func(s State) bool {
+		return len(s.Processes) == 1 && s.Processes[0].PID == first.PID && !s.Processes[0].DrainUntil.IsZero() && s.Processes[0].DrainUntil.Before(time.Now())
+	}
+	if s, _ := m.State(tenantA); !leaves(s) {
+		t.Errorf("while it ends there are %+v", s.Processes)
+	}
+	n.holdsNobodyUp("an update with another in its place", update(wanted))
+	if s, _ := m.State(tenantA); !leaves(s) {
+		t.Errorf("while another one waits there are %+v", s.Processes)
+	}
+	letGo()
+	n.await(m, tenantA, "isn't without it", func(s State) bool { return len(s.Processes) == 0 })
+	if err := update(wanted)(); err != nil {
+		t.Fatal(err)
+	}
+	if second := n.waitLive(m, tenantA, first.PID); second.Restarts != 0 || !second.DrainUntil.IsZero() {
+		t.Errorf("in its place there is %+v", second)
+	}
+}
