@@ -67,6 +67,8 @@ type Agent struct {
 	// endingSince is when nothing kept a tenant without pods any more but what may be under
 	// way in its tunnels.
 	endingSince map[model.Tenant]time.Time
+	// endFailed is why the last attempt to remove such a tenant failed, if it did.
+	endFailed map[model.Tenant]error
 	// staying tenants' proxies don't take their leave of tunnels.
 	staying map[model.Tenant]bool
 	// released pods have left the mesh and may have connections to finish, since
@@ -124,7 +126,7 @@ func newAgent(o Options) (*Agent, error) {
 	return &Agent{
 		o: o, log: o.Log, started: time.Now(), roots: &uplink.Roots{}, nodeProc: "/proc/1",
 		woken: make(chan struct{}, 1), roundEnd: make(chan struct{}), uninstallTold: make(chan struct{}), redirected: make(chan struct{}),
-		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, endingSince: map[model.Tenant]time.Time{}, staying: map[model.Tenant]bool{}, released: map[string]time.Time{},
+		taken: map[relay.Key]process{}, idleSince: map[model.Tenant]time.Time{}, endingSince: map[model.Tenant]time.Time{}, endFailed: map[model.Tenant]error{}, staying: map[model.Tenant]bool{}, released: map[string]time.Time{},
 		admissions: map[string]*admission{},
 	}, nil
 }

@@ -208,6 +208,7 @@ func (a *Agent) restsUntil(t model.Tenant, idleSince time.Time) time.Time {
 func (a *Agent) forgetEnd(t model.Tenant) {
 	delete(a.idleSince, t)
 	delete(a.endingSince, t)
+	delete(a.endFailed, t)
 }
 
 // isIdle reports whether a tenant without pods has no connection of a pod, and nothing in

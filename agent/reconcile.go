@@ -13,6 +13,7 @@ import (
 	"github.com/bulkhead-mesh/bulkhead/agent/podnet"
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/identity"
+	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
@@ -318,17 +319,29 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 			continue
 		}
 		until := a.restsUntil(t, since)
-		removed, err := a.removeTenant(ctx, t, time.Now().Before(until))
-		if err != nil {
-			a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
-			r.leaving[t] = fmt.Sprintf("it has no pods here any more and isn't removed: %v", err)
-			next = time.Second
-			continue
+		atRest := time.Now().Before(until)
+		removed, err := a.removeTenant(ctx, t, atRest)
+		ending := errors.Is(err, isolation.ErrEnding) // and wakes the loop when it is over
+		if !ending {
+			a.endFailed[t] = err
 		}
-		if !removed {
+		switch {
+		case a.endFailed[t] != nil:
+			r.leaving[t] = fmt.Sprintf("it has no pods here any more and isn't removed: %v", a.endFailed[t])
+			if !ending {
+				a.log.Error("tenant isn't removed", "tenant", t.String(), "error", err)
+				next = time.Second
+			}
+			continue
+		case !removed && atRest:
 			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends when it has taken what came through its tunnels, or at %s",
 				until.UTC().Format(time.RFC3339))
-			next = min(next, soon)
+			if !ending {
+				next = min(next, soon)
+			}
+			continue
+		case !removed:
+			r.leaving[t] = "it has no pods here any more, and its proxies are being ended"
 			continue
 		}
 		a.forgetEnd(t)
@@ -353,16 +366,16 @@ func (a *Agent) usedTenants() (map[uint16]bool, error) {
 
 // removeTenant ends the processes first: while one runs, the programs guard what
 // leaves its namespace. With atRest it does so only if nothing is under way; otherwise
-// it changes nothing, and removed is false.
+// it changes nothing, and removed is false. While they end it returns an
+// isolation.ErrEnding, and is to be called again.
 func (a *Agent) removeTenant(ctx context.Context, t model.Tenant, atRest bool) (removed bool, err error) {
 	state, known := a.bulkheads.State(t)
-	if known && atRest {
-		idle := func() (bool, error) { return a.isIdle(state) }
-		// Who is busy isn't stopped for it.
-		if ok, err := idle(); err != nil || !ok {
-			return false, err
+	if known {
+		var idle func() (bool, error)
+		if atRest {
+			idle = func() (bool, error) { return a.isIdle(state) }
 		}
-		if ok, err := a.bulkheads.DeleteAtRest(ctx, t, idle); err != nil || !ok {
+		if ended, err := a.bulkheads.End(t, idle); err != nil || !ended {
 			return false, err
 		}
 	}

@@ -37,6 +37,9 @@ func (m *Manager) limitEach() error {
 	var errs []error
 	for _, name := range m.Tenants() {
 		t, err := m.lock(name, false)
+		if errors.Is(err, ErrEnding) {
+			continue
+		}
 		if err != nil || t == nil {
 			errs = append(errs, err)
 			continue

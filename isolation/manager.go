@@ -67,6 +67,8 @@ type Manager struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// endings of tenants under way, which need the supervisors that wg is of.
+	endings sync.WaitGroup
 
 	// limiting is held by who limits all together, all are what that set last.
 	limiting sync.Mutex
@@ -129,6 +131,7 @@ func (m *Manager) Close() {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
+	m.endings.Wait()
 	m.cancel()
 	m.wg.Wait()
 }
@@ -303,7 +306,8 @@ func (m *Manager) removeLeftovers(file string, index uint16) error {
 	return m.indexes.release(file)
 }
 
-// lock returns the tenant with op held, nil if it isn't there and create is false.
+// lock returns the tenant with op held, nil if it isn't there and create is false. It
+// doesn't wait for a tenant's end: that is an ErrEnding.
 func (m *Manager) lock(name model.Tenant, create bool) (*tenant, error) {
 	if err := checkTenant(name); err != nil {
 		return nil, err
@@ -318,6 +322,13 @@ func (m *Manager) lock(name model.Tenant, create bool) (*tenant, error) {
 		if t == nil && create {
 			t = &tenant{m: m, name: name, file: name.FileName()}
 			m.tenants[name] = t
+		}
+		if t != nil && t.ending != nil {
+			if !t.ending.isOver() {
+				m.mu.Unlock()
+				return nil, fmt.Errorf("tenant %s: %w", name, ErrEnding)
+			}
+			t.ending = nil // whatever came of it isn't so any more
 		}
 		m.mu.Unlock()
 		if t == nil {

@@ -1,7 +1,6 @@
 package isolation
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,28 +24,84 @@ const stopPatience = 250 * time.Millisecond
 // when the process goes on: what came meanwhile isn't lost.
 var waitCalls = []int{unix.SYS_EPOLL_WAIT, unix.SYS_EPOLL_PWAIT, unix.SYS_EPOLL_PWAIT2, unix.SYS_FUTEX}
 
-// DeleteAtRest is Delete for a tenant that nobody wants any more, without a moment
-// between the last look for something under way and the end: its processes are stopped
-// first. Only if all of their threads wait then, and idle finds nothing in the kernel
-// that they haven't taken, they are ended, as they are; otherwise they go on, and deleted
-// is false. A manager that is killed in between leaves them stopped to the next one,
-// which has them go on. Of the Manager idle may ask for State only.
-func (m *Manager) DeleteAtRest(ctx context.Context, name model.Tenant, idle func() (bool, error)) (deleted bool, err error) {
-	t, err := m.lock(name, true)
-	if err != nil {
-		return false, err
+// ErrEnding is returned for a tenant whose processes are being ended.
+var ErrEnding = errors.New("its proxies are being ended")
+
+// ending is an attempt to end a tenant's processes.
+type ending struct {
+	// over is closed when ended and err say what came of it.
+	over  chan struct{}
+	ended bool
+	err   error
+}
+
+func (e *ending) isOver() bool {
+	select {
+	case <-e.over:
+		return true
+	default:
+		return false
 	}
+}
+
+// End ends the processes of a tenant that nobody wants any more, and removes its cgroup;
+// the rest is Delete's. How long that takes is up to the tenant, so it goes on beside the
+// caller, who is told by Changed when it is over and asks again then: until that End,
+// like everything else that changes the tenant, returns an ErrEnding. After an attempt
+// that came to nothing another call begins the next one.
+//
+// With idle there is no moment between the last look for something under way and the end:
+// the processes are stopped first. Only if all of their threads wait then, and idle finds
+// nothing in the kernel that they haven't taken, they are ended, as they are; otherwise
+// they go on, and ended is false. A manager that is killed in between leaves them stopped
+// to the next one, which has them go on. idle is asked before, too: who is busy isn't
+// stopped. It runs beside the caller, and of the Manager it may ask for State only.
+func (m *Manager) End(name model.Tenant, idle func() (bool, error)) (ended bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false, errClosed
+	}
+	t := m.tenants[name]
+	switch {
+	case t == nil:
+		return true, nil
+	case t.ending == nil:
+		e := &ending{over: make(chan struct{})}
+		t.ending = e
+		m.endings.Go(func() {
+			if e.ended, e.err = t.end(idle); e.err != nil {
+				e.err = fmt.Errorf("end the proxies of %s: %w", name, e.err)
+			}
+			close(e.over)
+			t.changed()
+		})
+	case t.ending.isOver():
+		e := t.ending
+		t.ending = nil
+		return e.ended, e.err
+	}
+	return false, fmt.Errorf("tenant %s: %w", name, ErrEnding)
+}
+
+// end ends the processes and removes their cgroup, at rest only if idle isn't nil.
+func (t *tenant) end(idle func() (bool, error)) (ended bool, err error) {
+	t.op.Lock()
 	defer t.op.Unlock()
-	if err := ctx.Err(); err != nil {
-		return false, err
-	}
-	if ended, err := t.endAtRest(idle); err != nil || !ended {
-		if err != nil {
-			err = fmt.Errorf("delete bulkhead of %s at rest: %w", name, err)
+	if idle != nil {
+		if ok, err := idle(); err != nil || !ok {
+			return false, err
 		}
+		if ended, err := t.endAtRest(idle); err != nil || !ended {
+			return false, err
+		}
+	}
+	t.removeUnwanted(nil, 0, true)
+	// The next manager isn't to start them again.
+	if err := errors.Join(t.persist(), t.m.cgroups.remove(t.file)); err != nil {
 		return false, err
 	}
-	return true, m.delete(t)
+	return true, nil
 }
 
 // endAtRest ends the processes. The caller holds op.

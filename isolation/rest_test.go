@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/hack/envoy/dist"
+	"github.com/bulkhead-mesh/bulkhead/model"
 )
 
 // allStopped reports whether each thread of the process has stopped.
@@ -31,6 +32,21 @@ func allStopped(t *testing.T, pid int) bool {
 		}
 	}
 	return true
+}
+
+// deleteAtRest has a tenant end at rest, and deletes it then.
+func (n *node) deleteAtRest(m *Manager, name model.Tenant, idle func() (bool, error)) (deleted bool, err error) {
+	n.t.Helper()
+	for deadline := time.Now().Add(patience()); ; time.Sleep(time.Millisecond) {
+		ended, err := m.End(name, idle)
+		switch {
+		case errors.Is(err, ErrEnding) && time.Now().Before(deadline):
+		case err != nil || !ended:
+			return false, err
+		default:
+			return true, m.Delete(n.t.Context(), name)
+		}
+	}
 }
 
 // A proxy is ended only where it stands still and nothing waits for it; otherwise it goes
@@ -60,17 +76,20 @@ func TestDeleteAtRest(t *testing.T) {
 	// look has the tenant deleted if idle is the answer, once its proxy rests.
 	look := func(idle bool, problem error) (deleted bool, err error) {
 		t.Helper()
-		asked := false
+		asked, stopped := false, false
 		// What is stopped in epoll_wait asks again when it goes on: looks must not follow
 		// each other at once.
 		for deadline := time.Now().Add(patience()); !asked && time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
-			deleted, err = m.DeleteAtRest(t.Context(), tenantA, func() (bool, error) {
-				asked = true
-				if !allStopped(t, p.PID) {
-					t.Error("it was looked for what is under way while the proxy went on")
+			deleted, err = n.deleteAtRest(m, tenantA, func() (bool, error) {
+				if stopped = allStopped(t, p.PID); !stopped {
+					return true, nil // that it is worth a stop
 				}
+				asked = true
 				return idle, problem
 			})
+			if deleted && !stopped {
+				t.Error("it was looked for what is under way while the proxy went on")
+			}
 		}
 		if !asked {
 			t.Fatal("the proxy never came to rest")
@@ -81,6 +100,15 @@ func TestDeleteAtRest(t *testing.T) {
 		t.Fatalf("with something under way: %v, %v", deleted, err)
 	}
 	goesOn("when something was under way")
+	busy := func() (bool, error) {
+		if allStopped(t, p.PID) {
+			t.Error("a proxy that is busy was stopped")
+		}
+		return false, nil
+	}
+	if deleted, err := n.deleteAtRest(m, tenantA, busy); deleted || err != nil {
+		t.Fatalf("busy: %v, %v", deleted, err)
+	}
 	failed := errors.New("the kernel doesn't tell")
 	if deleted, err := look(true, failed); deleted || !errors.Is(err, failed) {
 		t.Fatalf("without a look: %v, %v", deleted, err)
@@ -119,7 +147,7 @@ func TestWorkIsNoRest(t *testing.T) {
 	}
 	p := n.waitLive(m, tenantA, 0)
 	for range 20 {
-		deleted, err := m.DeleteAtRest(t.Context(), tenantA, func() (bool, error) { return true, nil })
+		deleted, err := n.deleteAtRest(m, tenantA, func() (bool, error) { return true, nil })
 		if deleted || err != nil {
 			t.Fatalf("%v, %v", deleted, err)
 		}

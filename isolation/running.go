@@ -54,7 +54,7 @@ func adopt(s processState, netns, cgroup string, c *cgroups) (*running, error) {
 		return nil, nil
 	}
 	if c.has(cgroup, s.PID) && sameNetns(s.PID, netns) {
-		// A manager that was killed while it looked whether it could end it (DeleteAtRest)
+		// A manager that was killed while it looked whether it could end it (End)
 		// has left it stopped.
 		if err := r.signal(unix.SIGCONT); err != nil && !errors.Is(err, unix.ESRCH) {
 			r.release()

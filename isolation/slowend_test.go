@@ -1,6 +1,7 @@
 package isolation
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -77,5 +78,58 @@ func TestSlowEndHoldsNobodyUp(t *testing.T) {
 	}
 	if second := n.waitLive(m, tenantA, first.PID); second.Restarts != 0 || !second.DrainUntil.IsZero() {
 		t.Errorf("in its place there is %+v", second)
+	}
+}
+
+// A tenant whose processes don't end holds up nobody: neither who ends it, nor who wants it
+// again, nor the other tenants.
+func TestSlowTenantEndHoldsNobodyUp(t *testing.T) {
+	n := newNode(t)
+	n.useStandin(nil, standinTargets{})
+	m := n.open()
+	spec := Spec{Tenant: tenantA, Generations: []Generation{{1, standinVersion}}, Unawaited: true}
+	n.serveXDS(m, tenantA, 1, nil)
+	if err := m.Update(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	first := n.waitLive(m, tenantA, 0)
+	letGo := n.hold(m, tenantA)
+	ends := func() error {
+		if ended, err := m.End(tenantA, nil); ended || !errors.Is(err, ErrEnding) {
+			t.Errorf("it has ended: %v, %v", ended, err)
+		}
+		return nil
+	}
+	n.holdsNobodyUp("the end", ends)
+	n.holdsNobodyUp("the end, again", ends)
+	n.holdsNobodyUp("what wants it again", func() error {
+		if _, err := m.Prepare(t.Context(), tenantA, 1400); !errors.Is(err, ErrEnding) {
+			t.Errorf("it is prepared while it ends: %v", err)
+		}
+		return nil
+	})
+	n.holdsNobodyUp("another tenant's start", func() error {
+		return m.Update(t.Context(), Spec{Tenant: tenantB, Generations: []Generation{{1, standinVersion}}, Unawaited: true})
+	})
+	n.holdsNobodyUp("limits of all", func() error { return m.LimitAll(Limits{CPUMillis: 1500}) })
+	letGo()
+	if deleted, err := n.deleteAtRest(m, tenantA, nil); !deleted || err != nil {
+		t.Fatalf("it ended: %v, %v", deleted, err)
+	}
+	if startTicksOf(first.PID) == first.StartTicks {
+		t.Error("its process is left")
+	}
+	n.serveXDS(m, tenantA, 1, nil)
+	if err := m.Update(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	// What came of an end isn't so any more when the tenant is wanted again.
+	second := n.waitLive(m, tenantA, first.PID)
+	n.await(m, tenantA, "wasn't tried to be ended", func(State) bool {
+		ended, err := m.End(tenantA, func() (bool, error) { return false, nil })
+		return !ended && err == nil
+	})
+	if now := n.waitLive(m, tenantA, 0); now.PID != second.PID {
+		t.Errorf("process %d, was %d", now.PID, second.PID)
 	}
 }

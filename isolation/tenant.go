@@ -79,6 +79,9 @@ type tenant struct {
 	// op is held by whoever changes the bulkhead: one at a time.
 	op      sync.Mutex
 	deleted bool
+	// ending is an attempt to end its processes that nobody has asked about since it was
+	// over, or nil. The manager's mu guards it.
+	ending *ending
 
 	// saving orders writes of the state file.
 	saving sync.Mutex
