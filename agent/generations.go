@@ -68,9 +68,7 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 	if g != none {
 		r.serving[t] = a.taken[relay.Key{Tenant: t, Generation: g}]
 		if !a.staying[t] {
-			if err := a.bulkheads.SetLeaving(ctx, t, false); err != nil {
-				a.log.Warn("proxy takes its leave of tunnels although it stays", "tenant", t.String(), "error", err)
-			}
+			a.bulkheads.SetLeaving(t, false)
 			a.staying[t] = true
 		}
 	}

@@ -302,9 +302,7 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 			a.idleSince[t] = since
 			// Tunnels would bring it new connections for as long as they last.
 			delete(a.staying, t)
-			if err := a.bulkheads.SetLeaving(ctx, t, true); err != nil {
-				a.log.Warn("proxy doesn't take its leave of tunnels", "tenant", t.String(), "error", err)
-			}
+			a.bulkheads.SetLeaving(t, true)
 		}
 		if left := a.o.Linger - time.Since(since); left > 0 {
 			next = min(next, left)

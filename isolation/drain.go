@@ -25,27 +25,48 @@ var errNoStats = errors.New("count connections: Envoy has no listener, or its st
 // SetLeaving has a tenant's proxies take their leave of tunnels, or not any more:
 // peers get a GOAWAY with the next answer and open a new one elsewhere, for which
 // nobody waits, and what is in the tunnel goes on. Unlike a drain it can be taken
-// back. It ends with the process; of a tenant that isn't there it is no error.
-func (m *Manager) SetLeaving(ctx context.Context, name model.Tenant, leaving bool) error {
+// back. It ends with the process; of a tenant that isn't there it is no error. It doesn't
+// wait until the proxies have heard of it, which is up to them: of several calls they hear
+// the last one last.
+func (m *Manager) SetLeaving(name model.Tenant, leaving bool) {
 	t := m.tenant(name)
 	if t == nil {
-		return nil
+		return
 	}
-	path := "/healthcheck/ok"
-	if leaving {
-		path = "/healthcheck/fail"
+	t.mu.Lock()
+	t.leaving = leaving
+	telling := t.telling
+	t.telling = true
+	t.mu.Unlock()
+	if !telling {
+		m.background(t.tellLeaving)
 	}
-	var errs []error
-	for _, p := range t.list() {
-		if state, _, _ := p.snapshot(); state.PID != 0 && state.Served {
-			_, err := adminAsk(ctx, t.netns(), state.Generation, http.MethodPost, path, adminTimeout, 64)
-			errs = append(errs, err)
+}
+
+// tellLeaving tells the proxies until they have heard what was said last.
+func (t *tenant) tellLeaving() {
+	for told, leaving := false, false; ; told = true {
+		t.mu.Lock()
+		if told && leaving == t.leaving {
+			t.telling = false
+			t.mu.Unlock()
+			return
+		}
+		leaving = t.leaving
+		t.mu.Unlock()
+		path := "/healthcheck/ok"
+		if leaving {
+			path = "/healthcheck/fail"
+		}
+		for _, p := range t.list() {
+			if state, _, _ := p.snapshot(); state.PID == 0 || !state.Served {
+				continue
+			}
+			if _, err := adminAsk(t.m.ctx, t.netns(), p.state.Generation, http.MethodPost, path, adminTimeout, 64); err != nil {
+				t.m.log.Warn("A proxy hasn't heard whether it is to take its leave of tunnels.", "tenant", t.name, "leaving", leaving, "error", err)
+			}
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("have the proxies of %s take their leave or stay: %w", name, err)
-	}
-	return nil
 }
 
 // startDrain has the process finish its connections by itself, and returns false

@@ -137,16 +137,23 @@ func (m *Manager) Close() {
 }
 
 func (m *Manager) supervise(p *process) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		close(p.done)
-		return
-	}
-	m.wg.Go(func() {
+	if !m.background(func() {
 		p.run(m.ctx)
 		p.tenant.drained(p)
-	})
+	}) {
+		close(p.done)
+	}
+}
+
+// background runs f beside the caller; Close waits for it. On a manager that is closed it
+// does nothing and returns false.
+func (m *Manager) background(f func()) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.closed {
+		m.wg.Go(f)
+	}
+	return !m.closed
 }
 
 // adoptAll takes over every tenant that has a whole state and removes the rest.

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/model"
 )
@@ -132,4 +135,29 @@ func TestSlowTenantEndHoldsNobodyUp(t *testing.T) {
 	if now := n.waitLive(m, tenantA, 0); now.PID != second.PID {
 		t.Errorf("process %d, was %d", now.PID, second.PID)
 	}
+}
+
+// A proxy that doesn't answer holds up nobody who has it take its leave, and once it does
+// it hears what was said last.
+func TestSlowLeaveHoldsNobodyUp(t *testing.T) {
+	n := newNode(t)
+	m := n.open()
+	p := n.run(m, tenantA, Limits{})
+	if err := m.Kill(p.PID, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for _, leaving := range []bool{true, false, true} {
+		n.holdsNobodyUp("its leave", func() error { m.SetLeaving(tenantA, leaving); return nil })
+	}
+	if err := m.Kill(p.PID, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	// Envoy isn't live while it takes its leave.
+	n.await(m, tenantA, "doesn't take its leave", func(s State) bool {
+		_, err := adminGet(t.Context(), s.Netns, 1, "/ready", 64)
+		return err != nil && strings.Contains(err.Error(), "DRAINING")
+	})
+	m.SetLeaving(tenantA, true)
+	m.SetLeaving(tenantA, false)
+	n.await(m, tenantA, "doesn't stay", func(s State) bool { return ready(t.Context(), s.Netns, 1) })
 }

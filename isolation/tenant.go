@@ -101,6 +101,8 @@ type tenant struct {
 	since time.Time
 	// workers of each process, 0 by default.
 	workers int
+	// leaving is what SetLeaving said last, and telling that the proxies are being told.
+	leaving, telling bool
 	// bandwidth that the kernel had last, nil if it wasn't asked, and why it can't be
 	// bounded.
 	bandwidth *Bandwidth
