@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bulkhead-mesh/bulkhead/agent/relay"
 	"github.com/bulkhead-mesh/bulkhead/isolation"
 	"github.com/bulkhead-mesh/bulkhead/steer"
@@ -51,7 +53,10 @@ func (a *Agent) ensureTenant(ctx context.Context, tp tenantPlan, r *round) (inde
 		Unawaited: true, Drain: cmp.Or(tp.drain, a.o.Drain)}))
 	a.closeEnded(tp, wanted)
 	ready, err := a.takeListeners(tp, pl, b)
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.EPERM): // for good
+		updateErr = errors.Join(updateErr, fmt.Errorf("lead connections to it: %w", err))
+	case err != nil:
 		again = soon
 		a.log.Debug("listeners can't be taken yet", "tenant", t.String(), "error", err)
 	}

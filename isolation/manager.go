@@ -67,6 +67,8 @@ type Manager struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// unseen is told once: see errUnseen.
+	unseen sync.Once
 	// endings of tenants under way, which need the supervisors that wg is of.
 	endings sync.WaitGroup
 

@@ -2,7 +2,10 @@ package isolation
 
 import (
 	"context"
+	"log/slog"
 	"os/exec"
+	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
@@ -72,5 +75,53 @@ func TestEndedIsSignalled(t *testing.T) {
 	}
 	if rests, err := r.awaitStop(); !rests || err != nil {
 		t.Errorf("at rest: %v, %v", rests, err)
+	}
+}
+
+// Where the kernel shows nobody what a thread does, proxies end as well: at a moment at
+// which nothing waits for them.
+func TestUnseenProxiesEnd(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs root")
+	}
+	c := exec.Command("/bin/sleep", "300")
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Wait()
+	defer c.Process.Kill()
+	r, err := hold(c.Process.Pid, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.release()
+	proxies := &tenant{m: &Manager{log: slog.New(slog.NewTextHandler(t.Output(), nil))}}
+	proxies.processes = []*process{newProcess(proxies, processState{}, r)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// Never unlocked: the thread ends with this goroutine.
+		runtime.LockOSThread()
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var data [2]unix.CapUserData
+		if err := unix.Capget(&header, &data[0]); err != nil {
+			t.Error(err)
+			return
+		}
+		data[0].Effective &^= 1 << unix.CAP_SYS_PTRACE
+		if err := unix.Capset(&header, &data[0]); err != nil {
+			t.Error(err)
+			return
+		}
+		for _, idle := range []bool{false, true} {
+			if ended, err := proxies.endAtRest(func() (bool, error) { return idle, nil }); ended != idle || err != nil {
+				t.Errorf("idle: %v, ended: %v, %v", idle, ended, err)
+			}
+		}
+	}()
+	<-done
+	if !r.wait(t.Context(), time.Minute) {
+		t.Error("it goes on")
 	}
 }

@@ -86,6 +86,9 @@ func ListeningSockets(pid, generation int) (sockets []Socket, err error) {
 		if errors.Is(err, unix.EBADF) {
 			continue // closed in the meantime
 		}
+		if errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("%w; the agent needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3", err)
+		}
 		if err != nil {
 			return sockets, fmt.Errorf("duplicate its file %d: %w", number, err)
 		}
