@@ -56,7 +56,7 @@ type Datapath struct {
 	late       *latecomers        // while the programs are replaced, if the map of flows was carried over
 	kept       *keptFlows         // nil before they were counted
 	joining    map[uint32]uint16  // the tenants of pods that aren't there yet, but have connections written down, by ifindex
-	cut        map[uint16]uint64  // connections that pods have lost in moves, by the tenant that had too many
+	cut        steer.Cut          // connections that pods have lost in moves, by the tenant that had too many
 }
 
 // sharedMaps are used by the programs of all tenants.
@@ -105,7 +105,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := &Datapath{
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
-		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, joining: map[uint32]uint16{}, cut: map[uint16]uint64{},
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, joining: map[uint32]uint16{}, cut: steer.Cut{},
 	}
 	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()

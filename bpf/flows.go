@@ -195,7 +195,7 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 		return err
 	}
 	delete(d.joining, uint32(p.Ifindex))
-	d.countCut(p.UID, cmp.Or(from, p.Tenant), lost)
+	d.cut.Add(d.log, p.UID, cmp.Or(from, p.Tenant), lost)
 	return nil
 }
 
@@ -236,7 +236,7 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err := d.changePodEntries(uid, func(e *datapathPod) { e.Tenant, e.Learn = 0, 1 }); err != nil {
 		return err
 	}
-	d.countCut(uid, from, lost)
+	d.cut.Add(d.log, uid, from, lost)
 	return nil
 }
 

@@ -51,12 +51,3 @@ func (d *Datapath) keptOf(tenant uint16) (int, error) {
 	}
 	return n, nil
 }
-
-// countCut counts connections that a pod loses, by the tenant that has too many.
-func (d *Datapath) countCut(uid string, tenant uint16, lost int) {
-	if lost == 0 {
-		return
-	}
-	d.cut[tenant] += uint64(lost)
-	d.log.Warn("A pod that moves loses connections: as many of its tenant stay as may", "pod", uid, "tenant", tenant, "lost", lost)
-}

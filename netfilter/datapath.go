@@ -17,6 +17,8 @@ import (
 	"github.com/mdlayher/netlink"
 	routes "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-mesh/bulkhead/steer"
 )
 
 // DefaultMark is none that kube-proxy, Calico, Cilium or the CNI plugins use.
@@ -65,7 +67,7 @@ type Datapath struct {
 	// down, by address.
 	joining map[netip.Addr]uint16
 	// cut are connections that pods have lost in moves, by the tenant that had too many.
-	cut map[uint16]uint64
+	cut steer.Cut
 	// events is what reads them, or nil.
 	events *eventReading
 	// lost counts events by tenant; it outlives readers.
@@ -88,7 +90,7 @@ func Open(o Options) (*Datapath, error) {
 	if o.Mark&(o.Mark-1) != 0 || o.Mark&(markFrom|markTo) != 0 {
 		return nil, fmt.Errorf("mark %#x: want one bit, and neither of the lowest two", o.Mark)
 	}
-	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, joining: map[netip.Addr]uint16{}, cut: map[uint16]uint64{}, lost: map[uint16]uint64{}, written: map[string]writing{}}
+	d := &Datapath{mark: o.Mark, priority: o.OwnPriority, log: o.Log, sets: hostSets(), tenants: map[uint16]*tenantState{}, left: map[former]time.Time{}, joining: map[netip.Addr]uint16{}, cut: steer.Cut{}, lost: map[uint16]uint64{}, written: map[string]writing{}}
 	if err := d.install(); err != nil {
 		return nil, err
 	}

@@ -112,7 +112,7 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 	for _, a := range p.IPs {
 		delete(d.joining, a.Unmap())
 	}
-	d.countCut(p.UID, of, lost)
+	d.cut.Add(d.log, p.UID, of, lost)
 	return nil
 }
 
@@ -145,7 +145,7 @@ func (d *Datapath) releasePod(uid string, established model.FlowReader) error {
 	if err := d.learn(uid, 0); err != nil {
 		return err
 	}
-	d.countCut(uid, from, lost)
+	d.cut.Add(d.log, uid, from, lost)
 	return nil
 }
 

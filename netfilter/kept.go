@@ -48,12 +48,3 @@ func (d *Datapath) isCharged(s *snapshot, tenant uint16, pod netip.Addr, left ma
 	}
 	return d.joining[pod] == tenant || left[former{tenant, pod}]
 }
-
-// countCut counts connections that a pod loses, by the tenant that has too many.
-func (d *Datapath) countCut(uid string, tenant uint16, lost int) {
-	if lost == 0 {
-		return
-	}
-	d.cut[tenant] += uint64(lost)
-	d.log.Warn("A pod that moves loses connections: as many of its tenant stay as may", "pod", uid, "tenant", tenant, "lost", lost)
-}
