@@ -116,9 +116,10 @@ func TestSlowTenantEndHoldsNobodyUp(t *testing.T) {
 	})
 	n.holdsNobodyUp("limits of all", func() error { return m.LimitAll(Limits{CPUMillis: 1500}) })
 	letGo()
-	if deleted, err := n.deleteAtRest(m, tenantA, nil); !deleted || err != nil {
-		t.Fatalf("it ended: %v, %v", deleted, err)
-	}
+	n.await(m, tenantA, "can't begin again", func(State) bool {
+		_, err := m.Prepare(t.Context(), tenantA, 1400)
+		return err == nil
+	})
 	if startTicksOf(first.PID) == first.StartTicks {
 		t.Error("its process is left")
 	}
@@ -126,14 +127,16 @@ func TestSlowTenantEndHoldsNobodyUp(t *testing.T) {
 	if err := m.Update(t.Context(), spec); err != nil {
 		t.Fatal(err)
 	}
-	// What came of an end isn't so any more when the tenant is wanted again.
 	second := n.waitLive(m, tenantA, first.PID)
-	n.await(m, tenantA, "wasn't tried to be ended", func(State) bool {
-		ended, err := m.End(tenantA, func() (bool, error) { return false, nil })
-		return !ended && err == nil
-	})
+	// Nobody has asked what came of the end, and it isn't so any more.
+	if deleted, err := n.deleteAtRest(m, tenantA, func() (bool, error) { return false, nil }); deleted || err != nil {
+		t.Errorf("it ended: %v, %v", deleted, err)
+	}
 	if now := n.waitLive(m, tenantA, 0); now.PID != second.PID {
 		t.Errorf("process %d, was %d", now.PID, second.PID)
+	}
+	if deleted, err := n.deleteAtRest(m, tenantA, nil); !deleted || err != nil {
+		t.Errorf("it hasn't ended: %v, %v", deleted, err)
 	}
 }
 
