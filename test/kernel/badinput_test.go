@@ -1,13 +1,16 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-mesh/bulkhead/api/v1alpha1"
 	"github.com/bulkhead-mesh/bulkhead/test/lab"
@@ -71,13 +74,32 @@ func TestInterfaceRenamed(t *testing.T) { eachRedirection(t, testInterfaceRename
 func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 	n := l.Node1
 	held := openAll(t, l, "before")
-	rename := func(from, to string) {
+	type names struct{ from, to string }
+	var took []time.Duration
+	rename := func(all ...names) {
 		t.Helper()
+		begin := time.Now()
 		n.Do(t, func() {
-			link, err := netlink.LinkByName(from)
-			lab.Check(t, err)
-			lab.Check(t, netlink.LinkSetName(link, to))
+			for _, r := range all {
+				link, err := netlink.LinkByName(r.from)
+				lab.Check(t, err)
+				lab.Check(t, netlink.LinkSetName(link, r.to))
+			}
 		})
+		if n.Redirection != v1alpha1.RedirectionNetfilter {
+			return
+		}
+		lab.Eventually(t, "the chains of the new names", func() error {
+			var out []byte
+			var err error
+			n.Do(t, func() { out, err = exec.Command("nft", "list", "table", "netdev", "bulkhead").CombinedOutput() })
+			first, last := all[0].to, all[len(all)-1].from
+			if err == nil && (!strings.Contains(string(out), `"`+first+`"`) || strings.Contains(string(out), `"`+last+`"`)) {
+				err = fmt.Errorf("the table is %s", out)
+			}
+			return err
+		})
+		took = append(took, time.Since(begin))
 	}
 	check := func(when string) {
 		t.Helper()
@@ -96,19 +118,17 @@ func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 			return nil
 		})
 	}
-	rename("poda1", "other0")
-	rename("podb1", "poda1")
+	// What sends something before the agent has heard of it is cut, and an acknowledgement
+	// may be late.
+	lab.Eventually(t, "the last acknowledgements", func() error {
+		return errors.Join(acknowledged(t, l.A1.Namespace), acknowledged(t, n.Proxy("team-a")))
+	})
+	rename(names{"poda1", "other0"})
+	rename(names{"other0", "poda1"})
+	rename(names{"poda1", "other1"})
+	rename(names{"other1", "other0"}, names{"podb1", "poda1"})
 	if n.Redirection == v1alpha1.RedirectionNetfilter {
-		// What sends something before the agent has heard of it is cut.
-		lab.Eventually(t, "the chains of the new names", func() error {
-			var out []byte
-			var err error
-			n.Do(t, func() { out, err = exec.Command("nft", "list", "table", "netdev", "bulkhead").CombinedOutput() })
-			if err == nil && (!strings.Contains(string(out), `"other0"`) || strings.Contains(string(out), `"podb1"`)) {
-				err = fmt.Errorf("the table is %s", out)
-			}
-			return err
-		})
+		atOnce(t, "chains of the new names", took)
 	}
 	check("renamed")
 	n.Kill()
@@ -119,4 +139,21 @@ func testInterfaceRenamed(t *testing.T, l *lab.Lab) {
 	n.WritePlan()
 	held.close()
 	lab.Eventually(t, "the pod's leave", func() error { return onlyPlanned(t, n) })
+}
+
+// acknowledged fails while something that was sent from a network namespace isn't.
+func acknowledged(t *testing.T, n *lab.Namespace) (err error) {
+	t.Helper()
+	n.Do(t, func() {
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			sockets, listErr := netlink.SocketDiagTCPInfo(family)
+			err = errors.Join(err, listErr)
+			for _, s := range sockets {
+				if s.TCPInfo != nil && s.TCPInfo.Unacked > 0 {
+					err = errors.Join(err, fmt.Errorf("%s:%d has sent to %s:%d", s.InetDiagMsg.ID.Source, s.InetDiagMsg.ID.SourcePort, s.InetDiagMsg.ID.Destination, s.InetDiagMsg.ID.DestinationPort))
+				}
+			}
+		}
+	})
+	return err
 }
