@@ -404,6 +404,57 @@ func TestOwnersAreToldOfPauses(t *testing.T) {
 	told("aborted", func(s *v1alpha1.ProxyRolloutSpec) { s.Abort = true }, "TenantProxy Normal UpgradeAborted ")
 }
 
+// The owner of a namespace is told once that an upgrade is taken back, though the share
+// of new connections follows later.
+func TestOwnersAreToldOfTheWayBackOnce(t *testing.T) {
+	for name, tc := range map[string]struct {
+		abort    bool
+		restarts int32
+		want     string
+	}{
+		"it crashed":     {false, 1, "TenantProxy Warning UpgradeRolledBack "},
+		"it was aborted": {true, 0, "TenantProxy Normal UpgradeAborted "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRolling(t)
+			says := func(generations ...v1alpha1.GenerationStatus) {
+				t.Helper()
+				weight := int32(0)
+				if len(generations) > 1 {
+					weight = 10
+				}
+				r.report(func(s *v1alpha1.NodeProxyStatus) {
+					s.Tenants = []v1alpha1.NodeTenantStatus{{Name: "a", Ready: true, Weight: weight, Generations: generations}}
+				})
+				r.must(r.syncReport(t.Context(), "n1"))
+				r.decide()
+				r.must(r.w.writeTenant(t.Context(), "a"))
+			}
+			first := generation(v1alpha1.RoleFirst, "1.40.0", 0)
+			canary := v1alpha1.GenerationStatus{Generation: 1, Version: "1.41.0", Role: v1alpha1.RoleCanary, Serving: true}
+			r.decide()
+			says(first, canary)
+			r.told = nil
+			var rollout v1alpha1.ProxyRollout
+			r.must(r.Get(t.Context(), client.ObjectKey{Name: "r"}, &rollout))
+			rollout.Spec.Abort = tc.abort
+			r.must(r.Update(t.Context(), &rollout))
+			canary.Restarts = tc.restarts // it serves again already
+			says(first, canary)
+			says(first)
+			var got []string
+			for _, line := range r.told {
+				if strings.HasPrefix(line, "TenantProxy ") {
+					got = append(got, line)
+				}
+			}
+			if len(got) != 1 || !strings.HasPrefix(got[0], tc.want) {
+				t.Errorf("told is %q, want %q once", got, tc.want)
+			}
+		})
+	}
+}
+
 // begun makes a younger rollout that is at work.
 func (r *rolling) begun(name, version string) {
 	r.t.Helper()

@@ -201,7 +201,8 @@ func newsOfTenant(had, now v1alpha1.TenantProxyStatus, ended *v1alpha1.TenantUpg
 	if u, before := now.Upgrade, had.Upgrade; u != nil {
 		// One that began at another time is another, whatever its name.
 		same := before != nil && before.Rollout == u.Rollout && before.Since.Equal(u.Since)
-		if !same || before.Verdict != u.Verdict || before.Weight != u.Weight {
+		// What is over gives its share back by itself, after that has been told.
+		if !same || before.Verdict != u.Verdict || before.Weight != u.Weight && !translate.IsOver(u) {
 			all = append(all, newsOfUpgrade(u))
 		}
 		if same && before.Paused != u.Paused && !translate.IsOver(u) {
