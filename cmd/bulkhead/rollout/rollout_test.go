@@ -64,6 +64,26 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// Where a rollout stood tells nothing once it is over, or on its way back.
+func TestStatusWithoutStep(t *testing.T) {
+	at := metav1.NewTime(born)
+	for phase, step := range map[v1alpha1.RolloutPhase]bool{v1alpha1.RolloutProgressing: true, v1alpha1.RolloutPaused: true, v1alpha1.RolloutRollingBack: false,
+		v1alpha1.RolloutRolledBack: false, v1alpha1.RolloutAborting: false, v1alpha1.RolloutAborted: false, v1alpha1.RolloutSucceeded: false} {
+		r := rollout("r", time.Hour, phase)
+		switch phase {
+		case v1alpha1.RolloutRollingBack, v1alpha1.RolloutRolledBack, v1alpha1.RolloutAborting, v1alpha1.RolloutAborted:
+			r.Status.StoppedAt = &at
+		}
+		var out bytes.Buffer
+		if err := Status(t.Context(), server(t, r), "", "", &out); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out.String(), "Step:") != step {
+			t.Errorf("%s: it must tell its step: %t, and is\n%s", phase, step, &out)
+		}
+	}
+}
+
 func TestChanges(t *testing.T) {
 	ctx := t.Context()
 	c := server(t, rollout("old", 2*time.Hour, v1alpha1.RolloutSucceeded), rollout("now", time.Hour, v1alpha1.RolloutWaiting))
