@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +17,9 @@ const (
 	recoveredAfter = 10 * time.Second
 	// What of a failure's log goes into the status, which all tenants of a node share.
 	maxFailureLines, maxFailureLog = 5, 512
+	// startWarning is what each Envoy says when it starts: the agent bounds connections
+	// in its place. It would be taken for the cause.
+	startWarning = "There is no configured limit to the number of allowed active downstream connections."
 )
 
 // failure is how one of a tenant's processes ended last that wasn't asked to; nil
@@ -42,7 +46,12 @@ func failure(s isolation.State, now time.Time) *v1alpha1.ProxyFailure {
 
 // lastWords are the end of a log that says why: as much as there is room for.
 func lastWords(log string) string {
-	lines := strings.Split(strings.TrimRight(log, "\n"), "\n")
+	lines := slices.DeleteFunc(strings.Split(strings.TrimRight(log, "\n"), "\n"), func(line string) bool {
+		// After [time][thread][level][logger] [place].
+		_, line, _ = strings.Cut(line, "] [")
+		_, line, _ = strings.Cut(line, "] ")
+		return strings.HasPrefix(line, startWarning)
+	})
 	text := strings.Join(lines[max(0, len(lines)-maxFailureLines):], "\n")
 	if len(text) > maxFailureLog {
 		text = "…" + strings.ToValidUTF8(text[len(text)-maxFailureLog:], "")

@@ -44,6 +44,12 @@ func TestFailure(t *testing.T) {
 			t.Errorf("%s: %+v", name, f)
 		}
 	}
+	const start = "[2026-11-27 03:48:58.321][1][warning][main] [source/server/server.cc:1059] There is no configured limit to the number of allowed active downstream connections. Configure a limit in `envoy.resource_monitors.global_downstream_max_connections` resource monitor."
+	for _, test := range [][2]string{{start + "\n", ""}, {start + "\nb\nc\nd\ne\nf\n" + start, "b\nc\nd\ne\nf"}, {"it said: " + start[81:], "it said: " + start[81:]}} {
+		if got := lastWords(test[0]); got != test[1] {
+			t.Errorf("of %q is told %q, want %q", test[0], got, test[1])
+		}
+	}
 	long := failure(isolation.State{Processes: []isolation.Process{run(0, 0, exit(isolation.CauseCrash, 0, strings.Repeat("ü", 4000)))}}, now)
 	if n := len(long.Log); n > maxFailureLog+4 || n < maxFailureLog-4 || !strings.HasSuffix(long.Log, "ü") {
 		t.Errorf("%d bytes of log are told: %q", n, long.Log)

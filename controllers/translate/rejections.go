@@ -63,7 +63,7 @@ func stable(nodes []NodeView) metav1.Condition {
 		}
 	}
 	if last != nil {
-		c.Status, c.Reason, c.Message = metav1.ConditionFalse, last.Cause, "no other tenant is concerned; "+listed(told)
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, last.Cause, "no other tenant is concerned, and what ended is started again by itself; "+listed(told)
 	}
 	return c
 }
