@@ -19,10 +19,19 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := command(filepath.Base(os.Args[0])).ExecuteContext(ctx); err != nil {
+	if err := run(ctx, command(filepath.Base(os.Args[0]))); err != nil {
 		fmt.Fprintln(os.Stderr, "bulkhead:", err)
 		os.Exit(1)
 	}
+}
+
+// run does what c's arguments say, and says where to read on if they are wrong.
+func run(ctx context.Context, c *cobra.Command) error {
+	called, err := c.ExecuteContextC(ctx)
+	if err != nil && !called.Runnable() { // so the words are wrong
+		return fmt.Errorf("%w\nsee %s --help", err, called.CommandPath())
+	}
+	return err
 }
 
 func command(name string) *cobra.Command {

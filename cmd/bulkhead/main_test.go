@@ -5,6 +5,33 @@ import (
 	"testing"
 )
 
+// A wrong word ends with what to do about it.
+func TestUnknownWords(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"bulkhead", []string{"status"}, []string{`unknown command "status"`, "\n\trollout\n", "see bulkhead --help"}},
+		{"kubectl-bulkhead", []string{"nonsense"}, []string{`unknown command "nonsense"`, "see kubectl bulkhead --help"}},
+		{"bulkhead", []string{"--nonsense"}, []string{"unknown flag: --nonsense", "see bulkhead --help"}},
+		{"bulkhead", []string{"rollout", "--nonsense"}, []string{"unknown flag: --nonsense", "see bulkhead rollout --help"}},
+	} {
+		command := command(c.name)
+		command.SetArgs(c.args)
+		err := run(t.Context(), command)
+		if err == nil {
+			t.Errorf("%s %q is taken", c.name, c.args)
+			continue
+		}
+		for _, want := range c.want {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%s %q: no %q in %q", c.name, c.args, want, err)
+			}
+		}
+	}
+}
+
 // Under a plugin's name it tells how it is called as one.
 func TestPluginName(t *testing.T) {
 	for name, want := range map[string]string{"bulkhead": "bulkhead cost [flags]", "kubectl-bulkhead": "kubectl bulkhead cost [flags]"} {

@@ -16,6 +16,8 @@ func rolloutCommand(f *cluster.Flags) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rollout",
 		Short: "See and steer upgrades of the proxies",
+		// Its commands are asked for without it.
+		SuggestFor: []string{"status", "history", "pause", "resume", "approve", "abort"},
 		Long: `See and steer upgrades of the proxies: ProxyRollouts. Without a name it is the
 one that is at work, or else the newest.`,
 	}
