@@ -10,7 +10,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -40,7 +42,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Args[1:]); err != nil {
+	if err := run(ctx, os.Args[1:]); err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "agent:", err)
 		stop()
 		os.Exit(1)
@@ -74,7 +76,7 @@ func run(ctx context.Context, args []string) error {
 		mark := flags.Uint("mark", 0, "the bit of packets' marks that steering uses, such as 0x4000, if another has the default's")
 		plan := flags.String("plan", "", "a plan (YAML) in place of Kubernetes")
 		debug := flags.Bool("debug", false, "log more")
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		if o.Mark = uint32(*mark); uint(o.Mark) != *mark {
@@ -98,14 +100,14 @@ func run(ctx context.Context, args []string) error {
 		o.Log.Info("agent starts", "version", version, "node", o.Node)
 		return agent.Run(ctx, config, o)
 	case "inspect":
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/inspect", nil, os.Stdout)
 	case "log":
 		tenant := flags.String("tenant", "", "whose proxy")
 		generation := flags.String("generation", "", "0 or 1 (default the one that serves)")
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		return agent.Control(ctx, o.ControlSocket(), http.MethodGet, "/log",
@@ -113,7 +115,7 @@ func run(ctx context.Context, args []string) error {
 	case "events":
 		tenant := flags.String("tenant", "", "whose alone")
 		duration := flags.Duration("duration", 0, "for how long; 0 is until interrupted")
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		watch := ctx
@@ -131,13 +133,29 @@ func run(ctx context.Context, args []string) error {
 		return lookInto(ctx, flags, &o, args[1:])
 	case "kill":
 		name := flags.String("signal", "TERM", "name of the signal, without SIG")
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		return agent.Control(ctx, o.ControlSocket(), http.MethodPost, "/kill",
 			url.Values{"pid": {flags.Arg(0)}, "signal": {*name}}, os.Stdout)
 	}
 	return fmt.Errorf("unknown command %q; %s", args[0], usage)
+}
+
+// parse reads flags, and leaves it to main to tell what is wrong with them. That somebody
+// asks for them ends with flag.ErrHelp, when they are written.
+func parse(flags *flag.FlagSet, args []string) error {
+	var help bytes.Buffer
+	flags.SetOutput(&help)
+	err := flags.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		os.Stdout.Write(help.Bytes())
+		return err
+	}
+	if err != nil {
+		return fmt.Errorf("%w; see %s --help", err, flags.Name())
+	}
+	return nil
 }
 
 // lookInto asks a proxy for its configuration, statistics, heap profile or log
@@ -148,14 +166,18 @@ func lookInto(ctx context.Context, flags *flag.FlagSet, o *agent.Options, args [
 	filter := flags.String("filter", "", "of stats a regular expression for names, of config a part such as dynamic_listeners")
 	logger := flags.String("logger", "", "of loglevel: which to set; all without it")
 	level := flags.String("level", "", "of loglevel: what to set it to")
-	if len(args) == 0 {
-		return fmt.Errorf("debug what? One of %s", strings.Join(debug.What, ", "))
+	what := ""
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		what, args = args[0], args[1:]
 	}
-	if err := flags.Parse(args[1:]); err != nil {
+	if err := parse(flags, args); err != nil {
 		return err
 	}
+	if what == "" {
+		return fmt.Errorf("debug what? One of %s", strings.Join(debug.What, ", "))
+	}
 	if *tenant == "" {
-		return fmt.Errorf("debug %s: name the tenant with --tenant", args[0])
+		return fmt.Errorf("debug %s: name the tenant with --tenant", what)
 	}
 	values := url.Values{"generation": {*generation}, "filter": {*filter}}
 	method := http.MethodGet
@@ -164,5 +186,5 @@ func lookInto(ctx context.Context, flags *flag.FlagSet, o *agent.Options, args [
 		values.Set("logger", *logger)
 		values.Set("level", *level)
 	}
-	return agent.Control(ctx, o.ControlSocket(), method, "/tenants/"+url.PathEscape(*tenant)+"/"+url.PathEscape(args[0]), values, os.Stdout)
+	return agent.Control(ctx, o.ControlSocket(), method, "/tenants/"+url.PathEscape(*tenant)+"/"+url.PathEscape(what), values, os.Stdout)
 }
