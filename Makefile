@@ -52,7 +52,7 @@ use_cluster = $(if $(KUBECONFIG),,eval "$$($(GO) run ./hack/cluster env)" &&)
 # A user's own cluster (KUBECONFIG) has its images already; the local one gets what
 # the tree holds now.
 .PHONY: cluster
-cluster: setup
+cluster: setup ## Start the local cluster with images of what the tree holds now; nothing with a KUBECONFIG; as root
 ifndef KUBECONFIG
 	@$(MAKE) --no-print-directory root up images
 	$(GO) run ./hack/cluster load $(addprefix out/images/,operator.tar agent.tar echo.tar)
@@ -142,7 +142,7 @@ lint: ## gofmt, go vet and staticcheck
 	"$$($(GO) -C hack/tools tool -n staticcheck)" ./...
 
 .PHONY: setup
-setup:
+setup: ## Install what builds and tests need, as root on Debian or Ubuntu; elsewhere say what is missing
 	@hack/setup
 
 .PHONY: root
