@@ -86,6 +86,15 @@ func TestRun(t *testing.T) {
 		return w.String()
 	}
 	out := run("", "table")
+	if strings.Contains(out, "nothing yet") {
+		t.Errorf("of an hour:\n%s", out)
+	}
+	first := proxy("team-d", 0, v1alpha1.TenantCost{})
+	began := fake.NewClientBuilder().WithScheme(scheme).WithObjects(&first, &b).Build()
+	var w bytes.Buffer
+	if err := Run(t.Context(), began, "", Options{Output: "table"}, &w); err != nil || strings.Count(w.String(), "nothing yet") != 1 || !strings.Contains(w.String(), "tenant team-d of namespace team-d: counting began at 10:30:00Z; nothing yet") {
+		t.Errorf("when counting begins: %v\n%s", err, &w)
+	}
 	for _, part := range []string{"~1.5s", "~75.0", "3.0Mi", "team-b", "25.0", "~ estimated", "2026-11-26 09:30Z"} {
 		if !strings.Contains(out, part) {
 			t.Errorf("the table lacks %q:\n%s", part, out)

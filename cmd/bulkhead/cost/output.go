@@ -28,11 +28,23 @@ func table(w io.Writer, rows []Row) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	for _, r := range rows {
+		if r.isEmpty() {
+			if _, err := fmt.Fprintf(w, "tenant %s of namespace %s: counting began at %s; nothing yet, figures come about once a minute\n", r.Tenant, r.Namespace, r.From.Format("15:04:05Z")); err != nil {
+				return err
+			}
+		}
+	}
 	if slices.ContainsFunc(rows, func(r Row) bool { return r.Estimated }) {
 		_, err := fmt.Fprintln(w, "~ estimated: the namespace shares its proxies with others, by bytes and connections")
 		return err
 	}
 	return nil
+}
+
+// isEmpty reports whether it tells of no time at all.
+func (r Row) isEmpty() bool {
+	return r.To.Equal(r.From) && r.CPUSeconds == 0 && r.BytesSent == 0 && r.BytesReceived == 0 && r.Connections == 0
 }
 
 // size is a number of bytes for people.
