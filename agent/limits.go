@@ -79,7 +79,7 @@ func threads(tp tenantPlan, state isolation.State) (have int64, unenforced []str
 	for _, p := range state.Processes {
 		have = max(have, int64(p.Workers))
 		if tp.workers != 0 && p.Workers != 0 && p.Workers != tp.workers {
-			unenforced = append(unenforced, fmt.Sprintf("concurrency: generation %d has %d threads until it starts again", p.Generation, p.Workers))
+			unenforced = append(unenforced, fmt.Sprintf("concurrency: generation %d keeps its number of threads (%d) until it starts again", p.Generation, p.Workers))
 		}
 	}
 	return have, unenforced

@@ -311,7 +311,7 @@ func (a *Agent) removeTenants(ctx context.Context, held heldCounts, r *round) ti
 		_, byTenant := held()
 		if n := a.waitsForFlows(t, byTenant, since); n > 0 {
 			delete(a.endingSince, t)
-			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends with the %d connections that began there, or at %s",
+			r.leaving[t] = fmt.Sprintf("it has no pods here any more and ends with the connections that began there (%d), or at %s",
 				n, since.Add(heldLimit).UTC().Format(time.RFC3339))
 			next = min(next, time.Second)
 			continue

@@ -115,7 +115,7 @@ func makeStatus(o observation) v1alpha1.NodeProxyStatus {
 		s.Tenants = append(s.Tenants, t)
 	}
 	condition := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "Ready",
-		Message: fmt.Sprintf("%d tenant proxies serve", len(s.Tenants)), ObservedGeneration: s.ObservedGeneration}
+		Message: fmt.Sprintf("all tenant proxies serve: %d", len(s.Tenants)), ObservedGeneration: s.ObservedGeneration}
 	switch {
 	case o.planError != "":
 		condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, "InvalidPlan", o.planError

@@ -337,7 +337,7 @@ func TestServicesAreTold(t *testing.T) {
 		t.Errorf("one stranger's word makes it %+v", got)
 	}
 	refuse("b", "c")
-	if got := condition("a", "good"); got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "2 tenants") || strings.Contains(got.Message, "says no") {
+	if got := condition("a", "good"); got.Reason != "ConfigRejected" || !strings.Contains(got.Message, "of tenants: 2") || strings.Contains(got.Message, "says no") {
 		t.Errorf("two tenants' words make it %+v", got)
 	}
 	refuse("a")

@@ -122,7 +122,7 @@ func (r *rollout) available() []metav1.Condition {
 			messages[name] = l.message
 		}
 		c.Status, c.Reason = metav1.ConditionFalse, worst(lacks)
-		c.Message = fmt.Sprintf("Envoy %s isn't on %d nodes: %s; what runs there goes on as it is", r.version, len(lacks), describe(messages))
+		c.Message = fmt.Sprintf("Envoy %s isn't on all nodes (missing: %d): %s; what runs there goes on as it is", r.version, len(lacks), describe(messages))
 		if c.Reason == ReasonUnknownProxyVersion {
 			c.Message += "; bring agents that have it, or abort and create another ProxyRollout with a version that they have, or with an image"
 		}

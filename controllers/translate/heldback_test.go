@@ -119,7 +119,7 @@ func TestRolloutGoesOnWithout(t *testing.T) {
 			}
 			f.rollout.Spec.ApprovedSteps = 1
 			s = f.want("the others", v1alpha1.RolloutSucceeded, "a promoted, c promoted, d promoted")
-			if s.Tenants != 3 || !strings.Contains(s.Message, "all 3 tenants run") {
+			if s.Tenants != 3 || !strings.Contains(s.Message, "all tenants (3) run") {
 				t.Errorf("%+v", s)
 			}
 			done := []v1alpha1.ProxyRollout{f.rollout}

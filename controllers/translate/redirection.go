@@ -55,7 +55,7 @@ func redirectedCondition(name string, all Topologies, nodes []NodeRedirectionVie
 		c.Reason, c.Message = ReasonProgressing, "waiting for the agents of "+listed(waiting)
 	default:
 		c.Status, c.Reason = metav1.ConditionTrue, ReasonAsSpecified
-		c.Message = fmt.Sprintf("%d nodes with %s, %d with %s", count[v1alpha1.RedirectionEBPF], v1alpha1.RedirectionEBPF, count[v1alpha1.RedirectionNetfilter], v1alpha1.RedirectionNetfilter)
+		c.Message = fmt.Sprintf("nodes with %s: %d, with %s: %d", v1alpha1.RedirectionEBPF, count[v1alpha1.RedirectionEBPF], v1alpha1.RedirectionNetfilter, count[v1alpha1.RedirectionNetfilter])
 	}
 	return c
 }

@@ -38,7 +38,7 @@ func TestRedirection(t *testing.T) {
 		name, topology, reason, message string
 		nodes                           []NodeRedirectionView
 	}{
-		{"as specified", "old", ReasonAsSpecified, "1 nodes with EBPF, 1 with Netfilter", []NodeRedirectionView{node("n1", "new", ebpf, ""), node("n2", "old", netfilter, "")}},
+		{"as specified", "old", ReasonAsSpecified, "nodes with EBPF: 1, with Netfilter: 1", []NodeRedirectionView{node("n1", "new", ebpf, ""), node("n2", "old", netfilter, "")}},
 		{"can't", "old", ReasonNodesDiffer, "n2 has EBPF instead of Netfilter: no nftables", []NodeRedirectionView{node("n1", "new", ebpf, ""), node("n2", "old", ebpf, "no nftables")}},
 		{"not yet", "old", ReasonProgressing, "n2", []NodeRedirectionView{node("n1", "new", ebpf, ""), node("n2", "old", ebpf, "")}},
 		{"not reported", "old", ReasonProgressing, "n1", []NodeRedirectionView{node("n1", "new", "", "")}},

@@ -53,7 +53,7 @@ func stable(nodes []NodeView) metav1.Condition {
 		if f == nil || f.Recovered {
 			continue
 		}
-		line := fmt.Sprintf("%s: generation %d ended, %d restarts: %s", n.Node, f.Generation, f.Restarts, cmp.Or(f.Message, f.Cause))
+		line := fmt.Sprintf("%s: generation %d ended (restarts: %d): %s", n.Node, f.Generation, f.Restarts, cmp.Or(f.Message, f.Cause))
 		if f.Log != "" {
 			line += "; last it wrote: " + f.Log
 		}
@@ -136,7 +136,7 @@ func ServiceCondition(s *corev1.Service, problem Problem, refusals []Refusal, no
 	switch {
 	case len(tenants) > 1 || quote != "":
 		c.Reason = ReasonConfigRejected
-		c.Message = fmt.Sprintf("the Envoys of %d tenants refused what the service was made into; what they had before stays%s", len(tenants), quote)
+		c.Message = fmt.Sprintf("Envoys (of tenants: %d) refused what the service was made into; what they had before stays%s", len(tenants), quote)
 	case problem == Problem{}:
 		return nil
 	}

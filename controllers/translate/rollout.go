@@ -173,7 +173,7 @@ func (r *rollout) awaited(p placed) string {
 	g := p.generation(r.version)
 	if g.Role == v1alpha1.RoleFormer && p.isUpToDate() && !slices.Contains(p.node.Status.ProxyVersions, p.spec.Version) {
 		// Nobody lets go of it, and a canary would be judged by how it has ended.
-		return fmt.Sprintf(", where Envoy %s serves because the planned %s can't be had, and has ended %d times: set spec.proxy.version of the MeshTopology to one that the node has",
+		return fmt.Sprintf(", where Envoy %s serves because the planned %s can't be had, and has ended (restarts: %d): set spec.proxy.version of the MeshTopology to one that the node has",
 			r.version, p.spec.Version, g.Restarts)
 	}
 	return ", which hasn't said that the process of the rollout before is gone"
@@ -233,7 +233,7 @@ func (r *rollout) succeeded() map[string]NodeRollout {
 		}
 	}
 	s.Weight, s.Tenants, s.ReachedTenants, s.ReachedAt = 100, int32(have), int32(have), nil
-	s.Message = fmt.Sprintf("all %d tenants run Envoy %s", have, r.version) + r.without()
+	s.Message = fmt.Sprintf("all tenants (%d) run Envoy %s", have, r.version) + r.without()
 	switch {
 	case len(s.From) == 0:
 	case r.Rollout.Spec.Target.Image != "":

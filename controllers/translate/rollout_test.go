@@ -229,12 +229,12 @@ func TestRolloutGoesBack(t *testing.T) {
 		reason string
 		says   []string
 	}{
-		"crash": {reason: VerdictCrashed, says: []string{"a on n2", "ended 1 times", "SIGSEGV"}, broken: func(node, tenant string, g *v1alpha1.GenerationStatus) {
+		"crash": {reason: VerdictCrashed, says: []string{"a on n2", "ended (restarts: 1, limit 0)", "SIGSEGV"}, broken: func(node, tenant string, g *v1alpha1.GenerationStatus) {
 			if node == "n2" {
 				g.Restarts, g.LastExit = 1, "killed by SIGSEGV"
 			}
 		}},
-		"refused": {reason: VerdictConfigRejected, says: []string{"a on n1", "refused 2 resources, the old one 0"}, broken: func(node, tenant string, g *v1alpha1.GenerationStatus) { g.Rejected = 2 }},
+		"refused": {reason: VerdictConfigRejected, says: []string{"a on n1", "refused more (resources: 2) than the old one (0)"}, broken: func(node, tenant string, g *v1alpha1.GenerationStatus) { g.Rejected = 2 }},
 		"never ready": {reason: VerdictNotReady, later: 3 * time.Minute, says: []string{"a on n1", "limit 2m0s"}, broken: func(node, tenant string, g *v1alpha1.GenerationStatus) {
 			at := metav1.NewTime(time.Unix(1e9, 0))
 			g.Serving, g.StartedAt = false, &at
@@ -327,7 +327,7 @@ func TestRolloutBelievesAgentsOfRefusals(t *testing.T) {
 			if s.Phase != tc.phase {
 				t.Errorf("%s: %s", s.Phase, s.Message)
 			}
-			if v := s.Verdict; v != nil && (v.Reason != VerdictConfigRejected || !strings.Contains(v.Message, "refused 1 resources") || !strings.Contains(v.Message, "CDS news") || strings.Contains(v.Message, "known")) {
+			if v := s.Verdict; v != nil && (v.Reason != VerdictConfigRejected || !strings.Contains(v.Message, "refused what the old one takes (resources: 1)") || !strings.Contains(v.Message, "CDS news") || strings.Contains(v.Message, "known")) {
 				t.Errorf("%+v", v)
 			}
 		})
@@ -440,7 +440,7 @@ func TestUpgrade(t *testing.T) {
 			}
 		}
 	}
-	check("a", UpgradeHealthy, 10, "10 % of new connections", "all 2 nodes", "kubectl patch proxyrollout r ", "step 1/3")
+	check("a", UpgradeHealthy, 10, "10 % of new connections", "all nodes (2)", "kubectl patch proxyrollout r ", "step 1/3")
 	check("b", UpgradeNotYet, 0, "aren't touched")
 	f.broken = func(node, _ string, g *v1alpha1.GenerationStatus) {
 		g.Restarts, g.LastExit = 1, "killed by SIGSEGV"

@@ -129,7 +129,7 @@ func serving(serve, all int32) (metav1.ConditionStatus, string, string) {
 	if serve == 0 && all > 0 {
 		return metav1.ConditionUnknown, ReasonNodesAway, ""
 	}
-	return metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all %d proxies serve", serve)
+	return metav1.ConditionTrue, ReasonReady, fmt.Sprintf("all proxies serve: %d", serve)
 }
 
 // besides names the nodes that a condition isn't about.
@@ -258,7 +258,7 @@ func IsolationPolicyStatus(p *v1alpha1.IsolationPolicy, in PolicyInput, now meta
 	case len(waiting) > 0:
 		ready.Reason, ready.Message = ReasonProgressing, "not enforced yet on "+listed(waiting)
 	default:
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced on %d nodes", len(nodes))
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionTrue, ReasonEnforced, fmt.Sprintf("enforced (nodes: %d)", len(nodes))
 		if len(away) > 0 {
 			ready.Reason = ReasonNodesAway
 		}
@@ -338,7 +338,7 @@ func MeshTopologyStatus(t *v1alpha1.MeshTopology, all Topologies, in TopologyInp
 		accepted.Reason, accepted.Message = ReasonNothingSelected, "no namespace has the labels that a rule asks for ("+selectors(t.Spec.Rules)+"); label one, or correct the rule"
 	default:
 		accepted.Status = metav1.ConditionTrue
-		accepted.Reason, accepted.Message = ReasonAccepted, fmt.Sprintf("%d namespaces are in the mesh", in.Namespaces)
+		accepted.Reason, accepted.Message = ReasonAccepted, fmt.Sprintf("namespaces in the mesh: %d", in.Namespaces)
 	}
 	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, ObservedGeneration: t.Generation}
 	switch {

@@ -30,7 +30,7 @@ func (r *rollout) proceed() map[string]NodeRollout {
 		waiting := r.count(taking, lacking)
 		s.Weight, s.Tenants = step.Weight, int32(len(taking))
 		last := int(s.Step) == len(spec.Steps)
-		of := fmt.Sprintf("step %d of %d: Envoy %s gets %d %% of new connections of %d tenants", s.Step, len(spec.Steps), r.version, step.Weight, len(taking)) + r.without() + r.unread()
+		of := fmt.Sprintf("step %d of %d: Envoy %s gets %d %% of new connections (tenants: %d)", s.Step, len(spec.Steps), r.version, step.Weight, len(taking)) + r.without() + r.unread()
 		switch {
 		case spec.Paused:
 			s.Phase, s.Message = v1alpha1.RolloutPaused, of+"; paused: set spec.paused to false to go on, or spec.abort to true to go back"

@@ -203,7 +203,7 @@ func TestStatus(t *testing.T) {
 		message string
 	}{
 		{"no pods", nil, metav1.ConditionTrue, ReasonReady, "no pods"},
-		{"all ready", []NodeView{up}, metav1.ConditionTrue, ReasonReady, "all 1"},
+		{"all ready", []NodeView{up}, metav1.ConditionTrue, ReasonReady, "all proxies serve: 1"},
 		{"not reported", []NodeView{up, silent}, metav1.ConditionFalse, ReasonProgressing, "n0"},
 		{"crashed", []NodeView{down, up, silent}, metav1.ConditionFalse, ReasonProxiesNotReady, "n2: it crashed"},
 	} {
@@ -223,7 +223,7 @@ func TestStatus(t *testing.T) {
 	crashed := up
 	crashed.Status.Failure = &v1alpha1.ProxyFailure{Cause: "OutOfMemory", Message: "killed by SIGKILL: out of memory", Restarts: 4, Log: "last words"}
 	s := TenantProxyStatus(model.NamespaceTenant("a"), Membership{}, []NodeView{crashed}, nil, now)
-	wantCondition(t, s.Conditions, "Stable", metav1.ConditionFalse, "OutOfMemory", "what ended is started again by itself; n1: generation 0 ended, 4 restarts: killed by SIGKILL: out of memory; last it wrote: last words")
+	wantCondition(t, s.Conditions, "Stable", metav1.ConditionFalse, "OutOfMemory", "what ended is started again by itself; n1: generation 0 ended (restarts: 4): killed by SIGKILL: out of memory; last it wrote: last words")
 	if s.Nodes[0].Failure == nil {
 		t.Error("the failure isn't told by node")
 	}

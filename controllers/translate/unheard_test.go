@@ -59,7 +59,7 @@ func TestTenantOfNodesUnheard(t *testing.T) {
 		behind      string
 	}{
 		"all are heard": {[]NodeView{view("n1", "", true), view("n2", "", true)}, UpgradeHealthy, 100, 2, metav1.ConditionTrue,
-			[]string{"all 2 nodes"}, []string{"isn't known"}, ""},
+			[]string{"all nodes (2)"}, []string{"isn't known"}, ""},
 		"one is away": {[]NodeView{view("n1", "", true), view("n2", goneSince, true)}, UpgradeInProgress, 100, 1, metav1.ConditionTrue,
 			[]string{"on 1 of 2 nodes", "isn't known: n2 (" + goneSince + ")"}, []string{"finish in", "an image"}, "n2 (" + goneSince + ")"},
 		"all are away": {[]NodeView{view("n1", goneSince, true)}, UpgradeNotYet, 0, 0, metav1.ConditionUnknown,
@@ -177,7 +177,7 @@ func TestOthersOfNodesUnheard(t *testing.T) {
 	const away, nobody = "n1 (" + goneSince + ")", "nobody knows how it is on n1 (" + goneSince + ")"
 	unknown := says{metav1.ConditionUnknown, ReasonNodesAway, nobody}
 	waits := says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n1: " + goneSince}
-	stays := says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 1 nodes; on these when they were heard last: " + away}
+	stays := says{metav1.ConditionTrue, ReasonNodesAway, "enforced (nodes: 1); on these when they were heard last: " + away}
 	for name, tc := range map[string]struct {
 		nodes              []NodeView
 		serve              int32
@@ -185,9 +185,9 @@ func TestOthersOfNodesUnheard(t *testing.T) {
 		told               int // nodes whose limits are told
 	}{
 		"heard": {[]NodeView{view("n1", "", nil), view("n2", "", nil)}, 2,
-			says{metav1.ConditionTrue, ReasonReady, "all 2 proxies serve"}, says{metav1.ConditionTrue, ReasonEnforced, "enforced on 2 nodes"}, 2},
+			says{metav1.ConditionTrue, ReasonReady, "all proxies serve: 2"}, says{metav1.ConditionTrue, ReasonEnforced, "enforced (nodes: 2)"}, 2},
 		"one is away": {[]NodeView{view("n2", "", nil), view("n1", goneSince, nil)}, 1,
-			says{metav1.ConditionTrue, ReasonNodesAway, "all 1 proxies serve; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 2 nodes; on these when they were heard last: " + away}, 2},
+			says{metav1.ConditionTrue, ReasonNodesAway, "all proxies serve: 1; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced (nodes: 2); on these when they were heard last: " + away}, 2},
 		"all are away":   {[]NodeView{view("n1", goneSince, nil)}, 0, unknown, stays, 1},
 		"it never spoke": {[]NodeView{view("n1", goneSince, func(v *NodeView) { v.Reported, v.Status = false, v1alpha1.NodeTenantStatus{} })}, 0, unknown, waits, 0},
 		// What is asked for since hasn't come to it.
@@ -200,12 +200,12 @@ func TestOthersOfNodesUnheard(t *testing.T) {
 		"back, and silent": {[]NodeView{view("n2", "", nil), view("n1", staleReport, nil)}, 1,
 			says{metav1.ConditionFalse, ReasonNodesNotReady, "proxies aren't ready on n1 (" + staleReport + ")"}, says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n1: " + staleReport}, 2},
 		"one more fails": {[]NodeView{view("n1", goneSince, nil), view("n2", "", func(v *NodeView) { v.Status.Ready = false })}, 0,
-			says{metav1.ConditionFalse, ReasonNodesNotReady, "proxies aren't ready on n2; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced on 2 nodes; on these when they were heard last: " + away}, 2},
+			says{metav1.ConditionFalse, ReasonNodesNotReady, "proxies aren't ready on n2; " + nobody}, says{metav1.ConditionTrue, ReasonNodesAway, "enforced (nodes: 2); on these when they were heard last: " + away}, 2},
 		"one more is new": {[]NodeView{view("n1", goneSince, nil), view("n2", "", func(v *NodeView) { v.Reported, v.Status = false, v1alpha1.NodeTenantStatus{} })}, 0,
 			says{metav1.ConditionFalse, ReasonProgressing, "waiting for the agents of n2; " + nobody}, says{metav1.ConditionFalse, ReasonProgressing, "not enforced yet on n2"}, 1},
 		"removed": {[]NodeView{view("n1", goneSince, removed)}, 0, unknown, says{metav1.ConditionFalse, ReasonNoProxies, "the namespace has no pods, so no proxies"}, 0},
 		"one is removed": {[]NodeView{view("n1", goneSince, removed), view("n2", "", nil)}, 1,
-			says{metav1.ConditionTrue, ReasonNodesAway, "all 1 proxies serve; " + nobody}, says{metav1.ConditionTrue, ReasonEnforced, "enforced on 1 nodes"}, 1},
+			says{metav1.ConditionTrue, ReasonNodesAway, "all proxies serve: 1; " + nobody}, says{metav1.ConditionTrue, ReasonEnforced, "enforced (nodes: 1)"}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			check := func(what string, conditions []metav1.Condition, want says) {
@@ -311,7 +311,7 @@ func TestRolloutTakesWhatServesOn(t *testing.T) {
 // If it has ended once, nothing can be told by that of the rollout, which says what it
 // waits for: an agent that lags may still let go of it, and a plan may come that is it.
 func TestRolloutSaysWhatServesOn(t *testing.T) {
-	const stuck, lags = "where Envoy 1.40.0 serves because the planned 1.39.3 can't be had, and has ended 2 times: set spec.proxy.version", "which hasn't said that"
+	const stuck, lags = "where Envoy 1.40.0 serves because the planned 1.39.3 can't be had, and has ended (restarts: 2): set spec.proxy.version", "which hasn't said that"
 	f := newFleet(t, v1alpha1.ProxyRolloutSpec{Steps: []v1alpha1.RolloutStep{{Weight: 100}}}, "a")
 	f.told = func(_ string, s *v1alpha1.NodeTenantStatus) {
 		g := &s.Generations[0]

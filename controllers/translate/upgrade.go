@@ -151,7 +151,7 @@ func Upgrade(in UpgradeInput) *v1alpha1.TenantUpgrade {
 			u.Message = fmt.Sprintf("%s: up to %d %% of new connections go to the new one, on %d of %d nodes", change, u.Weight, serving, len(nodes))
 		default:
 			u.Verdict = UpgradeHealthy
-			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all %d nodes; it serves, has not crashed and refused nothing", change, u.Weight, len(nodes))
+			u.Message = fmt.Sprintf("%s: %d %% of new connections go to the new one, on all nodes (%d); it serves, has not crashed and refused nothing", change, u.Weight, len(nodes))
 			if u.Weight == 100 {
 				u.Message += "; here it is done, and goes on elsewhere"
 			}

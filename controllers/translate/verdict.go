@@ -51,13 +51,13 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 			}
 			switch {
 			case g.Restarts > 0:
-				v.Reason, v.Message = VerdictCrashed, cutTo(fmt.Sprintf("the new proxy ended %d times, limit 0; the last time: %s", g.Restarts, cmp.Or(g.LastExit, "it could not be started")), 1000)
+				v.Reason, v.Message = VerdictCrashed, cutTo(fmt.Sprintf("the new proxy ended (restarts: %d, limit 0); the last time: %s", g.Restarts, cmp.Or(g.LastExit, "it could not be started")), 1000)
 			case g.RefusedAlone != nil && *g.RefusedAlone > 0:
 				v.Reason = VerdictConfigRejected
-				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources that the old one takes: %s", *g.RefusedAlone, rejectedNames(p.status)), 1000)
+				v.Message = cutTo(fmt.Sprintf("the new proxy refused what the old one takes (resources: %d): %s", *g.RefusedAlone, rejectedNames(p.status)), 1000)
 			case g.RefusedAlone == nil && g.Rejected > others: // by an agent of before
 				v.Reason = VerdictConfigRejected
-				v.Message = cutTo(fmt.Sprintf("the new proxy refused %d resources, the old one %d: %s", g.Rejected, others, rejectedNames(p.status)), 1000)
+				v.Message = cutTo(fmt.Sprintf("the new proxy refused more (resources: %d) than the old one (%d): %s", g.Rejected, others, rejectedNames(p.status)), 1000)
 			case r.Away[p.node.Name] != "": // what it says last is about what was
 				continue
 			case !g.Serving && since != nil && r.Now.Sub(since.Time) > within:
@@ -73,7 +73,7 @@ func (r *rollout) judge() *v1alpha1.RolloutVerdict {
 				if r.holdBack(*v, why) {
 					continue
 				}
-				v.Message = cutTo(fmt.Sprintf("%s; %s; %d tenants or namespaces of %d namespaces were left behind for such already", v.Message, why, len(r.status.HeldBack), len(r.namespaces())), 1000)
+				v.Message = cutTo(fmt.Sprintf("%s; %s; tenants or namespaces left behind for such already: %d, of %d namespaces", v.Message, why, len(r.status.HeldBack), len(r.namespaces())), 1000)
 			}
 			return v
 		}

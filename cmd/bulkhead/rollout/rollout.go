@@ -113,7 +113,7 @@ func writeStatus(ctx context.Context, c client.Reader, r *v1alpha1.ProxyRollout,
 	fmt.Fprintf(t, "Envoy:\t%s\n", cmp.Or(s.Version, r.Spec.Target.Version))
 	fmt.Fprintf(t, "Phase:\t%s\n", cmp.Or(string(s.Phase), "not seen by the operator yet"))
 	if s.Step > 0 && !isDone(s.Phase) && s.StoppedAt == nil { // else it says nothing of what is so now
-		fmt.Fprintf(t, "Step:\t%d of %d, %d %% of new connections, reached by %d of %d tenants\n", s.Step, len(r.Spec.Steps), s.Weight, s.ReachedTenants, s.Tenants)
+		fmt.Fprintf(t, "Step:\t%d of %d, %d %% of new connections, reached by tenants: %d of %d\n", s.Step, len(r.Spec.Steps), s.Weight, s.ReachedTenants, s.Tenants)
 	}
 	if s.StartedAt != nil {
 		fmt.Fprintf(t, "Since:\t%s\n", s.StartedAt.UTC().Format(time.RFC3339))

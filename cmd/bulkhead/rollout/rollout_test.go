@@ -47,7 +47,7 @@ func TestStatus(t *testing.T) {
 	if err := Status(t.Context(), c, "", "", &out); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Rollout:  now", "1 of 2, 10 % of new connections, reached by 1 of 2 tenants", "Now:      as I said", "2026-11-26T01:00:00Z",
+	for _, want := range []string{"Rollout:  now", "1 of 2, 10 % of new connections, reached by tenants: 1 of 2", "Now:      as I said", "2026-11-26T01:00:00Z",
 		"team-a     team-a  1.39.3  1.40.0  10 %    Healthy"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, &out)
