@@ -49,8 +49,8 @@ type Datapath struct {
 	programs map[string]*ebpf.Program // shared ones, by name
 	tags     map[string]string        // the kernel's, of this build's programs
 	pods     map[string]*podEntries   // what the maps hold, by UID
-	// exclusions are those of the map, by ifindex.
-	exclusions map[uint32]map[datapathExclusion]bool
+	// exclusions are the entries of the map, by ifindex.
+	exclusions map[uint32]map[datapathExclusion]uint8
 	events     *steer.EventReader // the one that is open, or nil
 	suspected  map[uint16]int64   // by how much a tenant's count of connections was too high
 	late       *latecomers        // while the programs are replaced, if the map of flows was carried over
@@ -105,7 +105,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := &Datapath{
 		dir: o.PinDir, log: o.Log, lock: lock, spec: spec,
-		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]bool{}, joining: map[uint32]uint16{}, cut: steer.Cut{},
+		maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, tags: map[string]string{}, pods: map[string]*podEntries{}, exclusions: map[uint32]map[datapathExclusion]uint8{}, joining: map[uint32]uint16{}, cut: steer.Cut{},
 	}
 	if err := d.load(datapathSettings{Mark: o.Mark, MarkMask: o.MarkMask}); err != nil {
 		d.Close()

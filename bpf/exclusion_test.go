@@ -81,6 +81,30 @@ func TestExclusions(t *testing.T) {
 		t.Errorf("counters of pod a: %+v", c)
 	}
 
+	// An address of IPv4 is in none of IPv6.
+	t.Run("all of one family", func(t *testing.T) {
+		v6 := prefix("::/0")
+		for _, c := range []struct {
+			name string
+			all  []steer.Exclusion
+			want map[int]string
+		}{
+			{"IPv6", []steer.Exclusion{{Peer: v6}}, map[int]string{4: "proxy1", 6: "app fd77::2"}},
+			{"IPv6 of one port", []steer.Exclusion{{Peer: v6, Port: 80}}, map[int]string{4: "proxy1", 6: "app fd77::2"}},
+			{"IPv6, and a network of IPv4", []steer.Exclusion{{Peer: v6}, {Peer: prefix("192.0.2.0/24")}}, map[int]string{4: "app 10.77.0.2", 6: "app fd77::2"}},
+			{"both", []steer.Exclusion{{Peer: v6}, {Peer: prefix("0.0.0.0/0")}}, map[int]string{4: "app 10.77.0.2", 6: "app fd77::2"}},
+			{"IPv6, and all", []steer.Exclusion{{Peer: v6}, {}}, map[int]string{4: "app 10.77.0.2", 6: "app fd77::2"}},
+			{"all, and a large network of IPv6", []steer.Exclusion{{}, {Peer: prefix("::/16")}}, map[int]string{4: "app 10.77.0.2", 6: "app fd77::2"}},
+			{"a large network of IPv6", []steer.Exclusion{{Peer: prefix("::/16")}}, map[int]string{4: "proxy1", 6: "proxy1"}},
+			{"IPv4", []steer.Exclusion{{Peer: prefix("0.0.0.0/0")}}, map[int]string{4: "app 10.77.0.2", 6: "proxy1"}},
+			{"neither", nil, map[int]string{4: "proxy1", 6: "proxy1"}},
+		} {
+			check(t, m.d.SetExclusions(c.all))
+			for family, want := range c.want {
+				m.greets(c.name, m.a.namespace, at(remoteAddresses.of(family), 80), want)
+			}
+		}
+	})
 	t.Run("held", func(t *testing.T) {
 		var held []heldFlow
 		m.hold(&held, "before", m.a.namespace, netip.AddrPort{}, at(remoteAddresses.v4, 80), "proxy1")

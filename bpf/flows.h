@@ -72,7 +72,8 @@ struct {
 	__type(value, struct flow_state);
 } flows SEC(".maps");
 
-// A SYN's way into the clear; what is in it is excluded from the mesh.
+// A SYN's way into the clear; what is in it is excluded from the mesh, or isn't in a larger
+// one if its value is 0.
 struct exclusion {
 	__u32 prefixlen;
 	// Of a pod's veth; 0 is for all pods.
@@ -131,6 +132,12 @@ static __noinline int is_former(__u32 tenant, const struct addr *pod)
 #define PORTS_TAKEN (-4)
 #define BEGINS_AGAIN (-5)
 
+static __always_inline int is_excluded(const struct exclusion *e)
+{
+	__u8 *is = bpf_map_lookup_elem(&exclusions, e);
+	return is && *is;
+}
+
 static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound)
 {
 	struct exclusion e = { .prefixlen = EXCLUSION_BITS, .ifindex = ifindex, .outbound = outbound };
@@ -139,16 +146,16 @@ static __noinline int excluded(const struct flow *f, __u32 ifindex, int outbound
 	e.peer = f->peer;
 	e.port = bpf_htons(outbound ? f->peer_port : f->pod_port);
 	__be16 port = e.port;
-	if (bpf_map_lookup_elem(&exclusions, &e))
+	if (is_excluded(&e))
 		return 1;
 	e.port = 0;
-	if (bpf_map_lookup_elem(&exclusions, &e))
+	if (is_excluded(&e))
 		return 1;
 	e.ifindex = 0;
-	if (bpf_map_lookup_elem(&exclusions, &e))
+	if (is_excluded(&e))
 		return 1;
 	e.port = port;
-	return bpf_map_lookup_elem(&exclusions, &e) != 0;
+	return is_excluded(&e);
 }
 
 // tells_direct says whether a connection of a pod in the clear is told of.
