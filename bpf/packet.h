@@ -22,7 +22,7 @@ struct packet {
 	// Of TCP.
 	__u8 flags;
 	__u32 sequence, acknowledged;
-	// The sequence number of what comes after it.
+	// The sequence number of what comes after it. Before it is known, the length that IP says.
 	__u32 next;
 };
 
@@ -37,6 +37,13 @@ static __always_inline void map_ipv4(struct addr *a, __be32 v4)
 {
 	__u32 words[4] = { 0, 0, bpf_htonl(0xffff), v4 };
 	__builtin_memcpy(a, words, sizeof(*a));
+}
+
+static __always_inline int is_mapped(const struct addr *a)
+{
+	__u32 w[4];
+	__builtin_memcpy(w, a, sizeof(w));
+	return !w[0] && !w[1] && w[2] == bpf_htonl(0xffff);
 }
 
 static __always_inline int is_extension_header(__u8 protocol)
@@ -56,6 +63,7 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct pack
 	p->fragment = (ip.frag_off & bpf_htons(IPV4_FRAGMENT)) != 0;
 	p->later = (ip.frag_off & bpf_htons(IPV4_OFFSET)) != 0;
 	p->offset = ETH_HLEN + ip.ihl * 4;
+	p->next = bpf_ntohs(ip.tot_len);
 	return PARSED;
 }
 
@@ -66,7 +74,12 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct pack
 		return MALFORMED;
 	__builtin_memcpy(&p->source, &ip.saddr, sizeof(p->source));
 	__builtin_memcpy(&p->destination, &ip.daddr, sizeof(p->destination));
+	// They would be taken for those of IPv4.
+	if (is_mapped(&p->source) || is_mapped(&p->destination))
+		return MALFORMED;
 	p->offset = ETH_HLEN + sizeof(ip);
+	if (ip.payload_len)
+		p->next = sizeof(ip) + bpf_ntohs(ip.payload_len);
 	__u8 next = ip.nexthdr;
 	for (int i = 0; i < MAX_EXTENSION_HEADERS; i++) {
 		struct {
@@ -126,8 +139,9 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 	p->flags = tcp.flags;
 	p->sequence = bpf_ntohl(tcp.sequence);
 	p->acknowledged = bpf_ntohl(tcp.acknowledged);
-	__u32 headers = p->offset + (tcp.offset >> 4) * 4;
-	p->next = p->sequence + (skb->len > headers ? skb->len - headers : 0) + ((p->flags & (TCP_SYN | TCP_FIN)) != 0);
+	// Behind what IP says there may be padding. It says nothing of what is longer than 64 KiB.
+	__u32 headers = p->offset + (tcp.offset >> 4) * 4, end = p->next ? ETH_HLEN + p->next : skb->len;
+	p->next = p->sequence + (end > headers ? end - headers : 0) + ((p->flags & (TCP_SYN | TCP_FIN)) != 0);
 	// Opens nothing anywhere, and would be taken for what does.
 	if (p->flags & TCP_SYN && p->flags & (TCP_FIN | TCP_RST))
 		return MALFORMED;
