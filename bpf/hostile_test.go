@@ -113,6 +113,61 @@ func TestPaddedFrames(t *testing.T) {
 	m.awaitFlow(42040, "a reset of the pod", func(s datapathFlowState) bool { return s.Ended&endedReset != 0 })
 }
 
+// Who is beside a pod, or sends from anywhere to a node that doesn't look at where its
+// sources are, may say that it is another pod of the pod's tenant. That pod's proxy would
+// dial in its name.
+func TestPeerSaysItIsAPod(t *testing.T) {
+	m := newMesh(t)
+	x := m.neighbour()
+	forge := func(from netip.AddrPort) {
+		t.Helper()
+		to := at(m.c.v4, 8080)
+		x.sendFrame(t, m.c.MAC, unix.ETH_P_IP, ipv4(unix.IPPROTO_TCP, from.Addr(), to.Addr(), validSegment(from, to, tcpSYN, 1, 0)))
+	}
+	await := func(what string, is func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); !is(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %+v", what, m.counters(1))
+			}
+		}
+	}
+	deaf(t, m.a.namespace, 42050)
+	before := m.counters(1)
+	forge(at(m.a.v4, 42050))
+	await("a SYN in a pod's name is steered nowhere", func() bool {
+		now := m.counters(1)
+		return now.Plain+now.Outbound > before.Plain+before.Outbound
+	})
+	if n := m.counters(1).Outbound - before.Outbound; n != 0 {
+		t.Errorf("%d connections of the pod's own are steered, want none", n)
+	}
+	m.c.Strict = true
+	check(t, m.d.UpdatePod(m.c.Pod))
+	before = m.counters(1)
+	forge(at(m.a.v4, 42051))
+	await("a SYN in a pod's name to one that takes no plain text", func() bool {
+		return m.counters(1).Dropped.PlainText > before.Dropped.PlainText
+	})
+	// Its own are known by the veth that they come from.
+	for _, family := range []int{4, 6} {
+		m.greets("from the pod itself", m.a.namespace, at(m.c.of(family), 8080), "proxy1")
+	}
+	// What is excluded passes in the clear, and comes to the other pod as others' does.
+	before = m.counters(1)
+	m.a.Exclusions = []steer.Exclusion{{Port: 8080}}
+	check(t, m.d.UpdatePod(m.a.Pod))
+	if _, greeting, err := dial(t, m.a.namespace, netip.AddrPort{}, at(m.c.v4, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("in the clear to one that takes no plain text: %q, %v, want it refused", greeting, err)
+	}
+	m.c.Strict = false
+	check(t, m.d.UpdatePod(m.c.Pod))
+	m.greets("in the clear", m.a.namespace, at(m.c.v4, 8080), "proxy1")
+	if now := m.counters(1); now.Plain == before.Plain || now.Outbound != before.Outbound {
+		t.Errorf("in the clear: %+v, before %+v", now, before)
+	}
+}
+
 // However a pod forms its packets, their TCP gets to its tenant or nowhere.
 func TestFormsOfPackets(t *testing.T) {
 	const hidden, plain = "hidden", "plain"

@@ -36,6 +36,17 @@ static __noinline int opened(const struct flow *f, __u32 tenant)
 	return bpf_map_update_elem(&syns, &s, &now, BPF_ANY);
 }
 
+// is_opening tells whether such a SYN has just come.
+static __noinline int is_opening(const struct flow *f, __u32 tenant)
+{
+	struct syn s = { .tenant = tenant };
+	if (!f)
+		return 0;
+	s.flow = *f;
+	__u64 *came = bpf_map_lookup_elem(&syns, &s);
+	return came && *came + SYN_TAKES >= bpf_ktime_get_ns();
+}
+
 // was_opened tells whether what steer leads is such a SYN, once for each.
 static __noinline int was_opened(const struct flow *f, __u32 tenant)
 {

@@ -67,15 +67,18 @@ static __noinline enum listener listener_for(__u32 tenant, const struct addr *lo
 	struct flow f = { .pod_port = remote_port, .peer_port = port, .side = SIDE_POD };
 	f.pod = *remote;
 	f.peer = *local;
-	if (port != HBONE_PORT && takes(tenant, &f))
+	int may_dial = port != HBONE_PORT && takes(tenant, &f);
+	if (may_dial && is_opening(&f, tenant))
 		return LISTENER_OUTBOUND;
 	f.pod = *local;
 	f.peer = *remote;
 	f.pod_port = port;
 	f.peer_port = remote_port;
 	f.side = SIDE_WIRE;
+	// Anybody may say to a pod that it is another one of its tenant. What answers a cookie
+	// doesn't tell either.
 	if (!takes(tenant, &f))
-		return NO_LISTENER;
+		return may_dial ? LISTENER_OUTBOUND : NO_LISTENER;
 	if (port == HBONE_PORT)
 		return LISTENER_INBOUND;
 	if (is_node_address(remote))
