@@ -350,6 +350,12 @@ static __always_inline int may_come_again(const struct flow_state *s)
 	return s->led == LED_ALONE && bpf_ktime_get_ns() - s->seen < SYN_AGAIN_NS;
 }
 
+// unanswered: what a tenant has begun as a pod, or to it, and its peer hasn't said a word of.
+static __always_inline int unanswered(const struct flow_state *s)
+{
+	return s->learned && !s->led && !(s->outbound ? s->bytes_received : s->bytes_sent);
+}
+
 // belongs_to says where a packet of a pod's flow goes: to a tenant, DIRECT, or
 // IS_MIDSTREAM, FLOWS_FULL, DIRECT_TOO_FAST, PORTS_TAKEN or BEGINS_AGAIN. by is the tenant
 // that sent it, if one did. f is another one after DIRECT.
@@ -358,6 +364,10 @@ static __always_inline int belongs_to(const struct packet *p, struct flow *f, st
 	__u32 tenant = pod->tenant;
 	enum side side = f->side;
 	struct flow_state *s = find(f);
+	// A former tenant can begin with the ports of a connection that the pod's tenant has. Its
+	// peer's kernel knows better, and answers neither by a SYN nor by a reset.
+	if (s && tenant != DIRECT && s->tenant != tenant && s->tenant != by && !(p->flags & (by ? TCP_SYN : TCP_SYN | TCP_RST)) && unanswered(s))
+		return tenant;
 	// What isn't the sender's isn't touched: a tenant is hostile. Who may open connections of
 	// the pod is told that it can't have these ports, others aren't.
 	if (s && by && s->tenant != by && !(by == tenant && opens(p) && s->ended))

@@ -166,6 +166,45 @@ func TestPortsTaken(t *testing.T) {
 	})
 }
 
+// What a former tenant begins with the ports of a connection that the pod has through its
+// tenant ends neither, and takes nothing of it: nobody answers.
+func TestFormerBeginsWithPortsInUse(t *testing.T) {
+	m := newMesh(t)
+	serve(t, m.remote, 80)
+	serve(t, m.a.namespace, 8081)
+	m.a.Tenant = 2
+	check(t, m.d.MovePod(m.a.Pod, m.reader(m.a)))
+	eachFamily(t, func(t *testing.T, family int) {
+		m.t = t
+		pod, remote := m.a.of(family), remoteAddresses.of(family)
+		var held []heldFlow
+		m.hold(&held, "as the pod", m.two.namespace, at(pod, 43000), at(remote, 80), "app "+pod.String())
+		m.hold(&held, "to the pod", m.two.namespace, at(remote, 43001), at(pod, 8081), "app "+remote.String())
+		m.hold(&held, "from the pod", m.a.namespace, at(pod, 43002), at(remote, 80), "proxy2")
+		m.hold(&held, "from its peer", m.remote, at(remote, 43003), at(pod, 8080), "proxy2")
+		for i, c := range []struct{ from, to netip.AddrPort }{
+			{at(pod, 43000), at(remote, 80)},
+			{at(remote, 43001), at(pod, 8081)},
+			{at(remote, 80), at(pod, 43002)},
+			{at(pod, 8080), at(remote, 43003)},
+		} {
+			if _, got, err := dialBriefly(t, m.one.namespace, c.from, c.to); err == nil {
+				t.Errorf("the former tenant's, with the ports of one %s: %q", held[i].name, got)
+			}
+			goOn(t, "after the former tenant's attempt", held[i:i+1])
+		}
+		goOn(t, "after all attempts", held)
+		// Of those with ports of their own, both.
+		var own []heldFlow
+		m.hold(&own, "as the pod", m.one.namespace, at(pod, 43010), at(remote, 80), "app "+pod.String())
+		m.hold(&own, "to the pod", m.one.namespace, at(remote, 43011), at(pod, 8081), "app "+remote.String())
+		goOn(t, "with ports of their own", own)
+		if _, _, err := dial(t, m.one.namespace, at(pod, 43012), at(remote, 83)); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("where nobody listens: %v, want it refused", err)
+		}
+	})
+}
+
 // A former tenant leaves room for what the pod opens in the clear.
 func TestFormerLeavesRoom(t *testing.T) {
 	const byTenants = 4096
