@@ -194,7 +194,6 @@ func (d *Datapath) movePod(p steer.Pod, established model.FlowReader) error {
 	if err := d.updatePod(p, false); err != nil {
 		return err
 	}
-	delete(d.joining, uint32(p.Ifindex))
 	d.cut.Add(d.log, p.UID, cmp.Or(from, p.Tenant), lost)
 	return nil
 }

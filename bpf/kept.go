@@ -37,10 +37,10 @@ func (d *Datapath) keptOf(tenant uint16) (int, error) {
 	}
 	n := d.kept.through[tenant]
 	for ifindex, clear := range d.kept.clear {
-		of := d.joining[ifindex]
+		of, joins := d.joining[ifindex]
 		var veth datapathVeth
 		switch err := d.maps[datapathMapVeths].Lookup(ifindex, &veth); {
-		case err == nil && veth.Tenant != 0:
+		case err == nil && !joins:
 			of = uint16(veth.Tenant)
 		case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
 			return 0, fmt.Errorf("read veth %d: %w", ifindex, err)

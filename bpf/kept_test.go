@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/bulkhead-mesh/bulkhead/model"
 	"github.com/bulkhead-mesh/bulkhead/steer"
 )
@@ -108,4 +110,27 @@ func TestJoinsOfATenantAreBounded(t *testing.T) {
 	m.d = m.open()
 	check(t, m.d.MovePod(more.Pod, showing(more, 70_000)))
 	m.wantKept("all the way", more, left)
+}
+
+// What a pod brings that has left one tenant and can't join another yet is the other's.
+func TestBroughtFromAFormerTenant(t *testing.T) {
+	const room = 5
+	m := newMesh(t)
+	check(t, m.d.ReleasePod("a", nil))
+	m.a.Tenant = 2
+	flows := m.d.maps[datapathMapFlows]
+	small, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: flows.KeySize(), ValueSize: flows.ValueSize(), MaxEntries: room})
+	check(t, err)
+	defer small.Close()
+	m.d.maps[datapathMapFlows] = small
+	err = m.d.MovePod(m.a.Pod, showing(m.a, room+1))
+	m.d.maps[datapathMapFlows] = flows
+	if err == nil {
+		t.Fatal("there is room for all")
+	}
+	for tenant, want := range map[uint16]int{1: 0, 2: room} {
+		if n, err := m.d.keptOf(tenant); n != want || err != nil {
+			t.Errorf("tenant %d is charged with %d connections, %v, want %d", tenant, n, err, want)
+		}
+	}
 }

@@ -81,6 +81,9 @@ func (d *Datapath) updatePod(p steer.Pod, learn bool) error {
 	if err := d.maps[datapathMapVeths].Put(uint32(p.Ifindex), veth); err != nil {
 		return fmt.Errorf("write veth %d: %w", p.Ifindex, fullError(d.maps[datapathMapVeths], datapathMapVeths, err))
 	}
+	if p.Tenant != 0 {
+		delete(d.joining, uint32(p.Ifindex))
+	}
 	if err := d.setExclusions(p.Ifindex, p.Exclusions); err != nil {
 		return err
 	}
