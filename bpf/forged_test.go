@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -122,6 +123,43 @@ func TestResetWhileThePodSends(t *testing.T) {
 	forgePacket(t, m.a.namespace, from, to, ack)
 	if s := m.flowAt(41011); s.Ended&endedReset != 0 {
 		t.Errorf("what the pod says doesn't take the reset back: %+v", s)
+	}
+}
+
+// A pod's older acknowledgement, which came late, has a reset counted that its kernel doesn't
+// take. What it says next takes that back, and until then its peer's next SYN is steered.
+func TestOlderAcknowledgement(t *testing.T) {
+	const rst = 4
+	m := newMesh(t)
+	serve(t, m.a.namespace, 8080)
+	check(t, m.d.SetExclusions([]steer.Exclusion{{Port: 8080, Inbound: true}}))
+	from, to := at(remoteAddresses.v4, 42070), at(m.a.v4, 8080)
+	var held []heldFlow
+	m.hold(&held, "in the clear", m.remote, from, to, "app "+remoteAddresses.v4.String())
+	check(t, m.d.SetExclusions(nil))
+	m.a.Strict = true
+	check(t, m.d.UpdatePod(m.a.Pod))
+	reset := func() {
+		t.Helper()
+		older := m.flowOf(42070).Expected
+		goOn(t, "in the clear", held)
+		sendValid(t, m.a.namespace, to, from, tcpACK, 1, older)
+		m.awaitFlow(42070, "an older acknowledgement", func(s datapathFlowState) bool { return s.Expected == older })
+		sendValid(t, m.remote, from, to, rst, older, 0)
+		m.awaitFlow(42070, "a reset", func(s datapathFlowState) bool { return s.Ended&endedReset != 0 })
+	}
+	reset()
+	goOn(t, "after a reset at an older number", held)
+	if s := m.flowOf(42070); s.Ended&endedReset != 0 {
+		t.Errorf("what the pod says doesn't take the reset back: %+v", s)
+	}
+	reset()
+	before := m.pod1("a").Dropped.PlainText
+	sendValid(t, m.remote, from, to, tcpSYN, 12345, 0)
+	for deadline := time.Now().Add(patience); m.pod1("a").Dropped.PlainText == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("a SYN isn't refused as one in plain text: %+v", m.flowOf(42070))
+		}
 	}
 }
 
