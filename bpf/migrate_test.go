@@ -432,3 +432,29 @@ func TestMigrateLate(t *testing.T) {
 	}
 	d.endLate()
 }
+
+// How many connections a tenant has is counted on, however often the version changes.
+func TestMigrateLoads(t *testing.T) {
+	m := newMesh(t)
+	m.counting(steer.ConnectionLimits{Concurrent: 100})
+	held := m.holdAllOutbound(m.a, "proxy1")
+	m.waitConnections(1, 2)
+	for i, change := range []func(*ebpf.MapSpec){
+		func(s *ebpf.MapSpec) { restruct(s, without("events_due")) },
+		func(s *ebpf.MapSpec) { s.MaxEntries /= 2 },
+		func(s *ebpf.MapSpec) { restruct(s, backwards) },
+	} {
+		check(t, m.d.Close())
+		m.repin(datapathMapLoads, change)
+		var said string
+		if m.d, said = m.openLogged(); strings.Contains(said, "made anew") {
+			t.Errorf("change %d: not all is carried over: %s", i+1, said)
+		}
+		if n, err := m.d.Connections(1); n != 2 || err != nil {
+			t.Errorf("change %d: %d connections, %v, want 2", i+1, n, err)
+		}
+		goOn(t, "migrated", held)
+	}
+	check(t, held[0].Close())
+	m.waitConnections(1, 1)
+}
