@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -119,10 +120,10 @@ func TestPaddedFrames(t *testing.T) {
 func TestPeerSaysItIsAPod(t *testing.T) {
 	m := newMesh(t)
 	x := m.neighbour()
-	forge := func(from netip.AddrPort) {
+	forge := func(from netip.AddrPort, flags byte, sequence, acknowledged uint32) {
 		t.Helper()
 		to := at(m.c.v4, 8080)
-		x.sendFrame(t, m.c.MAC, unix.ETH_P_IP, ipv4(unix.IPPROTO_TCP, from.Addr(), to.Addr(), validSegment(from, to, tcpSYN, 1, 0)))
+		x.sendFrame(t, m.c.MAC, unix.ETH_P_IP, ipv4(unix.IPPROTO_TCP, from.Addr(), to.Addr(), validSegment(from, to, flags, sequence, acknowledged)))
 	}
 	await := func(what string, is func() bool) {
 		t.Helper()
@@ -132,20 +133,30 @@ func TestPeerSaysItIsAPod(t *testing.T) {
 			}
 		}
 	}
+	// Not by a guess: the pod that it is said to be tells the number.
 	deaf(t, m.a.namespace, 42050)
-	before := m.counters(1)
-	forge(at(m.a.v4, 42050))
-	await("a SYN in a pod's name is steered nowhere", func() bool {
-		now := m.counters(1)
-		return now.Plain+now.Outbound > before.Plain+before.Outbound
+	var answers net.PacketConn
+	m.a.do(t, func() {
+		var err error
+		answers, err = net.ListenPacket("ip4:tcp", m.a.v4.String())
+		check(t, err)
 	})
-	if n := m.counters(1).Outbound - before.Outbound; n != 0 {
-		t.Errorf("%d connections of the pod's own are steered, want none", n)
+	defer answers.Close()
+	check(t, answers.SetDeadline(time.Now().Add(patience)))
+	forge(at(m.a.v4, 42050), tcpSYN, 1, 0)
+	answer := make([]byte, 128)
+	for answer[13] != tcpSYN|tcpACK {
+		_, _, err := answers.ReadFrom(answer)
+		check(t, err)
+	}
+	forge(at(m.a.v4, 42050), tcpACK, 2, binary.BigEndian.Uint32(answer[4:])+1)
+	if port, from, to := m.proxy1.next(t); port != "15006" || unmapped(from) != at(m.a.v4, 42050) {
+		t.Errorf("the proxy has a connection from %s to %s at port %s, want one in plain text, at 15006", from, to, port)
 	}
 	m.c.Strict = true
 	check(t, m.d.UpdatePod(m.c.Pod))
-	before = m.counters(1)
-	forge(at(m.a.v4, 42051))
+	before := m.counters(1)
+	forge(at(m.a.v4, 42051), tcpSYN, 1, 0)
 	await("a SYN in a pod's name to one that takes no plain text", func() bool {
 		return m.counters(1).Dropped.PlainText > before.Dropped.PlainText
 	})
