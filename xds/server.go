@@ -63,6 +63,10 @@ type ServerOptions struct {
 	MaxHTTPChains int
 	// Coalesce is for how long changes are gathered into one push. Default 10 ms.
 	Coalesce time.Duration
+	// CoalesceOften is that for a cluster, routes or endpoints of one name that changed
+	// more than 8 times in a row, or more than once a second since. They are sent in
+	// parts, within as much time again. Default 250 ms, at least Coalesce.
+	CoalesceOften time.Duration
 	// ProxyWait is for how long a stream may wait until the store is synced and
 	// knows its proxy. Default 5 s.
 	ProxyWait time.Duration
@@ -133,6 +137,10 @@ func NewServer(store *Store, o ServerOptions) *Server {
 	if o.Coalesce <= 0 {
 		o.Coalesce = 10 * time.Millisecond
 	}
+	if o.CoalesceOften <= 0 {
+		o.CoalesceOften = 250 * time.Millisecond
+	}
+	o.CoalesceOften = max(o.CoalesceOften, o.Coalesce)
 	if o.ProxyWait <= 0 {
 		o.ProxyWait = 5 * time.Second
 	}
@@ -204,7 +212,7 @@ func (s *Server) DeltaAggregatedResources(g discoveryv3.AggregatedDiscoveryServi
 		refusals:   rate.NewLimiter(refusalsPerSecond, 2*s.opts.MaxNames),
 		rejections: rate.NewLimiter(1, 32),
 		end:        cancel, wakeup: make(chan struct{}, 1), absent: make(chan removal),
-		types: map[string]*subscription{}, unanswered: map[string]answer{}, dirty: map[string]map[string]struct{}{},
+		types: map[string]*subscription{}, unanswered: map[string]answer{},
 		blocked: map[resourceKey]map[resourceKey]struct{}{}, uses: map[resourceKey]map[resourceKey]struct{}{},
 	}
 	if !s.add(st, revocations) {

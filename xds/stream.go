@@ -58,10 +58,10 @@ type stream struct {
 	unanswered map[string]answer // by nonce
 	most       int               // of those since there were none
 	nonce      uint64
-	// dirty names may have changed since they were sent; since when; and whether
-	// the proxy waits for one of them.
-	dirty  map[string]map[string]struct{}
-	since  time.Time
+	// dirty names may have changed since they were sent; whether the proxy waits for
+	// one of them; and later are those that changed often, which wait longer.
+	dirty  gathering
+	later  parts
 	urgent bool
 	// sweep fires when clusters of unknown addresses are to be let go; nil while
 	// there are none.
@@ -102,43 +102,7 @@ type subscription struct {
 type held struct {
 	sent, acked string // versions
 	ackedSeq    uint64
-}
-
-// mark notes that a name may have changed. Nothing is sent before more changes
-// had the time to come, unless urgent.
-func (st *stream) mark(typeURL, name string, urgent bool) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.markLocked(typeURL, name, urgent)
-}
-
-func (st *stream) markLocked(typeURL, name string, urgent bool) {
-	sub := st.types[typeURL]
-	if sub == nil || !has(sub.names, name) && !(name == wildcardName && sub.wildcard) {
-		return
-	}
-	if len(st.dirty) == 0 {
-		st.since = time.Now()
-	}
-	if st.dirty[typeURL] == nil {
-		st.dirty[typeURL] = map[string]struct{}{}
-	}
-	st.dirty[typeURL][name] = struct{}{}
-	st.urgent = st.urgent || urgent
-	st.wake()
-}
-
-// markAll marks all names of a type.
-func (st *stream) markAll(typeURL string) {
-	st.mu.Lock()
-	var names []string
-	if sub := st.types[typeURL]; sub != nil {
-		names = slices.Collect(maps.Keys(sub.names))
-	}
-	st.mu.Unlock()
-	for _, name := range names {
-		st.mark(typeURL, name, false)
-	}
+	changed     changed
 }
 
 func (st *stream) wake() {
@@ -418,25 +382,10 @@ func (st *stream) send(ctx context.Context) error {
 	}
 }
 
-// patience is how long to wait for further changes; false if there is nothing to
-// send, or too much under way already.
-func (st *stream) patience() (time.Duration, bool) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	if len(st.dirty) == 0 || len(st.unanswered) >= maxUnanswered {
-		return 0, false
-	}
-	if st.urgent {
-		return 0, true
-	}
-	return max(0, st.server.opts.Coalesce-time.Since(st.since)), true
-}
-
 // flush sends what changed of what is dirty.
 func (st *stream) flush() error {
 	st.mu.Lock()
-	dirty := st.dirty
-	st.dirty, st.urgent = map[string]map[string]struct{}{}, false
+	dirty := st.take()
 	st.mu.Unlock()
 	for _, typeURL := range sendOrder {
 		names := dirty[typeURL]
@@ -506,7 +455,7 @@ func (st *stream) expand(typeURL string, names map[string]struct{}) error {
 func (st *stream) confirm(typeURL string) error {
 	st.mu.Lock()
 	sub := st.types[typeURL]
-	empty := sub != nil && sub.confirm && !has(st.dirty[typeURL], wildcardName)
+	empty := sub != nil && sub.confirm && !has(st.dirty.names[typeURL], wildcardName)
 	if empty {
 		sub.confirm = false
 	}
@@ -521,20 +470,6 @@ func (st *stream) busy() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return len(st.unanswered) >= maxUnanswered
-}
-
-// postpone takes back what couldn't be sent. The answer that makes room wakes the
-// sender.
-func (st *stream) postpone(dirty map[string]map[string]struct{}) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	for typeURL, names := range dirty {
-		if st.dirty[typeURL] == nil {
-			st.dirty[typeURL] = map[string]struct{}{}
-		}
-		maps.Copy(st.dirty[typeURL], names)
-	}
-	st.urgent = true
 }
 
 // push sends r unless the proxy has it, or has just refused it.
@@ -566,6 +501,7 @@ func (st *stream) push(r *resource) error {
 		return nil
 	}
 	h.sent = r.version()
+	h.changed.note(time.Now())
 	st.mu.Unlock()
 	return st.respond(&discoveryv3.DeltaDiscoveryResponse{TypeUrl: r.typeURL, Resources: []*discoveryv3.Resource{r.wire}},
 		&answer{r.typeURL, r.name(), r.version(), r.seq, r.source})

@@ -75,7 +75,7 @@ func TestWildcardDuringFlush(t *testing.T) {
 		eventually(t, "the sender has begun", func() bool {
 			st.mu.Lock()
 			defer st.mu.Unlock()
-			return len(st.dirty) == 0
+			return len(st.dirty.names) == 0
 		})
 		c.subscribe(TypeListener, "*")
 		eventually(t, "all listeners are asked for", func() bool { return st.wildcard(TypeListener) })
