@@ -159,6 +159,9 @@ func (f family) keep(account, way string) chain {
 	}
 	if podIsSource {
 		rules = slices.Insert(rules, 1, join(opens(), theMark(regTemp), differs(regTemp, native(0)...), f.dials(f.putDialled(account))))
+	} else {
+		begins := setBeginning + v
+		rules = append(rules, join(markIs(0), f.flow(podIsSource), isIn(begins, regKey), put(begins, regKey, 0, released)))
 	}
 	return chain{keepChain(account, way, v), append(rules, f.touch(account, podIsSource, overPods, marked, goTo(way+"_goes"+v))...)}
 }

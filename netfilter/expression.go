@@ -194,6 +194,17 @@ func readdress(f family, offset, from uint32) rule {
 	}}}
 }
 
+// toQuestion makes a SYN a segment that a connection acknowledges, as it would the SYN (RFC
+// 5961, 4), and that opens none: where there is no connection, it is reset.
+func toQuestion() rule {
+	write := func(offset, length uint32) rule {
+		return rule{&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: regTemp, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: length,
+			CsumType: expr.CsumTypeInet, CsumOffset: 16}}
+	}
+	// What it acknowledges, and its flags, with the header's length before them.
+	return join(immediate(regTemp, 0, 0, 0, 0), write(8, 4), transport(12, 2, regTemp), masked(regTemp, []byte{0xf0, 0}, []byte{0, 0x10}), write(12, 2))
+}
+
 // marshal writes a rule's expressions.
 func (r rule) marshal(family byte) ([]byte, error) {
 	var list []netlink.Attribute

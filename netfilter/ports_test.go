@@ -25,6 +25,7 @@ type far struct {
 	t           *testing.T
 	fd, ifindex int
 	got         []segment
+	frames      [][]byte // those of got
 }
 
 type segment struct {
@@ -124,6 +125,7 @@ func (f *far) has(s segment) (n int) {
 			header = 20
 		}
 		f.got = append(f.got, segment{from4, to4, ip[header+13]})
+		f.frames = append(f.frames, slices.Clone(b[:length]))
 	}
 	for _, got := range f.got {
 		if got == s {

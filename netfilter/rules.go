@@ -45,6 +45,9 @@ const (
 	// tenant's.
 	chainRefuse, chainTaken = "refuse", "ports_taken"
 
+	// chainAgain is of peers' SYNs with the ports of what passes in the clear.
+	chainAgain = "in_again"
+
 	// chainWrapped drops packets in others, but those of pods that aren't in the mesh (any
 	// more).
 	chainWrapped = "wrapped"
@@ -270,7 +273,29 @@ func (f family) toPod(pass uint32) []chain {
 			goTo(dropChain(dropNoTenant, true)),
 		}},
 	}
+	chains = append(chains, f.again()...)
 	return append(chains, f.belongs("in", oif, false, true, forward(), []rule{goTo(given)})...)
+}
+
+// again are the chains of a peer's SYN with the ports of a flow in the clear: they ask the
+// pod's kernel, which alone knows whether there still is a connection.
+func (f family) again() []chain {
+	v := f.version
+	ask := "ask_pod" + v
+	var rules []rule
+	// Of data with it a connection would take what fits.
+	for words := byte(5); words <= 15; words++ {
+		length := 4 * uint16(words)
+		if v == "4" {
+			length += 20 // its header's own is in it
+		}
+		rules = append(rules, join(transport(12, 1, regTemp), masked(regTemp, []byte{0xf0}, []byte{0}), equal(regTemp, words<<4),
+			network(f.lengthAt, 2, regTemp), equal(regTemp, big16(length)...), goTo(ask)))
+	}
+	return []chain{
+		{chainAgain + v, append(rules, goTo(dropChain(dropMidstream, true)))},
+		{ask, []rule{toQuestion(), goTo("in_direct" + v)}},
+	}
 }
 
 // quotesTCP matches ICMP errors about a packet of TCP.
@@ -320,6 +345,9 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		opened = []rule{join(flow, isIn(setLed+v, regKey), known, goTo(goes)), join(known, markIs(0), goTo(goes)),
 			join(flow, immediate(regFound, native(0)...), remove(setFlows+v, regKey, regFound))}
 		steered = append(steered, f.dials(letBack(markDial)))
+	} else {
+		// An end can be hidden from here, and the pod would take a SYN that comes behind it.
+		opened = slices.Insert(opened, 0, join(known, markIs(0), isNotIn(setBeginning+v, regKey), goTo(chainAgain+v)))
 	}
 	chains := []chain{
 		{way + "_opens" + v, slices.Concat(f.forget(podIsSource), opened, []rule{
@@ -332,7 +360,7 @@ func (f family) belongs(way string, device func(uint32) rule, podIsSource, out b
 		// What opens in the clear is written down.
 		{way + "_clear" + v, []rule{onlyMark(0), letBack(markWrite)}},
 		{way + "_written" + v, append(written, goTo(led))},
-		{way + "_passed" + v, []rule{join(device(regKey), put(setDirect, regKey, 0, 0, counter())), jump("tell_direct_" + way), goTo(way + "_direct" + v)}},
+		{way + "_passed" + v, []rule{join(flow, put(setBeginning+v, regKey, 0, alone)), join(device(regKey), put(setDirect, regKey, 0, 0, counter())), jump("tell_direct_" + way), goTo(way + "_direct" + v)}},
 		{way + "_steered" + v, append(steered, goTo(led))},
 		{led, []rule{toTenant, goTo(dropChain(dropNoTenant, out))}},
 		{way + v, append(append([]rule{join(known, goTo(held))}, goesOn...),

@@ -30,8 +30,8 @@ type family struct {
 	icmp     byte
 	requests []byte
 	kind     nftables.SetDatatype
-	// Of an address, and where they are in the IP header.
-	length, source, destination uint32
+	// Of an address, and where they and the packet's length are in the IP header.
+	length, source, destination, lengthAt uint32
 	// The header's own checksum: its type, and where it is.
 	headerSum, headerSumAt uint32
 	deliver, self          netip.Addr
@@ -39,12 +39,12 @@ type family struct {
 
 var families = []family{
 	{
-		version: "4", proto: unix.NFPROTO_IPV4, etherType: unix.ETH_P_IP, kind: nftables.TypeIPAddr, length: 4, source: 12, destination: 16,
+		version: "4", proto: unix.NFPROTO_IPV4, etherType: unix.ETH_P_IP, kind: nftables.TypeIPAddr, length: 4, source: 12, destination: 16, lengthAt: 2,
 		icmp: unix.IPPROTO_ICMP, requests: []byte{8, 13, 15, 17}, // echo, timestamp, information, address
 		headerSum: unix.NFT_PAYLOAD_CSUM_INET, headerSumAt: 10, deliver: steer.DeliverIPv4, self: netip.MustParseAddr("169.254.96.2"),
 	},
 	{
-		version: "6", proto: unix.NFPROTO_IPV6, etherType: unix.ETH_P_IPV6, kind: nftables.TypeIP6Addr, length: 16, source: 8, destination: 24,
+		version: "6", proto: unix.NFPROTO_IPV6, etherType: unix.ETH_P_IPV6, kind: nftables.TypeIP6Addr, length: 16, source: 8, destination: 24, lengthAt: 4,
 		icmp: unix.IPPROTO_ICMPV6, requests: []byte{128, 139}, // echo, node information
 		headerSum: unix.NFT_PAYLOAD_CSUM_NONE, deliver: steer.DeliverIPv6, self: netip.MustParseAddr("fd69:8::2"),
 	},
@@ -102,6 +102,9 @@ const (
 	setFlows = "flows"
 	// setLed: of those the ones that the pod's own SYN opened a moment ago.
 	setLed = "led"
+	// setBeginning: of those in the clear the ones of which nothing but SYNs has come to the
+	// pod.
+	setBeginning = "beginning"
 	// setRefused: flows of which a SYN was just refused. setRefusedPace holds each veth's
 	// to a pace: one pod leaves room for others.
 	setRefused, setRefusedPace = "refused", "refused_pace"
@@ -168,6 +171,7 @@ func hostSets() map[string]*nftables.Set {
 		add(setNode+v, nftables.Set{Size: maxVeths}, address)
 		add(setFlows+v, nftables.Set{IsMap: true, DataType: tenant, HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setLed+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxLed}, address, port, address, port)
+		add(setBeginning+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
 		add(setFormers+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: 4 * maxVeths}, tenant, address)
 		add(setRefused+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxRefused}, address, port, address, port)
 		add(setEnded+v, nftables.Set{HasTimeout: true, Dynamic: true, Size: maxFlows}, address, port, address, port)
