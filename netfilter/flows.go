@@ -320,7 +320,7 @@ func (d *Datapath) HeldFlows() (map[string]map[uint16]int, error) {
 func (d *Datapath) SweepFlows(time.Duration) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.sweepFormers()
+	return errors.Join(d.sweepJoining(), d.sweepFormers())
 }
 
 // deleteFlowsOf forgets the connections of some addresses of pods.

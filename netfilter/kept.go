@@ -1,6 +1,7 @@
 package netfilter
 
 import (
+	"maps"
 	"net/netip"
 
 	"github.com/google/nftables/binaryutil"
@@ -47,4 +48,23 @@ func (d *Datapath) isCharged(s *snapshot, tenant uint16, pod netip.Addr, left ma
 		}
 	}
 	return d.joining[pod] == tenant || left[former{tenant, pod}]
+}
+
+// sweepJoining forgets pods that haven't come, and of which nothing is written down.
+func (d *Datapath) sweepJoining() error {
+	if len(d.joining) == 0 {
+		return nil
+	}
+	stored, err := d.flows(false)
+	if err != nil {
+		return err
+	}
+	clear := map[netip.Addr]bool{}
+	for _, f := range stored {
+		if f.tenant == 0 {
+			clear[f.Pod.Addr()] = true
+		}
+	}
+	maps.DeleteFunc(d.joining, func(a netip.Addr, _ uint16) bool { return !clear[a] })
+	return nil
 }

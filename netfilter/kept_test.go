@@ -85,6 +85,15 @@ func TestJoinsOfATenantAreBounded(t *testing.T) {
 			t.Fatalf("%v, want %v", err, broken)
 		}
 		kept("halfway", more, model.MaxKept-60_000)
+		// One that doesn't come is forgotten when it has none any more.
+		never := pod(t, "n", 2, "10.0.0.7")
+		if err := d.MovePod(never, func(uint16) ([]model.Flow, error) { return nil, broken }); !errors.Is(err, broken) {
+			t.Fatalf("%v, want %v", err, broken)
+		}
+		check(t, d.SweepFlows(0))
+		if _, ok := d.joining[never.IPs[0]]; ok || len(d.joining) != len(more.IPs) {
+			t.Errorf("on their way are %v, want %v", d.joining, more.IPs)
+		}
 		check(t, d.MovePod(last, showing(last, 10)))
 		kept("behind one that is halfway", last, 0)
 		check(t, d.MovePod(more, showing(more, 70_000)))
