@@ -122,10 +122,10 @@ func BenchmarkFairness(b *testing.B) {
 				}
 				if !ready {
 					g.n.use(v)
-					if !v.sidecars {
-						g.useServices()
-					}
 					ready = true
+				}
+				if a.meshOnly {
+					g.useServices() // a proxy that ended under what was before has none
 				}
 				g.measure(v, a, &found[i][j])
 				found[i][j].tracked = append(found[i][j].tracked, g.tracked())
