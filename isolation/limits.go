@@ -163,7 +163,7 @@ func (c *cgroups) write(tenant string, l Limits) (refused, failed error) {
 			}
 		}
 		for _, s := range own.settings(controller, tenant, v2) {
-			err := writeFile(filepath.Join(dir, s.file), s.value)
+			err := s.apply(dir)
 			if err == nil || s.optional && notThere(err) {
 				continue
 			}
@@ -179,6 +179,16 @@ func (c *cgroups) write(tenant string, l Limits) (refused, failed error) {
 		}
 	}
 	return refused, failed
+}
+
+// apply writes what isn't in force yet. With each write of memory.high, the kernel takes
+// back from the tenant what it has beyond that, and the writer waits for it.
+func (s setting) apply(dir string) error {
+	path := filepath.Join(dir, s.file)
+	if has, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(has)) == s.value {
+		return nil
+	}
+	return writeFile(path, s.value)
 }
 
 // notThere reports whether a kernel says with err that it lacks a control file.

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -256,5 +257,45 @@ func TestLimitsAboveWhatThereIs(t *testing.T) {
 		if !same {
 			t.Errorf("%q %+v: %q, want %q", test.tenant, test.l, got, test.want)
 		}
+	}
+}
+
+// The kernel takes memory back with each write of a limit, so what is in force isn't
+// written again.
+func TestLimitsInForceAreNotWritten(t *testing.T) {
+	mount := t.TempDir()
+	dir := filepath.Join(mount, "all", "a")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c := &cgroups{name: "all", hierarchies: []hierarchy{{mount: mount, v2: true, controllers: limiting}}}
+	files := map[string]string{
+		"cpu.weight": "100\n", "cpu.max": "max 100000\n", "memory.high": "1048576\n", "memory.max": "max\n", "memory.swap.max": "0\n", "pids.max": "1024\n",
+	}
+	old := time.Unix(1, 0)
+	for file, text := range files {
+		path := filepath.Join(dir, file)
+		if err := errors.Join(os.WriteFile(path, []byte(text), 0o600), os.Chtimes(path, old, old)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	written := func(l Limits) (names []string) {
+		if err := c.limit("a", l); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range slices.Concat(l.settings("cpu", "a", true), l.settings("memory", "a", true), l.settings("pids", "a", true)) {
+			if info, err := os.Stat(filepath.Join(dir, s.file)); err != nil || !info.ModTime().Equal(old) {
+				names = append(names, s.file)
+			}
+		}
+		return names
+	}
+	l := Limits{CPUWeight: 100, MemoryHigh: 1 << 20, Pids: 1024}
+	if names := written(l); len(names) > 0 {
+		t.Errorf("what was in force was written: %q", names)
+	}
+	l.MemoryHigh = 2 << 20
+	if names := written(l); !slices.Equal(names, []string{"memory.high"}) {
+		t.Errorf("%q was written, want memory.high", names)
 	}
 }
