@@ -4,10 +4,9 @@
 // send such, which would count as connections that fail.
 #pragma once
 
-// One is here while it gets from a veth into the tenant's namespace; one that finds a
-// socket there without steer, as a repeated one does, until others push it out or a
-// segment without one comes. Who pushes out another's on its way has a count lost, no
-// connection.
+// One is here while it gets from a veth into the tenant's namespace, and after that until
+// others push it out. Who pushes out another's on its way has a count lost, and of what
+// two pods of a tenant begin that connection.
 #define MAX_SYNS 16384
 // How long one may be on its way, in nanoseconds: who sent it repeats it then.
 #define SYN_TAKES 1000000000ULL
@@ -21,7 +20,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_SYNS);
 	__type(key, struct syn);
-	// When it came: nanoseconds of CLOCK_MONOTONIC.
+	// When it came: nanoseconds of CLOCK_MONOTONIC, odd once it was led.
 	__type(value, __u64);
 } syns SEC(".maps");
 
@@ -29,14 +28,14 @@ struct {
 static __noinline int opened(const struct flow *f, __u32 tenant)
 {
 	struct syn s = { .tenant = tenant };
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = bpf_ktime_get_ns() & ~1ULL;
 	if (!f)
 		return 0;
 	s.flow = *f;
 	return bpf_map_update_elem(&syns, &s, &now, BPF_ANY);
 }
 
-// is_opening tells whether such a SYN has just come.
+// is_opening tells whether such a SYN has just come: this is it, or the answer to its cookie.
 static __noinline int is_opening(const struct flow *f, __u32 tenant)
 {
 	struct syn s = { .tenant = tenant };
@@ -55,8 +54,9 @@ static __noinline int was_opened(const struct flow *f, __u32 tenant)
 		return 0;
 	s.flow = *f;
 	__u64 *came = bpf_map_lookup_elem(&syns, &s);
-	if (!came)
+	if (!came || *came & 1)
 		return 0;
 	int late = *came + SYN_TAKES < bpf_ktime_get_ns();
-	return bpf_map_delete_elem(&syns, &s) == 0 && !late;
+	*came |= 1;
+	return !late;
 }

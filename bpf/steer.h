@@ -75,8 +75,7 @@ static __noinline enum listener listener_for(__u32 tenant, const struct addr *lo
 	f.pod_port = port;
 	f.peer_port = remote_port;
 	f.side = SIDE_WIRE;
-	// Anybody may say to a pod that it is another one of its tenant. What answers a cookie
-	// doesn't tell either.
+	// Anybody may say to a pod that it is another one of its tenant.
 	if (!takes(tenant, &f))
 		return may_dial ? LISTENER_OUTBOUND : NO_LISTENER;
 	if (port == HBONE_PORT)
